@@ -1,0 +1,40 @@
+"""Every error Lachesis raises on purpose: one root, each also the built-in error a caller would expect.
+
+The message of each says what is wrong and what to do next; a command prints it as one line.
+"""
+
+
+class LachesisError(Exception):
+    """Root of all errors that Lachesis raises on purpose."""
+
+
+class ConfigurationError(LachesisError, ValueError):
+    """A setting is missing, malformed or impossible in combination with another."""
+
+
+class RedisUnreachable(LachesisError, ConnectionError):
+    """No Redis answers at the given URL."""
+
+
+class RedisUnsuitable(LachesisError, RuntimeError):
+    """The server is too old, or may evict data."""
+
+
+class LeaseLost(LachesisError, RuntimeError):
+    """The batch is no longer ours to commit: its lease lapsed or another writer took the policy over."""
+
+
+class Conflict(LachesisError, RuntimeError):
+    """Something else of the same name is alive; what it is and how to get past it stands in the message."""
+
+
+class WeightsRefused(LachesisError, ValueError):
+    """A published version does not match its manifest, or its manifest does not match the event."""
+
+
+class InvalidGroup(LachesisError, ValueError):
+    """A scored group that can't be trained. Names the field, the offending value and the rule."""
+
+    def __init__(self, field: str, value: object, rule: str) -> None:
+        self.field, self.value, self.rule = field, value, rule
+        super().__init__(f"{field} = {value!r}: {rule}")

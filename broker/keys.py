@@ -1,0 +1,90 @@
+"""Every Redis key Lachesis uses. The hash tag `{run}` keeps one run in one cluster slot."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lachesis.broker.errors import ConfigurationError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def check_name(kind: str, name: str) -> str:
+    """Return `name` if it can be part of a key, else raise ConfigurationError."""
+    if not _NAME.fullmatch(name):
+        raise ConfigurationError(
+            f"{kind} = {name!r}: use 1 to 64 letters, digits, '_', '-' or '.', starting with a letter or digit"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Names of one run's keys; types and contents are listed in docs/keys.md."""
+
+    run: str = "default"
+
+    def __post_init__(self) -> None:
+        check_name("run", self.run)
+
+    def _key(self, *parts: str) -> str:
+        return ":".join((f"lachesis:{{{self.run}}}", *parts))
+
+    # the life of a group
+    @property
+    def groups(self) -> str:
+        return self._key("groups")
+
+    @property
+    def batches(self) -> str:
+        return self._key("batches")
+
+    @property
+    def dead(self) -> str:
+        return self._key("dead")
+
+    def blob(self, gid: str) -> str:
+        return self._key("blob", gid)
+
+    def seen(self, gid: str) -> str:
+        return self._key("seen", gid)
+
+    def lineage(self, digest: str) -> str:
+        return self._key("lineage", digest)
+
+    # a policy
+    def weights(self, policy: str) -> str:
+        return self._key("weights", policy)
+
+    def ledger(self, policy: str) -> str:
+        return self._key("ledger", policy)
+
+    def writer(self, policy: str) -> str:
+        """The lock of the one process that may write a policy's ledger and weights."""
+        return self._key("writer", policy)
+
+    # parties and logs
+    @property
+    def state(self) -> str:
+        return self._key("state")
+
+    @property
+    def envs(self) -> str:
+        return self._key("envs")
+
+    @property
+    def trainers(self) -> str:
+        return self._key("trainers")
+
+    @property
+    def pools(self) -> str:
+        return self._key("pools")
+
+    @property
+    def control(self) -> str:
+        return self._key("control")
+
+    @property
+    def metrics(self) -> str:
+        return self._key("metrics")

@@ -1,0 +1,84 @@
+"""Who takes part: the trainer's registration, environments, inference servers, and the writer lock of a policy."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+from redis.asyncio.lock import Lock
+
+from lachesis.broker.connection import Redis
+from lachesis.broker.keys import Keys
+from lachesis.broker.lua import Scripts
+from lachesis.broker.records import EnvConfig, EnvRecord, ServerStatus, TrainerConfig
+
+
+class Parties:
+    """Registrations and heartbeats of one run; they outlive the processes that serve them."""
+
+    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys) -> None:
+        self._redis, self._scripts, self._keys = redis, scripts, keys
+
+    # -- trainer --------------------------------------------------------------------------------------------------
+
+    async def register_trainer(self, config: TrainerConfig) -> None:
+        """Set the run's registration. Who may replace whose is the caller's to decide."""
+        await self._redis.hset(self._keys.trainers, "config", msgspec.json.encode(config))
+
+    async def trainer_config(self) -> TrainerConfig | None:
+        raw = await self._redis.hget(self._keys.trainers, "config")
+        return msgspec.json.decode(raw, type=TrainerConfig) if raw else None
+
+    async def start(self) -> None:
+        """A trainer has asked for its first batch: environments may begin."""
+        await self._redis.hset(self._keys.trainers, "started", "1")
+
+    async def started(self) -> bool:
+        return bool(await self._redis.hexists(self._keys.trainers, "started"))
+
+    def writer(self, policy: str, *, ttl_s: float) -> Lock:
+        """The lock whose holder alone may commit and publish for `policy`; its token fences a predecessor off."""
+        return Lock(
+            self._redis, self._keys.writer(policy), timeout=ttl_s, sleep=min(1.0, ttl_s / 5), thread_local=False
+        )
+
+    # -- environments ---------------------------------------------------------------------------------------------
+
+    async def register_env(self, config: EnvConfig, nonce: str) -> EnvRecord:
+        """Give the environment an id. The same `nonce` gets the same id, so a resent request registers once."""
+        record = EnvRecord(env_id=-1, name="", config=config, registered_at=time.time())
+        env_id = await self._scripts.register_env(
+            keys=[self._keys.envs], args=[nonce, config.desired_name, msgspec.json.encode(record)]
+        )
+        found = await self.env(int(env_id))
+        if found is None:
+            raise LookupError(f"environment {env_id} vanished while it registered: the run was reset")
+        return found
+
+    async def env(self, env_id: int) -> EnvRecord | None:
+        raw = await self._redis.hget(self._keys.envs, str(env_id))
+        return msgspec.json.decode(raw, type=EnvRecord) if raw else None
+
+    async def envs(self) -> list[EnvRecord]:
+        """All environments ever registered, by id."""
+        raw = await self._redis.hgetall(self._keys.envs)
+        records = [msgspec.json.decode(value, type=EnvRecord) for key, value in raw.items() if key.isdigit()]
+        return sorted(records, key=lambda record: record.env_id)
+
+    async def update_env(self, record: EnvRecord) -> None:
+        await self._redis.hset(self._keys.envs, str(record.env_id), msgspec.json.encode(record))
+
+    # -- inference servers ----------------------------------------------------------------------------------------
+
+    async def report(self, status: ServerStatus) -> None:
+        """Heartbeat of an inference server."""
+        await self._redis.hset(self._keys.pools, status.server, msgspec.json.encode(status))
+
+    async def withdraw(self, server: str) -> None:
+        await self._redis.hdel(self._keys.pools, server)
+
+    async def servers(self, pool: str | None = None) -> list[ServerStatus]:
+        """All inference servers ever heard of and not withdrawn; judge them by `heartbeat`."""
+        raw = await self._redis.hvals(self._keys.pools)
+        found = [msgspec.json.decode(value, type=ServerStatus) for value in raw]
+        return [status for status in found if pool is None or status.pool == pool]

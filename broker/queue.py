@@ -1,0 +1,242 @@
+"""The life of a group: PUT into the queue, FORM into a batch, LEASE, COMMIT, RETIRE."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from msgspec import structs
+from redis.exceptions import ResponseError
+
+from lachesis.broker import allot
+from lachesis.broker.codec import CODEC, from_entry, pack, to_entry, unpack
+from lachesis.broker.connection import Redis
+from lachesis.broker.errors import LeaseLost
+from lachesis.broker.keys import Keys
+from lachesis.broker.lua import Scripts
+from lachesis.broker.records import BatchEntry, Group, GroupEntry, Lease, LedgerEntry, QueueStatus, ScoredGroup
+
+BLOB_TTL_S = 600  # a blob not yet in the queue expires after this
+SEEN_TTL_S = 24 * 3600  # how long a repeated POST is recognised
+SLICE_BYTES = 8 << 20  # blobs are fetched in replies of about this size
+SCAN = 4096  # queued groups looked at to form a batch
+
+
+class Queue:
+    """Groups and batches of one run. A policy reads batches as the consumer group of its name."""
+
+    def __init__(self, redis: Redis, blocking: Redis, scripts: Scripts, keys: Keys) -> None:
+        self._redis, self._blocking, self._scripts, self._keys = redis, blocking, scripts, keys
+
+    # -- PUT ------------------------------------------------------------------------------------------------------
+
+    async def put(self, gid: str, group: ScoredGroup, *, v_min: int, v_max: int, quota: int = 0) -> str:
+        """Store a valid group durably. Returns "stored", "duplicate", or "full" (over `quota` bytes queued)."""
+        blob = pack(group, gid, v_min=v_min, v_max=v_max)
+        tokens = sum(map(len, group.tokens))
+        mean = sum(group.scores) / len(group.scores)
+        entry = GroupEntry(
+            gid=gid,
+            env="-" if group.env_id is None else str(group.env_id),
+            n=len(group.tokens),
+            tok=tokens,
+            score_mean=mean,
+            score_std=(sum((score - mean) ** 2 for score in group.scores) / len(group.scores)) ** 0.5,
+            v_min=v_min,
+            v_max=v_max,
+            bytes=len(blob),
+            codec=CODEC,
+        )
+        keys = [self._keys.groups, self._keys.blob(gid), self._keys.seen(gid), self._keys.state]
+        fields = [text for pair in to_entry(entry).items() for text in pair]
+        while True:
+            await self._redis.set(self._keys.blob(gid), blob, nx=True, ex=BLOB_TTL_S)
+            reply = await self._scripts.put(
+                keys=keys, args=[SEEN_TTL_S, quota, entry.env, entry.n, entry.bytes, *fields]
+            )
+            if reply != b"noblob":  # the blob's TTL ran out in between: set it again
+                return bytes(reply).decode()
+
+    async def bury(self, gid: str, body: bytes, reason: str, detail: str) -> None:
+        """Keep what was refused for triage: stream `dead`, the body as its blob for a week."""
+        await self._redis.set(self._keys.blob(gid), body, nx=True, ex=7 * 24 * 3600)
+        entry = {"gid": gid, "reason": reason, "deliveries": "0", "detail": detail}
+        await self._redis.xadd(self._keys.dead, entry, maxlen=10_000, approximate=True)
+
+    # -- FORM -----------------------------------------------------------------------------------------------------
+
+    async def form(self, batch_size: int) -> int | None:
+        """Form the next batch from the oldest groups that add up. Returns its step, or None if there are too few."""
+        while True:
+            formed = int(await self._redis.hget(self._keys.state, "formed") or 0)
+            queued = await self.queued(SCAN)
+            chosen = allot.choose([entry.n for _, entry in queued], batch_size)
+            if chosen is None:
+                return None
+            ids = [queued[index][0] for index in chosen]
+            entries = [queued[index][1] for index in chosen]
+            batch = BatchEntry(
+                step=formed + 1,
+                gids=tuple(entry.gid for entry in entries),
+                n=batch_size,
+                tok=sum(entry.tok for entry in entries),
+                v_min=min(entry.v_min for entry in entries),
+                v_max=max(entry.v_max for entry in entries),
+                formed_at=time.time(),
+            )
+            fields = [text for pair in to_entry(batch).items() for text in pair]
+            reply = await self._scripts.form(
+                keys=[self._keys.groups, self._keys.batches, self._keys.state],
+                args=[batch.step, batch_size, len(ids), *ids, *fields],
+            )
+            if reply == b"formed":
+                return batch.step
+
+    async def queued(self, count: int | None = None) -> list[tuple[str, GroupEntry]]:
+        """(entry id, entry) of queued groups, oldest first."""
+        found = await self._redis.xrange(self._keys.groups, count=count)
+        return [(id_.decode(), from_entry(GroupEntry, fields)) for id_, fields in found]
+
+    async def wait_for_group(self, timeout_s: float) -> None:
+        """Return when a group is accepted after this call, or after `timeout_s`."""
+        await self._blocking.xread({self._keys.groups: "$"}, count=1, block=max(1, int(timeout_s * 1000)))
+
+    # -- LEASE and COMMIT -----------------------------------------------------------------------------------------
+
+    async def subscribe(self, policy: str) -> None:
+        """Make `policy` a reader of all batches that are still there. Harmless to repeat."""
+        try:
+            await self._redis.xgroup_create(self._keys.batches, policy, id="0", mkstream=True)
+        except ResponseError as error:
+            if "BUSYGROUP" not in str(error):
+                raise
+
+    async def lease(self, policy: str, consumer: str, *, lapse_s: float) -> Lease | None:
+        """Borrow a formed batch: one's own unfinished one, one whose lease lapsed, or the next. None if there is none."""
+        reply = await self._scripts.lease(
+            keys=[self._keys.batches, self._keys.state], args=[policy, consumer, int(lapse_s * 1000)]
+        )
+        if reply is None:
+            return None
+        _, flat, deliveries = reply
+        batch = from_entry(BatchEntry, dict(zip(flat[::2], flat[1::2], strict=True)))
+        return Lease(batch=batch, consumer=consumer, deliveries=int(deliveries))
+
+    async def lease_or_form(self, policy: str, consumer: str, batch_size: int, *, lapse_s: float) -> Lease | None:
+        """Like `lease`, forming a batch when none is waiting."""
+        lease = await self.lease(policy, consumer, lapse_s=lapse_s)
+        if lease is None and await self.form(batch_size) is not None:
+            lease = await self.lease(policy, consumer, lapse_s=lapse_s)
+        return lease
+
+    async def renew(self, policy: str, lease: Lease) -> None:
+        """Keep a lease alive: resets its idle time without counting as a delivery."""
+        await self._redis.xclaim(
+            self._keys.batches, policy, lease.consumer, 0, [f"{lease.batch.step}-0"], idle=0, justid=True
+        )
+
+    async def fetch(self, gids: Sequence[str]) -> list[Group]:
+        """The groups themselves, in order. Raises LookupError naming a missing one."""
+        groups: list[Group] = []
+        size = 0
+        slice_: list[str] = []
+        per_group = await self._blob_size(gids)
+        for gid in gids:
+            slice_.append(gid)
+            size += per_group
+            if size >= SLICE_BYTES:
+                groups += await self._fetch_slice(slice_)
+                slice_, size = [], 0
+        return groups + (await self._fetch_slice(slice_) if slice_ else [])
+
+    async def _blob_size(self, gids: Sequence[str]) -> int:
+        return int(await self._redis.strlen(self._keys.blob(gids[0]))) if gids else 0
+
+    async def _fetch_slice(self, gids: Sequence[str]) -> list[Group]:
+        blobs = await self._redis.mget([self._keys.blob(gid) for gid in gids])
+        for gid, blob in zip(gids, blobs, strict=True):
+            if blob is None:
+                raise LookupError(f"group {gid} has no blob: it was retired, or its run was reset")
+        return [unpack(blob) for blob in blobs]
+
+    async def commit(self, policy: str, lease: Lease, entry: LedgerEntry, *, token: str = "") -> None:
+        """Acknowledge a trained batch and write it to the ledger; repeating it changes nothing.
+
+        Raises LeaseLost if the batch belongs to someone else by now: the update must then be thrown away.
+        """
+        step = lease.batch.step
+        entry = structs.replace(entry, at=entry.at or time.time())
+        fields = [text for pair in to_entry(entry).items() for text in pair]
+        reply = await self._scripts.commit(
+            keys=[self._keys.batches, self._keys.ledger(policy), self._keys.state, self._keys.writer(policy)],
+            args=[policy, lease.consumer, step, token, *fields],
+        )
+        if reply not in (b"committed", b"already"):
+            why = {
+                b"fenced": "another process writes this policy now",
+                b"stolen": "its lease lapsed and another consumer took it",
+                b"gone": "nobody holds it",
+            }[reply]
+            raise LeaseLost(f"step {step} of policy {policy!r} can't be committed: {why}")
+
+    # -- reading back ---------------------------------------------------------------------------------------------
+
+    async def batch(self, step: int) -> BatchEntry | None:
+        """A formed batch that is still kept."""
+        found = await self._redis.xrange(self._keys.batches, f"{step}-0", f"{step}-0")
+        return from_entry(BatchEntry, found[0][1]) if found else None
+
+    async def batches(self) -> list[BatchEntry]:
+        return [from_entry(BatchEntry, fields) for _, fields in await self._redis.xrange(self._keys.batches)]
+
+    async def ledger(self, policy: str) -> AsyncIterator[LedgerEntry]:
+        """All trained steps, oldest first, read in slices."""
+        start = "-"
+        while found := await self._redis.xrange(self._keys.ledger(policy), start, "+", count=1000):
+            for id_, fields in found:
+                yield from_entry(LedgerEntry, fields)
+                start = f"({id_.decode()}"
+
+    async def newest_committed(self, policy: str) -> LedgerEntry | None:
+        found = await self._redis.xrevrange(self._keys.ledger(policy), count=1)
+        return from_entry(LedgerEntry, found[0][1]) if found else None
+
+    async def retire(self, policy: str, covered: int) -> int:
+        """Free batches up to step `covered` once every subscribed policy covers them. Returns how many were freed."""
+        await self._redis.hset(self._keys.state, f"covered:{policy}", str(covered))
+        policies = [group["name"].decode() for group in await self._redis.xinfo_groups(self._keys.batches)]
+        values = await self._redis.hmget(self._keys.state, [f"covered:{name}" for name in policies])
+        limit = min((int(value or 0) for value in values), default=0)
+        found = await self._redis.xrange(self._keys.batches, "-", f"{limit}-0")
+        for _, fields in found:
+            batch = from_entry(BatchEntry, fields)
+            await self._scripts.retire(
+                keys=[self._keys.batches, *(self._keys.blob(gid) for gid in batch.gids)], args=[batch.step]
+            )
+        return len(found)
+
+    async def status(self) -> QueueStatus:
+        """Counters only: constant time, whatever the queue holds. Formed but undelivered batches count as queued."""
+        raw = {key.decode(): value.decode() for key, value in (await self._redis.hgetall(self._keys.state)).items()}
+
+        def numbered(prefix: str) -> dict[str, int]:
+            return {
+                key[len(prefix) :]: int(value) for key, value in raw.items() if key.startswith(prefix) and int(value)
+            }
+
+        formed, delivered = int(raw.get("formed", 0)), int(raw.get("delivered", 0))
+        waiting = []
+        if formed > delivered:  # only between a FORM and the LEASE that asked for it, or if its caller died there
+            found = await self._redis.xrange(self._keys.batches, f"{delivered + 1}-0", f"{formed}-0")
+            waiting = [from_entry(BatchEntry, fields) for _, fields in found]
+        return QueueStatus(
+            groups=int(raw.get("groups", 0)) + sum(len(batch.gids) for batch in waiting),
+            sequences=int(raw.get("sequences", 0)) + sum(batch.n for batch in waiting),
+            bytes=int(raw.get("bytes", 0)),
+            accepted=int(raw.get("accepted", 0)),
+            formed=formed,
+            delivered=delivered,
+            sizes={int(size): count for size, count in numbered("size:").items()},
+            env_groups=numbered("env_groups:"),
+            env_sequences=numbered("env_sequences:"),
+        )

@@ -1,0 +1,204 @@
+"""The records that rooms exchange. No logic: how they become bytes is codec.py, how they move is the rest of the broker.
+
+Records named `…Entry` are stream entries: every field becomes readable text (see codec.to_entry). A sequence is one
+token list; a group is the sequences of one prompt; a step is one optimizer step of a policy, counted from 1; version v
+is the weights after step v, and version 0 the weights training started from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from msgspec import Struct, field
+
+
+class ScoredGroup(Struct):
+    """One rollout group as Atropos environments post it: exactly upstream's 14 keys, absent ones null.
+
+    Lists are parallel over the group's G sequences; token-level ones are aligned with `tokens`, without a shift.
+    """
+
+    tokens: list[list[int]]
+    masks: list[list[int]]  # -100 where not trained, any other integer (by custom the token id) where trained
+    scores: list[float]
+    advantages: list[list[float]] | None = None
+    ref_logprobs: list[list[float]] | None = None
+    messages: list[list[dict[str, Any]]] | None = None
+    generation_params: dict[str, Any] | None = None
+    inference_logprobs: list[list[float]] | None = None  # nats; 1.0 marks "none here"
+    group_overrides: dict[str, Any] | None = None
+    overrides: list[dict[str, Any]] | None = None
+    images: Any = None
+    env_id: int | None = None
+    distill_token_ids: list[list[list[int]]] | None = None
+    distill_logprobs: list[list[list[float]]] | None = None
+
+
+class Group(Struct):
+    """A stored group as a trainer reads it: ragged fields are lists of G one-dimensional arrays."""
+
+    gid: str
+    env: int | None
+    v_min: int  # oldest and newest version that produced tokens of this group
+    v_max: int
+    tokens: list[np.ndarray]  # int32 or int64
+    masks: list[np.ndarray]  # int32 or int64
+    scores: np.ndarray  # float64, shape (G,)
+    advantages: list[np.ndarray] | None
+    ref_logprobs: list[np.ndarray] | None
+    inference_logprobs: list[np.ndarray] | None  # float32 or float64
+    rest: dict[str, Any]  # the remaining Atropos keys, as they came
+
+
+class GroupEntry(Struct, frozen=True):
+    """One accepted, not yet batched group (stream `groups`)."""
+
+    gid: str
+    env: str  # env id, or "-" where the environment did not say
+    n: int  # sequences
+    tok: int  # tokens
+    score_mean: float
+    score_std: float
+    v_min: int
+    v_max: int
+    bytes: int  # of the stored blob
+    codec: str
+
+
+class BatchEntry(Struct, frozen=True):
+    """The groups of one optimizer step (stream `batches`, id `<step>-0`)."""
+
+    step: int
+    gids: tuple[str, ...]
+    n: int
+    tok: int
+    v_min: int
+    v_max: int
+    formed_at: float  # seconds since the epoch
+
+
+class Lease(Struct, frozen=True):
+    """A batch lent to one consumer; `deliveries` counts how often it has been lent."""
+
+    batch: BatchEntry
+    consumer: str
+    deliveries: int
+
+
+class LedgerEntry(Struct, frozen=True):
+    """One trained step (stream `ledger:<policy>`): what went in, what came out."""
+
+    step: int
+    gids: tuple[str, ...]
+    n: int
+    tok: int
+    v_before: int
+    v_after: int
+    v_min: int
+    lag: int  # v_before - v_min
+    replica: str
+    reward: float
+    loss: float
+    seconds: float
+    at: float = 0.0
+
+
+class WeightsEntry(Struct, frozen=True):
+    """One published version (stream `weights:<policy>`, id `<version>-1`)."""
+
+    version: int
+    step: int
+    uri: str
+    manifest_sha256: str
+    bytes: int
+    dtype: str
+    parent: int
+
+
+class TensorInfo(Struct, frozen=True):
+    file: str
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' spelling: F32, BF16, …
+
+
+class FileInfo(Struct, frozen=True):
+    bytes: int
+    sha256: str
+
+
+class Manifest(Struct, frozen=True):
+    """What a published version consists of; `manifest.json` beside the files."""
+
+    version: int
+    step: int
+    files: dict[str, FileInfo]
+    tensors: dict[str, TensorInfo]
+
+
+class TrainerConfig(Struct, frozen=True):
+    """What a trainer registers: Atropos' `/register` body. `batch_size` counts sequences."""
+
+    wandb_group: str
+    wandb_project: str
+    batch_size: int
+    max_token_len: int
+    checkpoint_dir: str
+    save_checkpoint_interval: int
+    starting_step: int
+    num_steps: int
+
+
+class EnvConfig(Struct, frozen=True):
+    """What an environment registers: Atropos' `/register-env` body."""
+
+    max_token_length: int
+    desired_name: str
+    weight: float
+    group_size: int
+    min_batch_allocation: float | None = None
+
+
+class EnvRecord(Struct, frozen=True):
+    env_id: int
+    name: str  # "<desired_name>_<k>"
+    config: EnvConfig
+    connected: bool = True
+    registered_at: float = 0.0
+
+
+class ServerStatus(Struct, frozen=True):
+    """Heartbeat of one inference server, kept by its agent (hash `pools`)."""
+
+    server: str
+    pool: str
+    url: str
+    state: str  # starting | ready | updating | draining | failed
+    version: int  # served now; -1 before the first
+    loading: int  # a version being read from the store now, -1 if none: the collector leaves it alone
+    heartbeat: float
+    updates: int = 0
+    last_update_s: float = 0.0
+    last_error: str = ""
+
+
+class QueueStatus(Struct, frozen=True):
+    """Counters kept by the scripts: what is accepted and not yet delivered to a trainer."""
+
+    groups: int
+    sequences: int
+    bytes: int
+    accepted: int
+    formed: int  # newest step formed
+    delivered: int  # newest step a trainer was given
+    sizes: dict[int, int]  # queued groups by number of sequences
+    env_groups: dict[str, int]
+    env_sequences: dict[str, int]
+
+
+class Lineage(Struct, frozen=True):
+    """What the front door knows of one finished generation: which versions made its output."""
+
+    v_min: int
+    v_max: int
+    spans: tuple[tuple[int, int, int], ...] = field(default_factory=tuple)  # (version, start, end) over output tokens

@@ -1,0 +1,27 @@
+#!lua flags=allow-oom
+-- COMMIT: the batch has been trained: acknowledge it and write the ledger, once, and only for who holds it.
+-- KEYS  1 batches (stream)  2 ledger:<policy> (stream)  3 state (hash)  4 writer:<policy> (string)
+-- ARGV  1 policy (consumer group)  2 consumer  3 step  4 writer token, '' for a consumer without one  5… the ledger entry's fields and values
+-- reply "committed" | "already" | "fenced" (another writer) | "stolen" (another consumer) | "gone" (nobody holds it)
+-- XACK alone does not check ownership, so this does. Steps of several HTTP trainers may finish out of order: a late
+-- one gets the id <newest step>-<k>; the field `step` is what counts.
+local batches, ledger, policy, step = KEYS[1], KEYS[2], ARGV[1], tonumber(ARGV[3])
+local id = step .. '-0'
+if ARGV[4] ~= '' and redis.call('GET', KEYS[4]) ~= ARGV[4] then return 'fenced' end
+local pending = redis.call('XPENDING', batches, policy, id, id, 1)
+if #pending == 0 then
+  if #redis.call('XRANGE', ledger, id, id) > 0 then return 'already' end
+  return 'gone'
+end
+if pending[1][2] ~= ARGV[2] then return 'stolen' end
+
+local newest = redis.call('XREVRANGE', ledger, '+', '-', 'COUNT', 1)
+local entry = id
+if #newest > 0 then
+  local last = tonumber(string.match(newest[1][1], '^%d+'))
+  if last >= step then entry = last .. '-*' end
+end
+redis.call('XADD', ledger, entry, unpack(ARGV, 5))
+redis.call('XACK', batches, policy, id)
+redis.call('HINCRBY', KEYS[3], 'committed:' .. policy, 1)
+return 'committed'

@@ -1,0 +1,62 @@
+"""Can this group be trained? Shapes agree, numbers are finite, lengths are within what the trainer registered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import chain
+
+from lachesis.broker.errors import InvalidGroup
+from lachesis.broker.records import ScoredGroup
+
+TOKEN_FIELDS = ("masks", "advantages", "ref_logprobs", "inference_logprobs")
+
+
+def check_group(group: ScoredGroup, *, max_token_len: int = -1, batch_size: int = -1) -> None:
+    """Raise InvalidGroup, naming field, value and rule, unless every sequence can be trained.
+
+    Args:
+        max_token_len: longest sequence the trainer takes, in tokens; not positive: no limit.
+        batch_size: sequences of one step; a larger group could never enter a batch. Not positive: not known.
+    """
+    count = len(group.tokens)
+    if count == 0:
+        raise InvalidGroup("tokens", [], "must hold at least one sequence")
+    if 0 < batch_size < count:
+        raise InvalidGroup("tokens", f"{count} sequences", f"must not exceed the trainer's batch_size of {batch_size}")
+    if len(group.scores) != count:
+        raise InvalidGroup("scores", f"{len(group.scores)} values", f"must have one per sequence, {count}")
+    for index, score in enumerate(group.scores):
+        if not math.isfinite(score):
+            raise InvalidGroup(f"scores[{index}]", score, "must be finite")
+    for index, tokens in enumerate(group.tokens):
+        if not tokens:
+            raise InvalidGroup(f"tokens[{index}]", [], "must hold at least one token")
+        if 0 < max_token_len < len(tokens):
+            raise InvalidGroup(
+                f"tokens[{index}]",
+                f"{len(tokens)} tokens",
+                f"must not exceed the trainer's max_token_len of {max_token_len}",
+            )
+        if min(tokens) < 0:
+            raise InvalidGroup(f"tokens[{index}]", min(tokens), "token ids must not be negative")
+    for name in TOKEN_FIELDS:
+        _check_rows(name, getattr(group, name), group.tokens)
+
+
+def _check_rows(name: str, rows: Sequence[Sequence[float]] | None, tokens: Sequence[Sequence[int]]) -> None:
+    if not rows and name != "masks":  # None, or the empty list some environments send for "none"
+        return
+    rows = rows or []
+    if len(rows) != len(tokens):
+        raise InvalidGroup(name, f"{len(rows)} rows", f"must have one per sequence, {len(tokens)}")
+    for index, (row, sequence) in enumerate(zip(rows, tokens, strict=True)):
+        if len(row) != len(sequence):
+            raise InvalidGroup(
+                f"{name}[{index}]", f"{len(row)} values", f"must be as long as its tokens, {len(sequence)}"
+            )
+    if not math.isfinite(sum(chain.from_iterable(rows))):  # one pass where all is well
+        for index, row in enumerate(rows):
+            for position, value in enumerate(row):
+                if not math.isfinite(value):
+                    raise InvalidGroup(f"{name}[{index}][{position}]", value, "must be finite")

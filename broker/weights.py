@@ -1,0 +1,56 @@
+"""Published versions: what a trainer appends and inference servers follow.
+
+The event is written last, after the files are complete. Its stream id is `<version>-1`, so Redis itself refuses a
+repeated or an older version. Followers read with cursors of their own: every server needs every version.
+"""
+
+from __future__ import annotations
+
+from redis.exceptions import ResponseError
+
+from lachesis.broker.codec import from_entry, to_entry
+from lachesis.broker.connection import Redis
+from lachesis.broker.errors import Conflict
+from lachesis.broker.keys import Keys
+from lachesis.broker.records import WeightsEntry
+
+
+class Weights:
+    """The `weights:<policy>` streams of one run."""
+
+    def __init__(self, redis: Redis, blocking: Redis, keys: Keys) -> None:
+        self._redis, self._blocking, self._keys = redis, blocking, keys
+
+    async def publish(self, policy: str, entry: WeightsEntry) -> bool:
+        """Append a version. False if this version was published before; Conflict if a newer one was, and not this."""
+        try:
+            await self._redis.xadd(self._keys.weights(policy), to_entry(entry), id=f"{entry.version}-1")
+        except ResponseError as error:
+            if "equal or smaller" not in str(error):
+                raise
+            if await self.get(policy, entry.version) is None:
+                newest = await self.newest(policy)
+                raise Conflict(
+                    f"version {entry.version} of policy {policy!r} can't be published after version {newest.version if newest else '?'}"
+                ) from None
+            return False
+        return True
+
+    async def get(self, policy: str, version: int) -> WeightsEntry | None:
+        found = await self._redis.xrange(self._keys.weights(policy), f"{version}-1", f"{version}-1")
+        return from_entry(WeightsEntry, found[0][1]) if found else None
+
+    async def newest(self, policy: str) -> WeightsEntry | None:
+        found = await self._redis.xrevrange(self._keys.weights(policy), count=1)
+        return from_entry(WeightsEntry, found[0][1]) if found else None
+
+    async def wait_newer(self, policy: str, than: int, timeout_s: float) -> WeightsEntry | None:
+        """The newest version above `than`, waiting up to `timeout_s` for one to appear."""
+        newest = await self.newest(policy)
+        if newest is None or newest.version <= than:
+            cursor = f"{than}-1" if than >= 0 else "0-0"
+            key = self._keys.weights(policy)
+            if not await self._blocking.xread({key: cursor}, count=1, block=max(1, int(timeout_s * 1000))):
+                return None
+            newest = await self.newest(policy)
+        return newest if newest is not None and newest.version > than else None

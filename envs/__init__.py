@@ -1,0 +1,1 @@
+"""Environments: arithmetic, which needs no download, and gsm8k."""

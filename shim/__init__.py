@@ -1,0 +1,1 @@
+"""Atropos's Trajectory API over HTTP, translated into the broker's streams."""

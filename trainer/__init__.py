@@ -1,0 +1,1 @@
+"""verl: groups to tensors, the step loop, checkpoints, publishing."""
