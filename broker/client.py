@@ -30,14 +30,14 @@ class Broker:
 
     def __init__(self, url: str, run: str = "default") -> None:
         self.url, self.keys = url, Keys(run)
-        self._redis = open_redis(url)
+        self.redis = open_redis(url)
         self._blocking = open_redis(url, blocking_reads=True)
-        self.scripts = Scripts(self._redis)
-        self.queue = Queue(self._redis, self._blocking, self.scripts, self.keys)
-        self.weights = Weights(self._redis, self._blocking, self.keys)
-        self.parties = Parties(self._redis, self.scripts, self.keys)
-        self.lineage = LineageStore(self._redis, self.keys)
-        self.journal = Journal(self._redis, self._blocking, self.keys)
+        self.scripts = Scripts(self.redis)
+        self.queue = Queue(self.redis, self._blocking, self.scripts, self.keys)
+        self.weights = Weights(self.redis, self._blocking, self.keys)
+        self.parties = Parties(self.redis, self.scripts, self.keys)
+        self.lineage = LineageStore(self.redis, self.keys)
+        self.journal = Journal(self.redis, self._blocking, self.keys)
 
     @classmethod
     async def connect(cls, url: str, run: str = "default") -> Broker:
@@ -46,18 +46,25 @@ class Broker:
         return cls(url, run)
 
     async def aclose(self) -> None:
-        for redis in (self._redis, self._blocking):
+        for redis in (self.redis, self._blocking):
             await redis.aclose()
 
     async def ping(self) -> bool:
-        return bool(await self._redis.ping())
+        return bool(await self.redis.ping())
+
+    async def forget(self) -> None:
+        """Delete every key of the run, weights and logs included."""
+        pattern = self.keys.groups.removesuffix("groups") + "*"
+        found = [key async for key in self.redis.scan_iter(match=pattern, count=RESET_SLICE)]
+        for start in range(0, len(found), RESET_SLICE):
+            await self.redis.unlink(*found[start : start + RESET_SLICE])
 
     async def reset(self) -> None:
         """Forget the run's queue, batches, ledgers and registrations; weights and logs stay."""
         blobs = [self.keys.blob(entry.gid) for _, entry in await self.queue.queued()]
         blobs += [self.keys.blob(gid) for batch in await self.queue.batches() for gid in batch.gids]
         try:
-            groups = await self._redis.xinfo_groups(self.keys.batches)
+            groups = await self.redis.xinfo_groups(self.keys.batches)
         except ResponseError:  # no batch was ever formed
             groups = []
         ledgers = [self.keys.ledger(group["name"].decode()) for group in groups]

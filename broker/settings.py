@@ -62,7 +62,7 @@ class RedisSettings(Settings):
             raise ConfigurationError("--embedded and --redis-url exclude each other: give one of them")
         if self.redis_url:
             yield self.redis_url
-        elif self.embedded:
+        elif self.embedded or (self.state_dir / "redis").is_dir():  # a state folder names its own Redis
             with EmbeddedRedis(self.state_dir / "redis") as server:
                 yield server.url
         else:

@@ -15,6 +15,10 @@ import pytest
 from lachesis.broker import Broker, EmbeddedRedis
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--chaos-long", action="store_true", help="the long form of the tests that kill processes")
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> tuple[str, dict[str, bool]]:
     return "asyncio", {"use_uvloop": True}

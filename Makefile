@@ -1,0 +1,54 @@
+# The two commands a newcomer needs: `make demo` and `make test`. Both make the environments first if they are missing.
+SHELL := /bin/bash
+export OMP_NUM_THREADS ?= 1
+
+# make demo MODEL=Qwen/Qwen2.5-0.5B-Instruct ENV=gsm8k GPUS=1     train something else
+# make setup TORCH_INDEX=<index URL>                               take torch from another index, e.g. PyTorch's CPU builds
+# make setup PYTHON=/usr/bin/python3.12                            use another interpreter
+MODEL ?=
+ENV ?=
+STEPS ?=
+SEED ?=
+GPUS ?=
+TORCH_INDEX ?=
+PYTHON ?=
+export TORCH_INDEX PYTHON
+
+UP = .venv/bin/lachesis up $(if $(MODEL),--model $(MODEL)) $(if $(ENV),--env $(ENV)) $(if $(STEPS),--steps $(STEPS)) \
+     $(if $(SEED),--seed $(SEED)) $(if $(GPUS),--gpus $(GPUS)) $(ARGS)
+
+.PHONY: help setup demo test test-fast lint bench chaos compose-test clean
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.ready .venv-sglang/.ready ## make the two virtual environments (quick when they exist)
+.venv/.ready: constraints/main.txt
+	@tools/make-venv main
+.venv-sglang/.ready: constraints/sglang.txt
+	@tools/make-venv sglang
+
+demo: setup ## train a tiny model on this machine until it can do arithmetic: a few minutes, no GPU, no download
+	@$(UP)
+
+test: setup ## everything CI runs
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+	@.venv/bin/pytest -m "not compose"
+	@tools/compose-test --if-engine
+
+test-fast: .venv/.ready ## what needs neither SGLang nor the whole loop
+	@.venv/bin/pytest -m "not sglang and not loop and not compose"
+
+lint: .venv/.ready ## ruff and mypy
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+
+bench: setup ## three seeds and a control of the demo: curves, waiting, lag (about 12 minutes)
+	@.venv/bin/python benchmarks/learning.py
+
+chaos: setup ## kill -9 everything, in turn, in the middle of the demo; the audit must stay clean
+	@.venv/bin/pytest -m loop tests/chaos --chaos-long
+
+compose-test: .venv/.ready ## the same loop from built images; needs a Docker engine with Compose
+	@tools/compose-test
+
+clean: ## remove environments and state
+	rm -rf .venv .venv-sglang .lachesis

@@ -1,0 +1,51 @@
+"""`lachesis audit`: the guarantees, checked against what Redis holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+from pydantic import Field
+
+from lachesis.broker.audit import AuditReport, audit
+from lachesis.broker.client import Broker
+from lachesis.broker.settings import RedisSettings
+from lachesis.cli.options import parse
+
+
+class AuditSettings(RedisSettings):
+    """Check that every accepted group is in exactly one committed step, or still queued. Exit code 1 if not."""
+
+    policy: str = Field("main", description="policy whose ledger to check")
+    json_output: bool = Field(False, alias="json", description="print one JSON object")
+
+
+def main(arguments: Sequence[str]) -> int:
+    settings = parse(AuditSettings, "audit", arguments)
+    with settings.redis() as url:
+        report = asyncio.run(_read(url, settings))
+    if settings.json_output:
+        print(msgspec.json.encode({"clean": report.clean, **msgspec.to_builtins(report)}).decode())
+    else:
+        print(render(report))
+    return 0 if report.clean else 1
+
+
+async def _read(url: str, settings: AuditSettings) -> AuditReport:
+    broker = await Broker.connect(url, settings.run)
+    try:
+        return await audit(broker, settings.policy)
+    finally:
+        await broker.aclose()
+
+
+def render(report: AuditReport) -> str:
+    """The report in a few lines."""
+    counts = (
+        f"{report.accepted} groups accepted: {report.trained} in {report.steps} committed steps, "
+        f"{report.open} in open batches, {report.queued} queued"
+    )
+    if report.clean:
+        return f"clean: {counts}; none lost, none trained twice"
+    return "\n".join((f"NOT clean: {counts}", *(f"  - {finding}" for finding in report.findings)))

@@ -1,0 +1,86 @@
+"""`lachesis COMMAND …`: finds the command, reads its settings, turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from lachesis import __version__
+from lachesis.broker.errors import ConfigurationError, LachesisError
+
+USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+
+
+class Command(NamedTuple):
+    summary: str
+    module: str  # has `main(arguments) -> exit code`; imported only when the command is used
+
+
+COMMANDS = {
+    "up": Command("train here: start and supervise every part, show the progress", "lachesis.cli.up"),
+    "status": Command("what a run is doing now", "lachesis.cli.status"),
+    "audit": Command("is every accepted group in exactly one committed step, or still queued?", "lachesis.cli.audit"),
+    "evaluate": Command("held-out accuracy of what the servers serve now", "lachesis.cli.evaluate"),
+    "shim": Command("the Atropos Trajectory API over Redis Streams", "lachesis.cli.roles:shim"),
+    "trainer": Command(
+        "a verl trainer that consumes batches and publishes weight versions", "lachesis.cli.roles:trainer"
+    ),
+    "inference": Command("an SGLang server and the agent that keeps its weights new", "lachesis.cli.roles:inference"),
+    "front-door": Command("the one address of a pool of SGLang servers", "lachesis.cli.roles:front_door"),
+    "env": Command("an environment: makes rollouts and posts them to the shim", "lachesis.cli.roles:env"),
+    "base-model": Command("make the tiny model that the built-in environment starts from", "lachesis.cli.base_model"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        (
+            "usage: lachesis COMMAND [options]",
+            "",
+            "RL post-training on Redis Streams: Atropos environments, verl trainers, SGLang pools.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`lachesis COMMAND --help` lists a command's options. Every option --some-name can also be given as",
+            "LACHESIS_SOME_NAME in the environment or some_name in the TOML file that LACHESIS_CONFIG names.",
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted."""
+    name, *rest = arguments if arguments is not None else sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"lachesis {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"lachesis: no command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return USAGE_ERROR
+    try:
+        return _load(COMMANDS[name].module)(rest)
+    except ConfigurationError as error:
+        print(f"lachesis {name}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except LachesisError as error:
+        print(f"lachesis {name}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _load(target: str) -> Callable[[Sequence[str]], int]:
+    module, _, function = target.partition(":")
+    found: Callable[[Sequence[str]], int] = getattr(import_module(module), function or "main")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The audit must see what is wrong: each guarantee is broken by hand, once."""
+
+from __future__ import annotations
+
+import pytest
+
+from lachesis.broker import Broker
+from lachesis.broker.audit import audit
+from lachesis.broker.codec import to_entry
+from lachesis.broker.records import LedgerEntry, ScoredGroup
+
+pytestmark = pytest.mark.anyio
+
+
+def group(number: int) -> ScoredGroup:
+    return ScoredGroup(tokens=[[1, 2], [1, number]], masks=[[-100, 2], [-100, number]], scores=[0.0, 1.0])
+
+
+def trained(step: int, gids: tuple[str, ...]) -> LedgerEntry:
+    return LedgerEntry(
+        step=step, gids=gids, n=4, tok=8, v_before=step - 1, v_after=step, v_min=step - 1, lag=0, replica="r", reward=0.5,
+        loss=0.0, seconds=1.0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+async def run(broker: Broker) -> Broker:
+    """Five groups: two trained in step 1, two in the open batch of step 2, one queued."""
+    await broker.queue.subscribe("main")
+    for number in range(5):
+        assert await broker.queue.put(f"g{number}", group(number), v_min=0, v_max=0) == "stored"
+    lease = await broker.queue.lease_or_form("main", "r", 4, lapse_s=60)
+    assert lease is not None
+    await broker.queue.commit("main", lease, trained(1, lease.batch.gids))
+    assert await broker.queue.lease_or_form("main", "r", 4, lapse_s=60)
+    return broker
+
+
+async def test_a_sound_run_is_clean(run: Broker) -> None:
+    report = await audit(run)
+    assert report.clean, report.findings
+    assert (report.accepted, report.trained, report.open, report.queued, report.steps) == (5, 2, 2, 1, 1)
+
+
+async def test_it_stays_clean_when_trained_batches_are_freed(run: Broker) -> None:
+    assert await run.queue.retire("main", 1) == 1
+    assert (await audit(run)).clean
+
+
+async def test_a_lost_group_is_found(run: Broker) -> None:
+    await run.redis.delete(run.keys.groups)
+    assert (await audit(run)).findings == ["5 groups were accepted, 4 are accounted for"]
+
+
+async def test_a_lost_blob_is_found(run: Broker) -> None:
+    await run.redis.delete(run.keys.blob("g4"))
+    assert (await audit(run)).findings == ["groups waiting without their data: g4"]
+
+
+async def test_a_group_trained_twice_is_found(run: Broker) -> None:
+    await run.redis.xadd(run.keys.ledger("main"), to_entry(trained(2, ("g0", "g3"))), id="2-0")
+    findings = (await audit(run)).findings
+    assert "groups in more than one place: g0" in findings
+    assert "step 2 was committed with other groups than its batch holds" in findings
+
+
+async def test_a_step_committed_twice_is_found(run: Broker) -> None:
+    await run.redis.xadd(run.keys.ledger("main"), to_entry(trained(1, ("g0", "g1"))), id="1-1")
+    assert "steps committed more than once: 1" in (await audit(run)).findings
+
+
+async def test_a_lost_batch_is_found(run: Broker) -> None:
+    await run.redis.xdel(run.keys.batches, "2-0")
+    findings = (await audit(run)).findings
+    assert "batches formed and neither committed nor kept: 2" in findings
