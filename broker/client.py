@@ -60,18 +60,24 @@ class Broker:
             await self.redis.unlink(*found[start : start + RESET_SLICE])
 
     async def reset(self) -> None:
-        """Forget the run's queue, batches, ledgers and registrations; weights and logs stay."""
-        blobs = [self.keys.blob(entry.gid) for _, entry in await self.queue.queued()]
-        blobs += [self.keys.blob(gid) for batch in await self.queue.batches() for gid in batch.gids]
+        """Forget the run's queue, batches, ledgers and registrations; weights and logs stay.
+
+        What was posted before may be posted again.
+        """
         try:
-            groups = await self.redis.xinfo_groups(self.keys.batches)
+            readers = await self.redis.xinfo_groups(self.keys.batches)
         except ResponseError:  # no batch was ever formed
-            groups = []
-        ledgers = [self.keys.ledger(group["name"].decode()) for group in groups]
-        for start in range(0, len(blobs), RESET_SLICE):
-            await self.scripts.reset(keys=blobs[start : start + RESET_SLICE])
+            readers = []
+        policies = [reader["name"].decode() for reader in readers]
+        gids = {entry.gid for _, entry in await self.queue.queued()}
+        gids.update(gid for batch in await self.queue.batches() for gid in batch.gids)
+        for policy in policies:
+            gids.update([gid async for entry in self.queue.ledger(policy) for gid in entry.gids])
+        groups = [key for gid in gids for key in (self.keys.blob(gid), self.keys.seen(gid))]
+        for start in range(0, len(groups), RESET_SLICE):
+            await self.scripts.reset(keys=groups[start : start + RESET_SLICE])
         named = [self.keys.groups, self.keys.batches, self.keys.state, self.keys.envs, self.keys.trainers]
-        await self.scripts.reset(keys=[*named, *ledgers])
+        await self.scripts.reset(keys=[*named, *map(self.keys.ledger, policies)])
 
 
 class BlockingBroker:

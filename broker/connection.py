@@ -7,6 +7,7 @@ would starve other callers of connections, commands never share a pool with them
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
@@ -50,16 +51,23 @@ async def check_server(url: str) -> None:
     redis = open_redis(url, retry=False, connections=1)
     try:
         info = await redis.info()
-    except AuthenticationError as error:
-        raise RedisUnreachable(f"Redis at {shown} refuses the password: {error}") from None
-    except (ResponseError, RedisError, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except (RedisError, OSError) as error:
+        reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+        # redis-py reports a handshake that the server refused as a lost connection, caused by the refusal
+        if isinstance(error.__cause__ or error, (AuthenticationError, ResponseError)):
+            raise RedisUnreachable(
+                f"Redis at {shown} refuses us ({reason}): check user and password in --redis-url"
+            ) from None
         raise RedisUnreachable(
             f"no Redis answers at {shown} ({reason}). Start one (redis-server --appendonly yes), correct --redis-url, or use --embedded"
         ) from None
     finally:
         await redis.aclose()
+    check_info(info, shown)
 
+
+def check_info(info: Mapping[str, object], shown: str) -> None:
+    """Raise RedisUnsuitable if the server at `shown`, by what INFO says of it, can't keep what it accepts."""
     version = str(info.get("redis_version", "0"))
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         raise RedisUnsuitable(f"Redis at {shown} is version {version}; Lachesis needs 7.0 or newer (or Valkey)")

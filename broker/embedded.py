@@ -88,7 +88,7 @@ class EmbeddedRedis:
         self.socket.unlink(missing_ok=True)
         with open(self.folder / "redis.log", "ab") as log:
             self._process = subprocess.Popen(
-                [self._server or find_server(), "-", *()],
+                [self._server or find_server(), "-"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -97,8 +97,9 @@ class EmbeddedRedis:
                 start_new_session=True,  # Ctrl-C in a terminal must not reach it before those who still write to it
             )
         assert self._process.stdin is not None
-        self._process.stdin.write(self._config().encode())
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it ended already: the wait says so, and where its log is
+            self._process.stdin.write(self._config().encode())
+            self._process.stdin.close()
         self._wait_until_up()
         return self
 

@@ -12,7 +12,7 @@ from redis.commands.core import AsyncScript
 
 from lachesis.broker.connection import Redis
 
-NAMES = ("put", "form", "lease", "commit", "retire", "register_env", "reset")
+NAMES = ("put", "form", "lease", "commit", "retire", "register_env", "note", "reset")
 
 
 class Scripts:
@@ -24,6 +24,7 @@ class Scripts:
     commit: AsyncScript
     retire: AsyncScript
     register_env: AsyncScript
+    note: AsyncScript
     reset: AsyncScript
 
     def __init__(self, redis: Redis) -> None:

@@ -31,7 +31,7 @@ class Parties:
 
     async def start(self) -> None:
         """A trainer has asked for its first batch: environments may begin."""
-        await self._redis.hset(self._keys.trainers, "started", "1")
+        await self._scripts.note(keys=[self._keys.trainers], args=["started", "1"])
 
     async def started(self) -> bool:
         return bool(await self._redis.hexists(self._keys.trainers, "started"))

@@ -201,9 +201,21 @@ class Queue:
         found = await self._redis.xrevrange(self._keys.ledger(policy), count=1)
         return from_entry(LedgerEntry, found[0][1]) if found else None
 
+    async def settled(self, policy: str) -> int:
+        """The newest step such that it and every earlier one is committed by `policy`; 0 if there is none."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.xpending(self._keys.batches, policy)
+            pipe.xinfo_groups(self._keys.batches)
+            pending, readers = await pipe.execute()
+        if pending["pending"]:
+            return int(pending["min"].split(b"-")[0]) - 1
+        return next(
+            int(reader["last-delivered-id"].split(b"-")[0]) for reader in readers if reader["name"] == policy.encode()
+        )
+
     async def retire(self, policy: str, covered: int) -> int:
         """Free batches up to step `covered` once every subscribed policy covers them. Returns how many were freed."""
-        await self._redis.hset(self._keys.state, f"covered:{policy}", str(covered))
+        await self._scripts.note(keys=[self._keys.state], args=[f"covered:{policy}", covered])
         policies = [group["name"].decode() for group in await self._redis.xinfo_groups(self._keys.batches)]
         values = await self._redis.hmget(self._keys.state, [f"covered:{name}" for name in policies])
         limit = min((int(value or 0) for value in values), default=0)

@@ -180,6 +180,7 @@ class ServerStatus(Struct, frozen=True):
     updates: int = 0
     last_update_s: float = 0.0
     last_error: str = ""
+    vocab_size: int = 0  # token ids are below it; 0 before the first model is loaded
 
 
 class QueueStatus(Struct, frozen=True):

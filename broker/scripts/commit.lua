@@ -11,6 +11,11 @@ if ARGV[4] ~= '' and redis.call('GET', KEYS[4]) ~= ARGV[4] then return 'fenced' 
 local pending = redis.call('XPENDING', batches, policy, id, id, 1)
 if #pending == 0 then
   if #redis.call('XRANGE', ledger, id, id) > 0 then return 'already' end
+  for _, late in ipairs(redis.call('XREVRANGE', ledger, '+', id, 'COUNT', 100)) do
+    for field = 1, #late[2], 2 do
+      if late[2][field] == 'step' and late[2][field + 1] == ARGV[3] then return 'already' end
+    end
+  end
   return 'gone'
 end
 if pending[1][2] ~= ARGV[2] then return 'stolen' end

@@ -3,7 +3,8 @@
 -- KEYS  1 batches (stream)  2 state (hash)
 -- ARGV  1 policy (consumer group)  2 consumer  3 milliseconds after which another consumer's lease has lapsed (0: at once)
 -- reply nil | {id, fields, deliveries}
--- Idempotent: a caller that lost the reply gets the same batch again.
+-- Idempotent: a caller that lost the reply gets the same batch again. Reading it again renews the lease and counts as a
+-- delivery.
 local stream, policy, consumer = KEYS[1], ARGV[1], ARGV[2]
 local function lent(id, fields)
   local pending = redis.call('XPENDING', stream, policy, id, id, 1)
@@ -13,7 +14,6 @@ end
 local own = redis.call('XREADGROUP', 'GROUP', policy, consumer, 'COUNT', 1, 'STREAMS', stream, '0')
 if own and #own[1][2] > 0 then
   local id, fields = own[1][2][1][1], own[1][2][1][2]
-  redis.call('XCLAIM', stream, policy, consumer, 0, id)
   return lent(id, fields)
 end
 local lapsed = redis.call('XAUTOCLAIM', stream, policy, consumer, ARGV[3], '0', 'COUNT', 1)

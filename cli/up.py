@@ -1,0 +1,225 @@
+"""`lachesis up`: the whole loop on this machine, every part a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+from rich.console import Console
+
+from lachesis.broker.audit import audit
+from lachesis.broker.client import Broker
+from lachesis.broker.settings import RedisSettings
+from lachesis.cli import parts
+from lachesis.cli.audit import render as render_audit
+from lachesis.cli.options import parse
+from lachesis.cli.ports import listen
+from lachesis.cli.progress import Display, View
+from lachesis.cli.supervisor import Supervisor
+from lachesis.cli.watch import watch
+
+POLICY = "main"
+TINY = "tiny"
+SERVE_PATIENCE_S = 120.0  # how long the pool may take to serve the last version
+
+
+class UpSettings(RedisSettings):
+    """Train on this machine: starts Redis, the shim, SGLang, the trainer and an environment, and keeps them running.
+
+    Ctrl-C drains; running the same command again resumes. Anything after the options is passed to the trainer as a
+    Hydra override, e.g. actor_rollout_ref.actor.optim.lr=1e-6.
+    """
+
+    model: str = Field(TINY, description="model folder or Hugging Face name; 'tiny' makes one here, for arithmetic")
+    env: str = Field(
+        "", description="environment: arithmetic or gsm8k (default: arithmetic for the tiny model, else gsm8k)"
+    )
+    steps: int = Field(0, ge=0, description="optimizer steps in all (0: what the environment's recipe says)")
+    gpus: int = Field(-1, ge=-1, description="GPUs to use; 0 trains on the CPU (-1: all there are)")
+    servers: int = Field(1, ge=1, description="SGLang servers")
+    seed: int = Field(0, ge=0, description="seed of the tiny model, the problems and the trainer")
+    data: str = Field("", description="file of problems for environments that take one")
+    shim_port: int = Field(8000, ge=0, le=65535, description="port of the shim (0: any free one)")
+    front_door_port: int = Field(9000, ge=0, le=65535, description="port of the front door (0: any free one)")
+    sglang_python: str = Field("", description="interpreter of the environment SGLang is installed in (default: found)")
+    fresh: bool = Field(False, description="forget what this run did before and start over")
+    overrides: CliPositionalArg[list[str]] = Field(default_factory=list, description="Hydra overrides for the trainer")
+
+
+def main(arguments: Sequence[str]) -> int:
+    settings = parse(UpSettings, "up", arguments)
+    if not settings.redis_url:
+        settings.embedded = True
+    settings.state_dir = settings.state_dir.absolute()
+    plan = parts.plan(settings)  # refuses what can't work before anything is started
+    with contextlib.ExitStack() as stack:
+        shim = stack.enter_context(listen("127.0.0.1", settings.shim_port, "--shim-port"))
+        door = stack.enter_context(listen("127.0.0.1", settings.front_door_port, "--front-door-port"))
+        url = stack.enter_context(settings.redis())
+        return asyncio.run(Run(settings, plan, url, shim, door).main())
+
+
+class Run:
+    """One run, from the base model to the summary. Components don't know each other: they are wired here."""
+
+    def __init__(
+        self, settings: UpSettings, plan: parts.Plan, url: str, shim: parts.Listener, door: parts.Listener
+    ) -> None:
+        self.settings, self.plan, self.url = settings, plan, url
+        self.home = settings.state_dir / "runs" / settings.run
+        title = f"Lachesis · run {settings.run} · {plan.env} · {plan.model_name} · {plan.device}"
+        self.view = View(title=title, steps=plan.steps)
+        self.display = Display(self.view, console=Console())
+        self.supervisor = Supervisor(self.display.note)
+        self.processes = parts.Processes(settings, plan, url, self.home, shim, door)
+        self.front_door = f"http://127.0.0.1:{door.getsockname()[1]}"
+        self.began = time.monotonic()
+
+    async def main(self) -> int:
+        broker = await Broker.connect(self.url, self.settings.run)
+        try:
+            if self.settings.fresh:
+                await broker.forget()
+                for place in ("runs", "weights", "checkpoints"):
+                    shutil.rmtree(self.settings.state_dir / place / self.settings.run, ignore_errors=True)
+            newest = await broker.queue.newest_committed(POLICY)
+            if newest is not None and newest.step >= self.plan.steps:
+                print(
+                    f"run {self.settings.run!r} has its {self.plan.steps} steps already: --steps N trains on, --fresh starts over"
+                )
+                return 0
+            return await self._train(broker, resumed=newest is not None)
+        finally:
+            await broker.aclose()
+
+    async def _train(self, broker: Broker, *, resumed: bool) -> int:
+        interrupted = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._interrupt, interrupted)
+        with self.display:
+            work = asyncio.create_task(self._work(broker, resumed=resumed))
+            watcher = asyncio.create_task(watch(broker, POLICY, self.view, self.supervisor, self.display.refresh))
+            waiter = asyncio.create_task(interrupted.wait())
+            try:
+                await asyncio.wait({work, waiter, watcher}, return_when=asyncio.FIRST_COMPLETED)
+                if watcher.done():
+                    watcher.result()  # it never ends by itself: raise what ended it
+                if not work.done():
+                    work.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await work
+                    self.display.note("draining: the step in hand is finished and saved (Ctrl-C again to kill)")
+                    await self._drain()
+                else:
+                    work.result()
+            finally:
+                waiter.cancel()
+                await self._stop_all()
+                watcher.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await watcher
+        return await self._conclude(broker, interrupted=interrupted.is_set())
+
+    def _interrupt(self, interrupted: asyncio.Event) -> None:
+        if interrupted.is_set():
+            self.supervisor.kill_all()
+        interrupted.set()
+
+    async def _work(self, broker: Broker, *, resumed: bool) -> None:
+        view, start, processes = self.view, self.supervisor.start, self.processes
+        if self.plan.tiny:
+            view.phase = "making the base model"
+            await self._make_base_model()
+        view.phase = "starting"
+        for index in range(self.settings.servers):
+            start(processes.inference(index))
+        start(processes.front_door())
+        start(processes.trainer())
+        start(processes.env())  # waits for the shim, whose socket is open already
+        if not resumed:
+            await self._wait_served(broker, 0, timeout_s=float("inf"))
+            view.phase = "evaluating before training"
+            await self._evaluate(broker, 0)
+        start(processes.shim())
+        view.phase = "training"
+        await self.supervisor.wait("trainer")
+
+        await self.supervisor.stop("env", grace_s=5.0)
+        view.phase = "evaluating"
+        await self._wait_served(broker, self.plan.steps, timeout_s=SERVE_PATIENCE_S)
+        await self._evaluate(broker, self.plan.steps)
+        view.phase = "done"
+
+    async def _make_base_model(self) -> None:
+        if Path(self.plan.model).is_dir():
+            return
+        self.supervisor.start(self.processes.base_model())
+        await self.supervisor.wait("base-model")
+
+    async def _wait_served(self, broker: Broker, version: int, *, timeout_s: float) -> None:
+        with anyio.fail_after(timeout_s):
+            while True:
+                self.supervisor.check()
+                servers = await broker.parties.servers()
+                if any(server.state == "ready" and server.version >= version for server in servers):
+                    return
+                await asyncio.sleep(0.2)
+
+    async def _evaluate(self, broker: Broker, version: int) -> None:
+        from lachesis.envs.evaluate import evaluate
+
+        result = await anyio.to_thread.run_sync(
+            lambda: evaluate(self.front_door, self.plan.env, self.plan.model, data=self.settings.data or None)
+        )
+        values = {"version": version, "accuracy": result.accuracy, "n": result.n, "seconds": result.seconds}
+        await broker.journal.metric(
+            "eval", values | {f"accuracy/{kind}": value for kind, value in result.per_kind.items()}
+        )
+        self.view.held_out.append((version, result.accuracy))
+        self.display.say(
+            f"held-out accuracy with version {version}: {result.accuracy:.3f} ({result.n} problems, {result.seconds:.1f} s)"
+        )
+
+    async def _drain(self) -> None:
+        self.view.phase = "draining"
+        await self.supervisor.stop("env", grace_s=5.0)
+        await self.supervisor.stop("trainer", grace_s=60.0)
+
+    async def _stop_all(self) -> None:
+        names = list(self.supervisor.parts)
+        await self.supervisor.stop(*(name for name in names if name.startswith(("env", "trainer"))), grace_s=60.0)
+        await self.supervisor.stop(*names, grace_s=20.0)
+
+    async def _conclude(self, broker: Broker, *, interrupted: bool) -> int:
+        newest = await broker.queue.newest_committed(POLICY)
+        report = await audit(broker, POLICY)
+        step = newest.step if newest else 0
+        rewards = [entry.reward async for entry in broker.queue.ledger(POLICY)][-10:]
+        held_out = await self._held_out(broker)
+        print(
+            f"{'interrupted' if interrupted else 'done'}: step {step}/{self.plan.steps} in {time.monotonic() - self.began:.0f} s"
+            + (f", mean reward of the last {len(rewards)} steps {sum(rewards) / len(rewards):.3f}" if rewards else "")
+            + (f", held-out {' -> '.join(held_out)}" if held_out else "")
+            + f"; audit {render_audit(report)}"
+        )
+        if interrupted:
+            print(f"run the same command again to go on from step {step}; {self.home / 'logs'} has the logs")
+            return 130
+        return 0 if report.clean else 1
+
+    async def _held_out(self, broker: Broker) -> list[str]:
+        found, cursor = [], "0-0"
+        while entries := await broker.journal.metrics(cursor):
+            found += [fields["accuracy"] for _, fields in entries if fields["kind"] == "eval"]
+            cursor = entries[-1][0]
+        return found

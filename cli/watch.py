@@ -1,0 +1,47 @@
+"""Keeps the view of a run up to date from the metrics stream, the pools and the supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+from lachesis.broker.client import Broker
+from lachesis.cli.progress import View
+from lachesis.cli.supervisor import Supervisor
+
+SILENT_S = 10.0
+
+
+async def watch(broker: Broker, policy: str, view: View, supervisor: Supervisor, changed: Callable[[], None]) -> None:
+    """Runs until cancelled."""
+    cursor = "0-0"
+    while True:
+        entries = await broker.journal.metrics(cursor)
+        for _, fields in entries:
+            if fields["kind"] == "step":
+                take_step(view, fields)
+        cursor = entries[-1][0] if entries else cursor
+        servers = {server.server: server for server in await broker.parties.servers()}
+        fresh = [server for server in servers.values() if time.time() - server.heartbeat < SILENT_S]
+        view.served = min((server.version for server in fresh), default=-1)
+        view.queue = (await broker.queue.status()).groups
+        states = {name: part.state for name, part in supervisor.parts.items() if name != "base-model"}
+        for name in states:
+            server = servers.get(name)
+            if server in fresh and server is not None and states[name] == "running":
+                states[name] = server.state
+        view.parts = states
+        changed()
+        await asyncio.sleep(0.25)
+
+
+def take_step(view: View, fields: Mapping[str, str]) -> None:
+    """Show one entry of kind "step"."""
+    view.step = int(fields["step"])
+    view.version = int(fields["version"])
+    view.lag = int(fields["lag"])
+    view.reward = float(fields["reward"])
+    view.rewards.append(view.reward)
+    view.tokens_per_s = float(fields["tokens_per_s"])
+    view.wait_share = float(fields["wait_share"])

@@ -1,0 +1,95 @@
+"""GSM8K: word problems whose answer is a number, checked by value. Cobbe et al., 2021 (arXiv:2110.14168)."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from lachesis.broker.errors import ConfigurationError
+from lachesis.envs.task import Problem
+
+DATASET = "openai/gsm8k"
+INSTRUCTION = "Solve the problem step by step. Put the final number into \\boxed{}.\n\n"
+HELD_OUT_SHARE = 10  # of a file: one problem in so many
+
+
+class Gsm8k:
+    """The data set from the Hugging Face hub, or from a file of JSON lines with `question` and `answer`."""
+
+    chat = True
+    max_new_tokens = 512
+
+    def __init__(self, data: str | None) -> None:
+        if data:
+            problems = [_problem(json.loads(line)) for line in _lines(data)]
+            self._train = [problem for problem in problems if not _is_held_out(problem)]
+            self._held_out = [problem for problem in problems if _is_held_out(problem)]
+        else:
+            self._train, self._held_out = _from_hub("train"), _from_hub("test")
+        if not self._train or not self._held_out:
+            raise ConfigurationError(
+                f"data = {data!r}: {len(self._train)} problems to train on, {len(self._held_out)} held out"
+            )
+
+    def training(self, seed: int) -> Iterator[Problem]:
+        """Every problem once, in an order the seed decides, then again in another."""
+        rng = random.Random(seed)
+        while True:
+            yield from rng.sample(self._train, len(self._train))
+
+    def held_out(self) -> Sequence[Problem]:
+        return self._held_out
+
+    def score(self, problem: Problem, text: str) -> float:
+        """1 where the last \\boxed{} (else the last number) equals the answer by value, else 0."""
+        from math_verify import parse, verify
+
+        return float(
+            verify(
+                parse(f"\\boxed{{{problem.answer}}}", parsing_timeout=None),
+                parse(text, parsing_timeout=None),
+                timeout_seconds=None,
+            )
+        )
+
+
+def make_task(data: str | None) -> Gsm8k:
+    return Gsm8k(data)
+
+
+def _lines(data: str) -> list[str]:
+    path = Path(data)
+    if not path.is_file():
+        raise ConfigurationError(f"data = {data!r}: no such file")
+    return [line for line in path.read_text().splitlines() if line.strip()]
+
+
+def _from_hub(split: str) -> list[Problem]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(DATASET, "main", split=split)
+    except Exception as error:  # whatever keeps it from being fetched
+        raise ConfigurationError(
+            f"{DATASET} can't be had from the Hugging Face hub ({type(error).__name__}); give a file of it with --data"
+        ) from error
+    return [_problem(row) for row in rows]
+
+
+def _problem(row: dict[str, Any]) -> Problem:
+    try:
+        question, answer = str(row["question"]), str(row["answer"])
+        number = answer.rsplit("####", 1)[1].strip().replace(",", "")
+    except (KeyError, IndexError):
+        raise ConfigurationError(
+            f"data: {str(row)[:80]!r}: needs `question`, and `answer` ending in '#### <number>'"
+        ) from None
+    return Problem("gsm8k", INSTRUCTION + question, number)
+
+
+def _is_held_out(problem: Problem) -> bool:
+    return int.from_bytes(sha256(problem.prompt.encode()).digest()[:4], "big") % HELD_OUT_SHARE == 0

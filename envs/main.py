@@ -1,0 +1,107 @@
+"""The process of one environment: waits for the shim, then runs Atropos' own rollout loop until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from typing import Any
+
+import httpx
+
+from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.logs import configure_logging
+from lachesis.envs.registry import entry
+from lachesis.envs.settings import EnvSettings
+
+RETRY_S = 0.3
+TO_SHIM_S = 5.0  # one attempt; a listening socket whose server is still starting lets it wait
+
+
+def run(settings: EnvSettings) -> int:
+    """Make rollouts until the run has enough, or until SIGTERM or SIGINT; returns 0."""
+    found = entry(settings.name)
+    if not settings.model:
+        raise ConfigurationError("which tokenizer? Give --model FOLDER, or the name of a model on the Hugging Face hub")
+    log = configure_logging("env")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("WANDB_MODE", "disabled")
+    env_class = found.env_class()  # takes seconds, while the shim may be starting
+    for name in ("atroposlib", "httpx", "openai", "root"):  # atroposlib logs every request at DEBUG
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in list(logging.Logger.manager.loggerDict):
+        if name.startswith("atroposlib"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+    return asyncio.run(_serve(settings, env_class, log))
+
+
+async def _serve(settings: EnvSettings, env_class: Any, log: Any) -> int:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    rollouts = asyncio.create_task(_rollouts(settings, env_class, log))
+    stopped = asyncio.create_task(stopping.wait())
+    await asyncio.wait({rollouts, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if rollouts.done():
+        rollouts.result()
+    log.info("stopped" if stopping.is_set() else "finished")
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    return 0
+
+
+async def _rollouts(settings: EnvSettings, env_class: Any, log: Any) -> None:
+    await _wait_for_shim(settings.shim_url, log)
+    env = make_env(settings, env_class)
+    log.info("making rollouts", env=settings.name, shim=settings.shim_url, front_door=settings.front_door_url)
+    await env.env_manager()
+
+
+async def _wait_for_shim(url: str, log: Any) -> None:
+    told, began = False, time.monotonic()
+    async with httpx.AsyncClient(timeout=TO_SHIM_S) as client:
+        while True:
+            try:
+                (await client.get(f"{url}/")).raise_for_status()
+                return
+            except httpx.HTTPError as error:
+                if not told and time.monotonic() - began > 2.0:
+                    log.info("waiting for the shim", url=url, reason=str(error) or type(error).__name__)
+                    told = True
+                await asyncio.sleep(RETRY_S)
+
+
+def make_env(settings: EnvSettings, env_class: Any) -> Any:
+    """The Atropos environment these settings describe."""
+    from atroposlib.envs.server_handling.server_manager import APIServerConfig
+
+    recipe = entry(settings.name).recipe()
+    workers = settings.max_workers or recipe.max_workers
+    config = env_class.env_config_cls(
+        tokenizer_name=settings.model,
+        group_size=settings.group_size or recipe.group_size,
+        max_token_length=recipe.max_token_len,
+        max_batches_offpolicy=settings.max_batches_offpolicy or recipe.max_batches_offpolicy,
+        max_num_workers=workers,
+        steps_per_eval=settings.steps_per_eval,
+        ensure_scores_are_not_same=False,  # groups all right or all wrong count, else the reward shown would be biased
+        rollout_server_url=settings.shim_url.rstrip("/"),
+        total_steps=-1,  # as many as the trainer says
+        wandb_name=settings.name,
+        use_wandb=False,
+        seed=settings.seed,
+        data=settings.data or None,
+    )
+    # a list, because atroposlib replaces the address of a bare one by ports of its own choice
+    server = APIServerConfig(
+        model_name=settings.model,
+        base_url=f"{settings.front_door_url.rstrip('/')}/v1",
+        api_key="none",
+        server_type="sglang",
+        health_check=False,  # the front door lets requests wait for a server; a probe would only cost generations
+        num_max_requests_at_once=4 * workers,
+        num_requests_for_eval=workers,
+    )
+    return env_class(config, [server])

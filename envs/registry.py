@@ -1,0 +1,47 @@
+"""The environments Lachesis brings along. Adding one is a module with `Env`, `make_task` and `RECIPE`, and a line here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lachesis.broker.errors import ConfigurationError
+from lachesis.envs.task import Recipe, Task
+
+if TYPE_CHECKING:
+    from lachesis.envs.single_turn import SingleTurnEnv
+
+MODULES = {"arithmetic": "lachesis.envs.arithmetic", "gsm8k": "lachesis.envs.gsm8k"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One environment; its heavy parts are imported when asked for."""
+
+    name: str
+
+    def recipe(self) -> Recipe:
+        recipe: Recipe = import_module(f"{MODULES[self.name]}.recipe").RECIPE
+        return recipe
+
+    def task(self, data: str | None = None) -> Task:
+        """The problems; `data` names a file of them, for tasks that take one."""
+        task: Task = import_module(f"{MODULES[self.name]}.tasks").make_task(data)
+        return task
+
+    def env_class(self) -> type[SingleTurnEnv]:
+        """The Atropos environment. Imports atroposlib."""
+        found: Any = import_module(f"{MODULES[self.name]}.env").Env
+        return found  # type: ignore[no-any-return]
+
+
+def names() -> list[str]:
+    return sorted(MODULES)
+
+
+def entry(name: str) -> Entry:
+    """Raises ConfigurationError for a name that is not known."""
+    if name not in MODULES:
+        raise ConfigurationError(f"environment {name!r}: known ones are {', '.join(names())}")
+    return Entry(name)

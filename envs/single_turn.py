@@ -1,0 +1,101 @@
+"""A single-turn task as an Atropos environment: plain atroposlib, which knows nothing of Lachesis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atroposlib.envs.base import BaseEnv, BaseEnvConfig, ScoredDataGroup
+from pydantic import Field
+
+from lachesis.envs.registry import entry
+from lachesis.envs.task import Problem, Task
+
+
+class SingleTurnConfig(BaseEnvConfig):
+    """Atropos' settings, and which problems."""
+
+    seed: int = Field(default=0, description="decides the order of the training problems")
+    data: str | None = Field(default=None, description="file of problems, for tasks that take one")
+    eval_problems: int = Field(default=200, description="held-out problems an evaluation asks, at most")
+
+
+class SingleTurnEnv(BaseEnv):
+    """Asks a problem `group_size` times, grades each answer, and posts tokens, masks, log-probs and scores."""
+
+    name = ""
+    env_config_cls = SingleTurnConfig
+    task: Task
+
+    async def setup(self) -> None:
+        self.task = entry(self.name).task(self.config.data)
+        self._training = self.task.training(self.config.seed)
+        self._posted = 0
+        self._held_out_accuracy: float | None = None
+
+    async def get_next_item(self) -> Problem:
+        return next(self._training)
+
+    async def collect_trajectories(self, item: Problem) -> tuple[ScoredDataGroup, list[Problem]]:
+        problem = Problem(*item)
+        sampling = {
+            "n": self.config.group_size,
+            "max_tokens": self.task.max_new_tokens,
+            "temperature": 1.0,
+            "top_p": 1.0,
+        }
+        async with self.server.managed_server(tokenizer=self.tokenizer) as managed:
+            texts = await self._ask(managed, problem, **sampling)
+            nodes = managed.get_state()["nodes"]
+        group = ScoredDataGroup(
+            tokens=[node.tokens for node in nodes],
+            masks=[node.masked_tokens for node in nodes],
+            inference_logprobs=[node.logprobs for node in nodes],
+            scores=[self.task.score(problem, text) for text in texts],
+        )
+        return group, []
+
+    async def _ask(self, server: Any, problem: Problem, **sampling: Any) -> list[str]:
+        """The texts of `n` answers."""
+        if self.task.chat:
+            messages = [{"role": "user", "content": problem.prompt}]
+            answer = await server.chat_completion(messages=messages, **sampling)
+            return [choice.message.content or "" for choice in answer.choices]
+        answer = await server.completion(prompt=problem.prompt, **sampling)
+        return [choice.text for choice in answer.choices]
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    async def evaluate(self, *_: Any, **__: Any) -> None:
+        """Greedy accuracy on held-out problems, logged the way Atropos logs evaluations."""
+        problems = self.task.held_out()[: self.config.eval_problems]
+        scores = []
+        for problem in problems:
+            texts = await self._ask(
+                self.server, problem, n=1, max_tokens=self.task.max_new_tokens, temperature=0.0, split="eval"
+            )
+            scores.append(self.task.score(problem, texts[0]))
+        self._held_out_accuracy = sum(scores) / len(scores)
+        await self.evaluate_log({"eval/accuracy": self._held_out_accuracy})
+
+    async def wandb_log(self, wandb_metrics: dict[str, Any] | None = None) -> None:
+        metrics = dict(wandb_metrics or {})
+        if self._held_out_accuracy is not None:
+            metrics["eval/accuracy"] = self._held_out_accuracy
+            self._held_out_accuracy = None
+        await super().wandb_log(metrics)
+
+    # -- pacing ---------------------------------------------------------------------------------------------------
+
+    async def get_status(self) -> None:
+        """Count what was posted while the status was on its way as queued.
+
+        atroposlib takes a group whose post ended in that moment for neither queued nor in work, starts another, and so
+        makes more than a batch: the surplus would be trained a step late.
+        """
+        before = self._posted
+        await super().get_status()
+        self.status_dict["queue_size"] += self._posted - before
+
+    async def handle_send_to_api(self, *args: Any, **kwargs: Any) -> None:
+        await super().handle_send_to_api(*args, **kwargs)
+        self._posted += 1

@@ -1,0 +1,30 @@
+"""Ports to listen on, and what to tell a user whose choice can't be had."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from lachesis.broker.errors import ConfigurationError
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A TCP socket bound to host:port (0: any free one). Raises ConfigurationError where that can't be."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigurationError(
+                f"port = {port}: another program listens on {host}:{port}; stop it, or give another --port (0 takes a free one)"
+            ) from None
+        raise ConfigurationError(f"host = {host!r}, port = {port}: can't listen there: {error.strerror}") from None
+    return bound
+
+
+def find_free(host: str) -> int:
+    """A port that nothing listens on at this moment."""
+    with bind(host, 0) as probe:
+        return int(probe.getsockname()[1])

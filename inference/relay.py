@@ -1,0 +1,218 @@
+"""One request's way to a server that answers it: pick, send, judge, and if need be try again elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypeVar
+from uuid import uuid4
+
+import aiohttp
+import anyio
+import msgspec
+from msgspec import Struct
+
+from lachesis.inference.generate import (
+    Generated,
+    check_request,
+    fault_of_completion,
+    fault_of_generated,
+    is_single,
+    read_generated,
+)
+from lachesis.inference.pool import Pool, Server
+
+CONNECT_S = 5.0
+KEEPALIVE_S = 2.0  # below the 5 s after which SGLang closes an idle connection
+ABORT_RETRY_S = 0.2
+LOST_TIMES = 3  # servers lost under one request, after which it is taken for the cause
+NULL_TIMES = 3  # answers with null log-probs, after which the weights are taken for broken
+
+T = TypeVar("T")
+
+
+class Unanswered(Exception):
+    """No server could answer within reason; `status` and the message are for the client."""
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+class StreamBroken(Exception):
+    """A stream ended early after its first piece had been passed on; it can't be repeated."""
+
+
+class Answer(Struct):
+    """A server's complete answer; `generated` where it is a 200 of /generate."""
+
+    status: int
+    media_type: str
+    content: bytes
+    generated: list[Generated] | None = None
+
+
+class Sink(Protocol):
+    """Where a stream goes."""
+
+    async def start(self, status: int, media_type: str) -> None: ...
+
+    async def write(self, piece: bytes) -> None: ...
+
+
+class _Failed(Exception):
+    """This attempt failed; another may not."""
+
+
+class _Lost(_Failed):
+    """The server can't be reached, or was lost; `running` if it had the request by then."""
+
+    def __init__(self, message: str, *, running: bool) -> None:
+        self.running = running
+        super().__init__(message)
+
+
+class Relay:
+    """Sends requests to the pool's servers. `refresh` is called when a call failed: the pool may have changed."""
+
+    def __init__(self, pool: Pool, patience_s: float, refresh: Callable[[], None]) -> None:
+        self._pool, self._patience_s, self._refresh = pool, patience_s, refresh
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+        )
+        self.waiting = 0  # requests without a server
+        self.closing = False  # the front door stops: nobody waits for a server any more
+
+    async def aclose(self) -> None:
+        await self._session.close()
+
+    async def answer(self, path: str, body: dict[str, Any]) -> Answer:
+        """A complete answer, never an aborted one. Raises BadRequest or Unanswered."""
+        nulls = 0
+
+        async def attempt(server: Server) -> Answer:
+            nonlocal nulls
+            async with self._call(server, path, body) as response:
+                answer = Answer(response.status, response.content_type, await response.read())
+            if answer.status != 200:
+                return answer
+            fault = _judge(answer, path, body)
+            if fault == "aborted":
+                await anyio.sleep(ABORT_RETRY_S)
+                raise _Failed(f"{server.name} aborted the request")
+            if fault == "null":
+                nulls += 1
+                message = f"{server.name} answers with null log-probs: its weights are broken"
+                if nulls >= NULL_TIMES:
+                    raise Unanswered(502, message)
+                raise _Failed(message)
+            return answer
+
+        return await self._try(attempt, body)
+
+    async def stream(self, path: str, body: dict[str, Any], sink: Sink) -> Answer | None:
+        """Pass a stream on; an answer that is none, an error, is returned as a whole instead.
+
+        Until its first piece a stream is tried again like any request. Raises StreamBroken when it ends early after
+        that, besides BadRequest and Unanswered.
+        """
+
+        async def attempt(server: Server) -> Answer | None:
+            started = False
+            try:
+                async with self._call(server, path, body) as response:
+                    if response.status != 200:
+                        return Answer(response.status, response.content_type, await response.read())
+                    async for piece in response.content.iter_any():
+                        if not started:
+                            started = True
+                            await sink.start(response.status, response.content_type)
+                        await sink.write(piece)
+            except _Lost as lost:
+                if started:
+                    self._give_up_on(server)
+                    raise StreamBroken(str(lost)) from None
+                raise
+            return None
+
+        return await self._try(attempt, body)
+
+    async def _try(self, attempt: Callable[[Server], Awaitable[T]], body: dict[str, Any]) -> T:
+        """Make attempts on servers that take requests until one succeeds or patience ends."""
+        deadline = anyio.current_time() + self._patience_s
+        losses, last = 0, ""
+        while True:
+            server = await self._next_server(deadline, last)
+            if server.status.vocab_size:
+                check_request(body, server.status.vocab_size)
+            try:
+                return await attempt(server)
+            except _Lost as lost:
+                self._give_up_on(server)
+                losses += lost.running
+                last = str(lost)
+                if losses >= LOST_TIMES:
+                    raise Unanswered(
+                        502, f"{LOST_TIMES} servers were lost while they ran this request: {last}"
+                    ) from None
+            except _Failed as failed:
+                last = str(failed)
+
+    def _give_up_on(self, server: Server) -> None:
+        self._pool.failed(server)
+        self._refresh()
+
+    async def _next_server(self, deadline: float, last: str) -> Server:
+        """The next server that takes requests, waiting for one. Raises Unanswered at the deadline."""
+        self.waiting += 1
+        try:
+            while True:
+                if anyio.current_time() >= deadline:
+                    why = f"; last: {last}" if last else ""
+                    raise Unanswered(503, f"no server could answer within {self._patience_s:g} s{why}")
+                if (server := self._pool.pick()) is not None:
+                    return server
+                self._refresh()
+                if self.closing:
+                    raise Unanswered(503, "this front door stops and no server is ready: send the request again")
+                with anyio.move_on_after(deadline - anyio.current_time()):
+                    await self._pool.wait_for_change()
+        finally:
+            self.waiting -= 1
+
+    @asynccontextmanager
+    async def _call(self, server: Server, path: str, body: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The server's response while it comes in. Raises _Lost if the server is lost, or refuses with a 503."""
+        sent = {key: value for key, value in body.items() if key != "rid"}
+        if is_single(body):
+            sent["rid"] = uuid4().hex  # never the client's: SGLang refuses a live one, and aborts by prefix
+        content, headers = msgspec.json.encode(sent), {"content-type": "application/json"}
+        scope = anyio.CancelScope()
+        server.calls.add(scope)
+        try:
+            with scope:
+                async with self._session.post(server.url + path, data=content, headers=headers) as response:
+                    if response.status == 503:
+                        raise _Lost(f"{server.name} takes no requests", running=False)
+                    yield response
+        except (aiohttp.ClientError, OSError) as error:
+            running = not isinstance(
+                error, aiohttp.ClientConnectorError | TimeoutError
+            )  # the only timeout is to connect
+            raise _Lost(f"{server.name} was lost: {error or type(error).__name__}", running=running) from None
+        finally:
+            server.calls.discard(scope)
+        if scope.cancelled_caught:
+            raise _Lost(f"{server.name} has been silent for too long", running=True)
+
+
+def _judge(answer: Answer, path: str, body: dict[str, Any]) -> str | None:
+    """What is wrong with a 200, if anything; keeps the generations of /generate."""
+    try:
+        if path != "/generate":
+            return fault_of_completion(answer.content, body)
+        answer.generated = read_generated(answer.content)
+        return fault_of_generated(answer.generated)
+    except msgspec.DecodeError as error:
+        raise Unanswered(502, f"the server sent an answer that is not SGLang's: {error}") from None

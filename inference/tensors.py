@@ -1,0 +1,89 @@
+"""Reading safetensors files with numpy alone: what a file holds, and whether its values are finite.
+
+Format: 8 bytes with the header's length, the header as JSON, then the tensors' bytes without gaps
+(https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from lachesis.broker.errors import WeightsRefused
+
+MAX_HEADER = 100 << 20  # bytes; the format's own limit
+CHUNK = 1 << 24  # elements looked at in one go, so that a large tensor needs little memory
+
+# A value is not finite if all bits of its exponent are set; F8_E4M3 has no infinity, only this one NaN.
+_EXPONENTS: dict[str, tuple[type[np.unsignedinteger], int]] = {
+    "F64": (np.uint64, 0x7FF0 << 48),
+    "F32": (np.uint32, 0x7F80_0000),
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+    "F8_E5M2": (np.uint8, 0x7C),
+    "F8_E4M3": (np.uint8, 0x7F),
+}
+
+
+class StoredTensor(Struct, frozen=True):
+    """One tensor as a file's header describes it; offsets are bytes after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+Tensors: TypeAlias = dict[str, StoredTensor]
+_header = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def read_header(path: Path) -> tuple[Tensors, int]:
+    """What the file holds, by name, and where its data begin. Raises WeightsRefused if it is torn or malformed."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise WeightsRefused(f"{path.name}: {size} bytes are too few for its header: the file is torn")
+        raw = file.read(length)
+    try:
+        tensors = {
+            name: msgspec.json.decode(entry, type=StoredTensor)
+            for name, entry in _header.decode(raw).items()
+            if name != "__metadata__"
+        }
+    except msgspec.DecodeError as error:
+        raise WeightsRefused(f"{path.name}: its header is not one of a safetensors file: {error}") from None
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
+        begin, stop = tensor.data_offsets
+        if begin != end or stop < begin:
+            raise WeightsRefused(f"{path.name}: tensor {name} lies at bytes {begin} to {stop}, expected from {end}")
+        end = stop
+    if 8 + length + end != size:
+        raise WeightsRefused(f"{path.name}: {size} bytes, but its header describes {8 + length + end}")
+    return tensors, 8 + length
+
+
+def first_not_finite(path: Path) -> str | None:
+    """Name of the first tensor with a NaN or an infinity. Integers and formats without either pass."""
+    tensors, start = read_header(path)
+    for name, tensor in tensors.items():
+        count = math.prod(tensor.shape)
+        if tensor.dtype not in _EXPONENTS or count == 0:
+            continue
+        kind, exponent = _EXPONENTS[tensor.dtype]
+        begin, stop = tensor.data_offsets
+        if count * np.dtype(kind).itemsize != stop - begin:
+            raise WeightsRefused(f"{path.name}: tensor {name} of shape {tensor.shape} has {stop - begin} bytes")
+        mask = kind(exponent)
+        for at in range(0, count, CHUNK):
+            offset = start + begin + at * np.dtype(kind).itemsize
+            bits = np.fromfile(path, dtype=kind, count=min(CHUNK, count - at), offset=offset)
+            if np.any((bits & mask) == mask):
+                return name
+    return None

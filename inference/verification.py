@@ -1,0 +1,118 @@
+"""Is a published version what its event says, and can the running server load it?
+
+SGLang dies of a torn file or a wrong shape, and takes missing tensors and NaNs without a word; so all of that is
+checked before it sees the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+
+from lachesis.broker.errors import WeightsRefused
+from lachesis.broker.records import Manifest, TensorInfo, WeightsEntry
+from lachesis.inference.model_folder import ModelFolder
+from lachesis.inference.tensors import first_not_finite, read_header
+
+MANIFEST = "manifest.json"
+_TIED = "lm_head.weight"
+
+
+class VersionGone(LookupError):
+    """The version's folder is not there: collected since its event, or not visible here (yet)."""
+
+
+def folder_of(entry: WeightsEntry) -> Path:
+    """Where the version lies; raises WeightsRefused for a URI that is neither a path nor a file URL."""
+    parts = urlsplit(entry.uri)
+    if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
+        raise WeightsRefused(f"version {entry.version}: {entry.uri!r} is neither a path nor a file:// URL")
+    return Path(unquote(parts.path) if parts.scheme else entry.uri)
+
+
+def verify(entry: WeightsEntry, like: ModelFolder | None) -> Path:
+    """The version's folder, once its manifest, its files and their tensors have been found in order.
+
+    Args:
+        like: the model the version has to fit: same tensors, same shapes. None: nothing to compare with yet.
+
+    Raises WeightsRefused with the reason, or VersionGone if there is no such folder.
+    """
+    folder = folder_of(entry)
+    try:
+        _verify(folder, entry, like)
+    except FileNotFoundError as error:
+        if not folder.is_dir():
+            raise VersionGone(f"version {entry.version}: {folder} does not exist") from None
+        raise _refused(entry, f"{Path(str(error.filename)).name} is missing") from None
+    except WeightsRefused as error:
+        raise _refused(entry, str(error)) from None
+    return folder
+
+
+def _refused(entry: WeightsEntry, reason: str) -> WeightsRefused:
+    return WeightsRefused(f"version {entry.version} refused: {reason}")
+
+
+def _verify(folder: Path, entry: WeightsEntry, like: ModelFolder | None) -> None:
+    raw = (folder / MANIFEST).read_bytes()
+    if hashlib.sha256(raw).hexdigest() != entry.manifest_sha256:
+        raise WeightsRefused(f"{MANIFEST} is not the one that was published: its SHA-256 differs from the event's")
+    try:
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise WeightsRefused(f"{MANIFEST} can't be read: {error}") from None
+    if manifest.version != entry.version:
+        raise WeightsRefused(f"{MANIFEST} belongs to version {manifest.version}")
+
+    for name, info in manifest.files.items():
+        if Path(name).name != name:
+            raise WeightsRefused(f"{MANIFEST} names {name!r}, which is not a file's plain name")
+        size = (folder / name).stat().st_size
+        if size != info.bytes:
+            raise WeightsRefused(f"{name} has {size} bytes, the manifest says {info.bytes}")
+    weights = {path.name for path in folder.glob("*.safetensors")}
+    if stray := sorted(weights - manifest.files.keys()):  # SGLang would load them too
+        raise WeightsRefused(f"{stray[0]} is not in the manifest")
+
+    found = {
+        tensor: TensorInfo(file=name, shape=stored.shape, dtype=stored.dtype)
+        for name in sorted(weights)
+        for tensor, stored in read_header(folder / name)[0].items()
+    }
+    _compare(found, manifest.tensors, "the manifest")
+    if like is not None:
+        _compare_shapes({name: info.shape for name, info in found.items()}, like)
+
+    for name, info in manifest.files.items():
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
+                raise WeightsRefused(f"the SHA-256 of {name} differs from the manifest's")
+    for name in sorted(weights):
+        if (tensor := first_not_finite(folder / name)) is not None:
+            raise WeightsRefused(f"{tensor} in {name} holds values that are not finite")
+
+
+def _compare(found: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo], source: str) -> None:
+    if missing := sorted(expected.keys() - found.keys()):
+        raise WeightsRefused(f"{missing[0]} is missing from the files, {source} lists it ({len(missing)} such tensors)")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise WeightsRefused(f"{extra[0]} is in the files, {source} does not list it ({len(extra)} such tensors)")
+    for name, info in found.items():
+        if info != expected[name]:
+            raise WeightsRefused(f"{name} is {info}, {source} says {expected[name]}")
+
+
+def _compare_shapes(found: Mapping[str, tuple[int, ...]], like: ModelFolder) -> None:
+    ignored = {_TIED} if like.tied else set()
+    if missing := sorted(like.shapes.keys() - found.keys() - ignored):
+        raise WeightsRefused(f"{missing[0]} is missing, the served model has it ({len(missing)} such tensors)")
+    if extra := sorted(found.keys() - like.shapes.keys() - ignored):
+        raise WeightsRefused(f"{extra[0]} is unknown to the served model ({len(extra)} such tensors)")
+    for name, shape in found.items():
+        if name in like.shapes and shape != like.shapes[name]:
+            raise WeightsRefused(f"{name} has shape {shape}, the served model's has {like.shapes[name]}")

@@ -1,0 +1,191 @@
+"""Request bodies: bounded reading, gzip, and JSON into records.
+
+msgspec decodes what is strictly of the right types, which is nearly everything. The rest (a number sent as a string,
+1.0 for an integer, a NaN literal, a mistake) goes through pydantic, whose lax rules and error entries are those that
+clients of the Atropos API know.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from functools import cache
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin
+
+import anyio.to_thread
+import msgspec
+from msgspec import Struct
+from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from lachesis.broker.records import ScoredGroup
+from lachesis.shim.errors import SHOWN_ERRORS, InvalidGzip, Location, Malformed, detail
+
+INLINE_BYTES = 256 << 10  # compressed bodies above this are inflated in a thread
+
+T = TypeVar("T", bound=Struct)
+
+
+class Lax(NamedTuple):
+    """Where the lax path was taken, numbers may be NaN or infinite."""
+
+    groups: list[ScoredGroup]
+    lax: bool
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The decompressed body. Raises InvalidGzip, and HTTPException 413 where it has more than `limit` bytes."""
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise _too_large(limit)
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        chunks.append(chunk)
+    body = b"".join(chunks)
+    if "gzip" not in request.headers.get("content-encoding", "").lower():
+        return body
+    if len(body) > INLINE_BYTES:
+        return await anyio.to_thread.run_sync(inflate, body, limit)
+    return inflate(body, limit)
+
+
+def inflate(body: bytes, limit: int) -> bytes:
+    """Decompress gzip (several members, zero padding) to at most `limit` bytes; the same errors as `read_body`."""
+    parts, size = [], 0
+    while body := body.lstrip(b"\0"):
+        member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        try:
+            parts.append(member.decompress(body, limit - size + 1))
+        except zlib.error:
+            raise InvalidGzip from None
+        size += len(parts[-1])
+        if size > limit:
+            raise _too_large(limit)
+        if not member.eof:
+            raise InvalidGzip  # it ends too early
+        body = member.unused_data
+    return b"".join(parts)
+
+
+def decode(kind: type[T], body: bytes) -> T:
+    """The record in a JSON body. Raises Malformed."""
+    try:
+        found: T = _decoder(kind).decode(body)
+        return found
+    except (msgspec.DecodeError, RecursionError):
+        record = _structs(kind, _validate(kind, _loads(body)))
+        _check_finite(record)
+        return record
+
+
+def decode_group(body: bytes) -> Lax:
+    """One scored group. Raises Malformed; what can't be trained is for others to find."""
+    try:
+        found = Lax([_decoder(ScoredGroup).decode(body)], lax=False)
+    except (msgspec.DecodeError, RecursionError):
+        found = Lax([_structs(ScoredGroup, _validate(ScoredGroup, _loads(body)))], lax=True)
+    _check_messages(found.groups[0])
+    return found
+
+
+def decode_groups(body: bytes) -> Lax:
+    """A list of scored groups. Raises Malformed if one of them is."""
+    try:
+        found = Lax(_decoder(list[ScoredGroup]).decode(body), lax=False)
+    except (msgspec.DecodeError, RecursionError):
+        models = _validate(list[ScoredGroup], _loads(body))
+        found = Lax([_structs(ScoredGroup, model) for model in models], lax=True)
+    for index, group in enumerate(found.groups):
+        _check_messages(group, (index,))
+    return found
+
+
+def _too_large(limit: int) -> HTTPException:
+    return HTTPException(413, f"the body is larger than {limit} bytes (max_body_bytes)")
+
+
+@cache
+def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
+
+
+@cache
+def _model(kind: type[Struct]) -> type[BaseModel]:
+    fields: dict[str, Any] = {
+        field.name: (field.type, ... if field.default is msgspec.NODEFAULT else field.default)
+        for field in msgspec.structs.fields(kind)
+    }
+    return create_model(kind.__name__, **fields)
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    if get_origin(kind) is list:
+        of: Any = _model(get_args(kind)[0])
+        return TypeAdapter(list[of])
+    return TypeAdapter(_model(kind))
+
+
+def _structs(kind: type[T], model: BaseModel) -> T:
+    return kind(**{name: getattr(model, name) for name in kind.__struct_fields__})
+
+
+def _loads(body: bytes) -> Any:
+    if not body:
+        raise Malformed([detail("missing", (), None, "Field required")])
+    try:
+        return json.loads(body)
+    except json.JSONDecodeError as error:
+        place, reason = error.pos, error.msg
+    except UnicodeDecodeError as error:
+        place, reason = error.start, "not UTF-8"
+    except RecursionError:
+        place, reason = 0, "nested too deeply"
+    except ValueError as error:  # an integer of thousands of digits
+        place, reason = 0, str(error)
+    entry = detail(
+        "json_invalid", (), body[place : place + 20].decode(errors="replace"), f"JSON decode error: {reason}"
+    )
+    raise Malformed([{**entry, "loc": ["body", place], "input": {}, "ctx": {"error": reason}}])
+
+
+def _validate(kind: Any, value: Any) -> Any:
+    try:
+        return _adapter(kind).validate_python(value, from_attributes=True)
+    except ValidationError as error:
+        entries = error.errors(include_url=False, include_context=False)[:SHOWN_ERRORS]
+        raise Malformed(
+            [detail(entry["type"], entry["loc"], entry["input"], entry["msg"]) for entry in entries]
+        ) from None
+
+
+def _check_finite(record: Struct) -> None:
+    if found := non_finite(msgspec.to_builtins(record)):
+        raise Malformed([detail("finite_number", *found, "must be finite")])
+
+
+def non_finite(value: object, location: Location = ()) -> tuple[Location, float] | None:
+    """Where in a JSON value the first NaN or infinity is, and which."""
+    if isinstance(value, float):
+        return None if value - value == 0 else (location, value)
+    if isinstance(value, dict):
+        items: Any = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return None
+    for key, item in items:
+        if found := non_finite(item, (*location, key)):
+            return found
+    return None
+
+
+def _check_messages(group: ScoredGroup, prefix: Location = ()) -> None:
+    for row, messages in enumerate(group.messages or ()):
+        for column, message in enumerate(messages):
+            if "role" not in message or "content" not in message:
+                rule = "Message must have 'role' and 'content' fields"
+                raise Malformed([detail("value_error", [*prefix, "messages", row, column], message, rule)])

@@ -1,0 +1,75 @@
+"""Has a response really reached its reader? ASGI does not say; the connection does, and this lets the app ask.
+
+A peer that goes away with unread data in its socket resets the connection; one that read everything closes it in
+order. So a reset after the last byte was written still tells that the response was not read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import cast
+
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+ON_CUT = "lachesis.on_cut"
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, plus the ASGI extension `lachesis.on_cut`: a list of functions to call if the response is cut off."""
+
+    _on_cut: list[Callable[[], None]]
+    _cut = False
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._on_cut = []  # the next request on a connection says that the response before it was read
+        self.scope["extensions"] = {ON_CUT: cast(dict[object, object], {"calls": self._on_cut})}
+
+    def eof_received(self) -> None:
+        self._cut = self.transport.get_write_buffer_size() > 0
+        super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        cut = self._cut or exc is not None
+        super().connection_lost(exc)
+        if cut:
+            for call in getattr(self, "_on_cut", ()):
+                call()
+
+
+def on_cut(scope: Scope, call: Callable[[], None]) -> None:
+    """Have `call` called if the peer is found to have gone away without reading the whole response."""
+    if (extension := scope.get("extensions", {}).get(ON_CUT)) is not None:
+        extension["calls"].append(call)
+
+
+class Peer:
+    """The other end of one request: `async with Peer(receive, send) as peer`, then send through it."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self.gone = False
+        self._receive, self._send = receive, send
+
+    async def start(self, headers: list[tuple[bytes, bytes]]) -> None:
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def write(self, body: bytes, *, more: bool) -> bool:
+        """Hand over part of the body. False if the peer has gone away."""
+        if not self.gone:
+            await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        return not self.gone
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+
+    async def __aenter__(self) -> Peer:
+        self._watcher = asyncio.create_task(self._watch())
+        await asyncio.sleep(0)  # a peer that left before we were ready is noticed here
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._watcher.cancel()

@@ -1,0 +1,119 @@
+"""What a client reads when something is wrong: always JSON with the one key `detail`, as FastAPI answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from lachesis.broker.errors import ConfigurationError, Conflict, InvalidGroup
+
+SHOWN = 1000  # characters of a wrong value that are repeated to its sender
+SHOWN_IN_TEXT = 100
+SHOWN_ERRORS = 20
+
+Location = Sequence[str | int]
+
+
+class Malformed(Exception):
+    """A body that does not have the shape its route asks for; `details` as in FastAPI's answer."""
+
+    def __init__(self, details: list[dict[str, Any]]) -> None:
+        self.details = details
+        super().__init__("; ".join(detail["msg"] for detail in details))
+
+
+class InvalidGzip(Exception):
+    """A body that says it is gzip, and is not or is cut short."""
+
+
+def detail(kind: str, location: Location, value: object, rule: str, **more: Any) -> dict[str, Any]:
+    """One entry of a 422 answer; its `msg` names field, value and rule. `location` is relative to the body."""
+    text = repr(value)
+    text = text if len(text) <= SHOWN_IN_TEXT else f"{text[:SHOWN_IN_TEXT]}…"
+    found = "" if kind == "missing" else f" = {text}"
+    return {
+        "type": kind,
+        "loc": ["body", *location],
+        "msg": f"{path(location)}{found}: {rule}",
+        "input": shown(value),
+        **more,
+    }
+
+
+def refusal(error: InvalidGroup, prefix: Location = ()) -> dict[str, Any]:
+    """The entry for a group that can't be trained; `prefix` is its place in a list of groups."""
+    words: list[str | int] = [int(word) if word.isdigit() else word for word in re.findall(r"\w+", error.field)]
+    return detail("value_error", [*prefix, *words], error.value, error.rule)
+
+
+def path(location: Location) -> str:
+    """`("scores", 1)` as `scores[1]`."""
+    text = "".join(f"[{word}]" if isinstance(word, int) else f".{word}" for word in location)
+    return text.removeprefix(".") or "body"
+
+
+def shown(value: object) -> Any:
+    """The value if it can stand in an answer, else its beginning as text."""
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except (ValueError, TypeError, RecursionError):
+        text = repr(value)
+        return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    return value if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+async def http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"detail": error.detail}, error.status_code, headers=error.headers)
+
+
+async def malformed(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Malformed)
+    return JSONResponse({"detail": error.details}, 422)
+
+
+async def invalid_group(_: Request, error: Exception) -> Response:
+    assert isinstance(error, InvalidGroup)
+    return JSONResponse({"detail": [refusal(error)]}, 422)
+
+
+async def invalid_gzip(_: Request, __: Exception) -> Response:
+    return PlainTextResponse("Invalid gzip payload", 400)
+
+
+async def conflict(_: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": str(error)}, 409)
+
+
+async def bad_request(_: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": str(error)}, 400)
+
+
+async def no_redis(_: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": f"Redis does not answer: {error}"}, 503, headers={"Retry-After": "1"})
+
+
+async def client_gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=400)  # for the log of a proxy: nobody else reads it
+
+
+HANDLERS: dict[Any, Any] = {
+    HTTPException: http_error,
+    Malformed: malformed,
+    InvalidGzip: invalid_gzip,
+    InvalidGroup: invalid_group,
+    Conflict: conflict,
+    ConfigurationError: bad_request,
+    RedisConnectionError: no_redis,
+    RedisTimeoutError: no_redis,
+    ClientDisconnect: client_gone,
+}

@@ -1,0 +1,85 @@
+"""The process: a listening socket, uvicorn, and an end without lost requests."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+import uvloop
+
+from lachesis.broker import Broker, ConfigurationError
+from lachesis.broker.connection import hide_password
+from lachesis.broker.keys import check_name
+from lachesis.broker.logs import configure_logging
+from lachesis.shim.app import build_app
+from lachesis.shim.connection import Protocol
+from lachesis.shim.settings import ShimSettings
+
+DRAIN_S = 20
+
+
+def run(settings: ShimSettings) -> int:
+    """Serve until SIGTERM or SIGINT; then finish the requests under way, for up to 20 s. Returns the exit code."""
+    check_name("policy", settings.policy)
+    listener = listen(settings)
+    with settings.redis() as url, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(settings, url, listener))
+    return 0
+
+
+async def serve(settings: ShimSettings, redis_url: str, listener: socket.socket) -> None:
+    log = configure_logging("shim")
+    broker = await Broker.connect(redis_url, settings.run)
+    app = build_app(broker, settings, draining=lambda: server.should_exit)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=DRAIN_S,
+            backlog=1024,
+        )
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what it caught once more after it has drained
+        signal.signal(number, _ignore)
+    log.info("listening", url=_url(listener), run=settings.run, redis=hide_password(redis_url))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        await broker.aclose()
+    log.info("stopped")
+
+
+def listen(settings: ShimSettings) -> socket.socket:
+    """The socket to serve on: the inherited one, or a new one. Raises ConfigurationError where there can be none."""
+    if settings.fd is not None:
+        try:
+            return socket.socket(fileno=settings.fd)
+        except OSError as error:
+            raise ConfigurationError(f"fd = {settings.fd}: not an open socket ({error.strerror})") from None
+    try:
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        at = f"host = {settings.host!r}, port = {settings.port}"
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigurationError(f"{at}: another program listens there; stop it, or give another --port") from None
+        raise ConfigurationError(f"{at}: can't listen there ({error.strerror})") from None
+
+
+def _url(listener: socket.socket) -> str:
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _ignore(_: int, __: FrameType | None) -> None:
+    pass

@@ -1,0 +1,104 @@
+"""Registrations, of the trainer and of environments, and what they are told about the run."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import msgspec
+from msgspec import structs
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from lachesis.broker import Broker, Conflict
+from lachesis.broker.records import EnvConfig, TrainerConfig
+from lachesis.shim.bodies import decode, read_body
+from lachesis.shim.status import EnvIdentifier, current_step
+from lachesis.shim.trainers import HttpTrainers, consumer_of
+
+
+class PartyRoutes:
+    """`/register`, `/register-env`, `/disconnect-env`, `/info`, `/wandb_info`, `/reset_data`."""
+
+    def __init__(self, broker: Broker, trainers: HttpTrainers, max_body_bytes: int) -> None:
+        self._broker, self._trainers, self._max_body_bytes = broker, trainers, max_body_bytes
+
+    async def register(self, request: Request) -> Response:
+        config = decode(TrainerConfig, await read_body(request, self._max_body_bytes))
+        consumer = consumer_of(request)
+        await self._adopt(config)
+        await self._trainers.saw(consumer)
+        await self._broker.journal.control("register", consumer, msgspec.json.encode(config).decode())
+        return JSONResponse({"uuid": uuid.uuid4().int})
+
+    async def _adopt(self, config: TrainerConfig) -> None:
+        """Make this the run's registration, unless an active trainer has registered other settings."""
+        keys = self._broker.keys
+
+        async def replace(pipe: Any) -> None:
+            earlier = await self._broker.parties.trainer_config()
+            if earlier == config:
+                return
+            if earlier and (differing := _differing(earlier, config)) and (who := await self._trainers.active()):
+                raise Conflict(
+                    f"this run is registered with {differing}, and {who}: register the same settings, use another run, "
+                    "or stop that trainer and try again in a minute (GET /reset_data forgets it, and all queued groups)"
+                )
+            status = await self._broker.queue.status()
+            offset = max(0, config.starting_step - status.delivered)
+            pipe.multi()
+            pipe.hset(keys.trainers, mapping={"config": msgspec.json.encode(config), "step_offset": offset})
+
+        await self._broker.redis.transaction(replace, keys.trainers)
+
+    async def register_env(self, request: Request) -> Response:
+        config = decode(EnvConfig, await read_body(request, self._max_body_bytes))
+        parties = self._broker.parties
+        trainer = await parties.trainer_config()
+        if trainer is None or not await parties.started():
+            return JSONResponse({"status": "wait for trainer to start"})
+        record = await parties.register_env(config, nonce=uuid.uuid4().hex)
+        await self._broker.journal.control("register-env", record.name, msgspec.json.encode(record).decode())
+        return JSONResponse(
+            {
+                "status": "success",
+                "env_id": record.env_id,
+                "wandb_name": record.name,
+                "checkpoint_dir": trainer.checkpoint_dir,
+                "starting_step": await current_step(self._broker),
+                "checkpoint_interval": trainer.save_checkpoint_interval,
+                "num_steps": trainer.num_steps,
+            }
+        )
+
+    async def disconnect_env(self, request: Request) -> Response:
+        env_id = decode(EnvIdentifier, await read_body(request, self._max_body_bytes)).env_id
+        record = await self._broker.parties.env(env_id)
+        if record is None:
+            return JSONResponse({"status": "failure", "error": "list index out of range"})
+        await self._broker.parties.update_env(structs.replace(record, connected=False))
+        await self._broker.journal.control("disconnect-env", record.name)
+        return JSONResponse({"status": "success"})
+
+    async def info(self, _: Request) -> Response:
+        config = await self._broker.parties.trainer_config()
+        sizes = (config.batch_size, config.max_token_len) if config else (-1, -1)
+        return JSONResponse(dict(zip(("batch_size", "max_token_len"), sizes, strict=True)))
+
+    async def wandb_info(self, _: Request) -> Response:
+        config = await self._broker.parties.trainer_config()
+        return JSONResponse(
+            {"group": config.wandb_group if config else None, "project": config.wandb_project if config else None}
+        )
+
+    async def reset_data(self, request: Request) -> Response:
+        await self._broker.reset()
+        await self._broker.journal.control("reset", consumer_of(request))
+        return PlainTextResponse("Reset successful")
+
+
+def _differing(earlier: TrainerConfig, config: TrainerConfig) -> str:
+    """The earlier values of what differs. `starting_step` does not count: it is where a trainer resumes, not what it is."""
+    names = [name for name in config.__struct_fields__ if name != "starting_step"]
+    changed = [name for name in names if getattr(earlier, name) != getattr(config, name)]
+    return ", ".join(f"{name} = {getattr(earlier, name)!r} (not {getattr(config, name)!r})" for name in changed)

@@ -1,0 +1,136 @@
+"""HTTP trainers: who asks for batches, and what each of them was sent.
+
+Trainers of the Atropos API neither name themselves nor acknowledge. So one is known by its `X-Trainer-Id` header or
+else its address, and its request for the next batch acknowledges the one before, if that was sent to its last byte.
+What was sent is kept in Redis: another replica of the shim, or the next process, goes on where this one ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import msgspec
+import structlog
+from msgspec import Struct
+from redis.exceptions import ResponseError
+from starlette.requests import Request
+
+from lachesis.broker import Broker, LeaseLost
+from lachesis.broker.keys import check_name
+from lachesis.broker.records import Lease, LedgerEntry
+from lachesis.shim.versions import Versions
+
+ACTIVE_S = 60.0  # a trainer that called within this time is alive
+LAST_BYTE_S = 1.0  # a replica that takes longer over the last byte has died
+
+log = structlog.get_logger(role="shim")
+
+
+class Sent(Struct):
+    """A batch whose answer was sent, to its last byte or (for a moment) to just before it."""
+
+    step: int
+    reward: float  # mean score of its sequences
+    at: float
+    whole: bool
+
+
+def consumer_of(request: Request) -> str:
+    """The consumer name of the trainer that asks. Raises ConfigurationError for an impossible X-Trainer-Id."""
+    if (name := request.headers.get("x-trainer-id")) is not None:
+        return f"http:{check_name('X-Trainer-Id', name)}"
+    return f"http:{request.client.host if request.client else 'local'}"
+
+
+class HttpTrainers:
+    """Consumers of one policy that are served over HTTP."""
+
+    def __init__(self, broker: Broker, versions: Versions, policy: str, lease_s: float) -> None:
+        self._broker, self._versions, self._policy, self._lease_s = broker, versions, policy, lease_s
+
+    def _field(self, consumer: str) -> str:
+        return f"sent:{self._policy}:{consumer}"
+
+    async def saw(self, consumer: str) -> None:
+        keys = self._broker.keys
+        await self._broker.scripts.note(keys=[keys.trainers], args=[consumer, f"{time.time():.3f}"])
+
+    async def lease(self, consumer: str, batch_size: int) -> Lease | None:
+        """The trainer's next batch: its unfinished one again, or a new one."""
+        try:
+            return await self._lease(consumer, batch_size)
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+        await self._broker.queue.subscribe(
+            self._policy
+        )  # only now: a full Redis refuses it even where it changes nothing
+        return await self._lease(consumer, batch_size)
+
+    async def _lease(self, consumer: str, batch_size: int) -> Lease | None:
+        return await self._broker.queue.lease_or_form(self._policy, consumer, batch_size, lapse_s=self._lease_s)
+
+    async def sending(self, consumer: str, step: int, reward: float) -> None:
+        """The last byte follows now. A trainer that has it may call another replica before that one can know."""
+        await self._note(consumer, Sent(step, reward, time.time(), whole=False))
+
+    async def sent(self, consumer: str, step: int, reward: float) -> None:
+        await self._note(consumer, Sent(step, reward, time.time(), whole=True))
+
+    async def not_sent(self, consumer: str, step: int) -> None:
+        """The batch turned out not to have arrived: its trainer will get it again."""
+        if (sent := await self._last(consumer)) and sent.step == step:
+            await self._broker.redis.hdel(self._broker.keys.state, self._field(consumer))
+
+    async def acknowledge(self, consumer: str) -> None:
+        """Commit the batch that was sent to this trainer last, free it, and forget it."""
+        sent = await self._last(consumer)
+        while sent and not sent.whole and time.time() < sent.at + LAST_BYTE_S:
+            await asyncio.sleep(0.005)
+            sent = await self._last(consumer)
+        if sent is None or not sent.whole:
+            return
+        if (batch := await self._broker.queue.batch(sent.step)) is not None:
+            version = await self._versions.newest()
+            entry = LedgerEntry(
+                step=batch.step,
+                gids=batch.gids,
+                n=batch.n,
+                tok=batch.tok,
+                v_before=version,
+                v_after=version,
+                v_min=batch.v_min,
+                lag=version - batch.v_min,
+                replica=consumer,
+                reward=sent.reward,
+                loss=0.0,  # an HTTP trainer keeps it to itself
+                seconds=time.time() - sent.at,
+            )
+            try:
+                await self._broker.queue.commit(self._policy, Lease(batch, consumer, 1), entry)
+            except LeaseLost as error:
+                log.warning("batch_lost", trainer=consumer, step=batch.step, reason=str(error))
+            await self._broker.queue.retire(self._policy, await self._broker.queue.settled(self._policy))
+        await self._broker.redis.hdel(self._broker.keys.state, self._field(consumer))
+
+    async def active(self) -> str | None:
+        """In words, who trains now: a native trainer holding the writer lock, or an HTTP trainer seen lately."""
+        if await self._broker.parties.writer(self._policy, ttl_s=1).locked():
+            return f"a trainer holds policy {self._policy!r}"
+        fields = await self._broker.redis.hgetall(self._broker.keys.trainers)
+        seen = {name: float(at) for name, at in fields.items() if name.startswith(b"http:")}
+        if not seen:
+            return None
+        name = max(seen, key=lambda trainer: seen[trainer])
+        ago = time.time() - seen[name]
+        return f"trainer {name.decode()} was here {ago:.0f} s ago" if ago < ACTIVE_S else None
+
+    async def _note(self, consumer: str, sent: Sent) -> None:
+        await self._broker.scripts.note(
+            keys=[self._broker.keys.state], args=[self._field(consumer), msgspec.json.encode(sent)]
+        )
+
+    async def _last(self, consumer: str) -> Sent | None:
+        raw = await self._broker.redis.hget(self._broker.keys.state, self._field(consumer))
+        return msgspec.json.decode(raw, type=Sent) if raw else None

@@ -1,0 +1,74 @@
+"""docs/keys.md lists every key there is, with its type."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from scored import group, trained
+
+from lachesis.broker import Broker, ConfigurationError
+from lachesis.broker.codec import tokens_digest
+from lachesis.broker.keys import Keys
+from lachesis.broker.records import EnvConfig, Lineage, ServerStatus, TrainerConfig, WeightsEntry
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "keys.md"
+ROW = re.compile(r"^\| `…:([^`]+)` \| (\w+)", re.M)
+
+
+def documented() -> dict[str, str]:
+    return dict(ROW.findall(DOCUMENT.read_text()))
+
+
+def test_the_page_lists_exactly_the_names_in_the_code() -> None:
+    keys, names = Keys(), set()
+    for name in (name for name in vars(Keys) if not name.startswith("_") and name != "run"):
+        value = getattr(keys, name)
+        text = value if isinstance(value, str) else value("<x>")
+        names.add(text.removeprefix("lachesis:{default}:"))
+    assert names == {re.sub(r"<\w+>", "<x>", name) for name in documented()}
+
+
+@pytest.mark.anyio
+async def test_a_run_makes_only_listed_keys_of_the_listed_types(broker: Broker) -> None:
+    queue, parties = broker.queue, broker.parties
+    await parties.register_trainer(TrainerConfig("g", "p", 2, 16, "", 1, 0, 1))
+    await parties.start()
+    await parties.register_env(EnvConfig(16, "sums", 1.0, 2), "nonce")
+    await parties.report(ServerStatus("s", "main", "http://s", "ready", 0, -1, 0.0))
+    await broker.lineage.record([(tokens_digest([1, 2]), Lineage(0, 0))])
+    await broker.weights.publish("main", WeightsEntry(0, 0, "file:///v0", "0", 1, "BF16", -1))
+    await broker.journal.metric("step", {"reward": 0.5})
+    await broker.journal.control("register", "test")
+    await parties.writer("main", ttl_s=60).acquire()
+    await queue.bury("bad", b"{}", "invalid", "test")
+    for number in range(2):
+        await queue.put(f"g{number}", group(number), v_min=0, v_max=0)
+    await queue.subscribe("main")
+    lease = await queue.lease_or_form("main", "c", 2, lapse_s=60)
+    assert lease is not None
+    await queue.commit("main", lease, trained(lease.batch))
+
+    prefix = broker.keys.groups.removesuffix("groups")
+    page = {re.compile(re.sub(r"<\w+>", ".+", name)): kind for name, kind in documented().items()}
+    unseen = set(page)
+    async for key in broker.redis.scan_iter(match=prefix + "*"):
+        name, kind = key.decode().removeprefix(prefix), (await broker.redis.type(key)).decode()
+        pattern = next((pattern for pattern in page if pattern.fullmatch(name)), None)
+        assert pattern is not None, f"{name} is not in docs/keys.md"
+        assert kind == page[pattern], name
+        unseen.discard(pattern)
+    assert not unseen
+
+
+@pytest.mark.parametrize("run", ["", "a b", "a{b}", "a:b", "-a", "x" * 65, "a\n"])
+def test_names_that_would_break_a_key_are_refused(run: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^run = "):
+        Keys(run)
+
+
+def test_one_run_is_one_cluster_slot() -> None:
+    keys = Keys("x")
+    assert keys.groups == "lachesis:{x}:groups"
+    assert keys.blob("g") == "lachesis:{x}:blob:g"

@@ -1,0 +1,111 @@
+"""The command line as a person meets it: help, errors in one line, exit codes, status and audit on a real Redis."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lachesis.broker import EmbeddedRedis
+from lachesis.cli.main import COMMANDS, main
+from lachesis.cli.progress import View, sparkline
+
+
+def lachesis(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lachesis.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_every_command_explains_itself_without_loading_torch(command: str) -> None:
+    code = (
+        "import sys\nfrom lachesis.cli.main import main\n"
+        f"try:\n main([{command!r}, '--help'])\nexcept SystemExit as e:\n assert not e.code\n"
+        "heavy = {'torch', 'verl', 'transformers', 'sglang', 'atroposlib'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: lachesis {command}" in done.stdout
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["frobnicate"], 2, "no command 'frobnicate'"),
+        (["audit", "--redis-url", "redis://127.0.0.1:1/0"], 1, "no Redis answers at redis://127.0.0.1:1/0"),
+        (["audit", "--redis-url", "nonsense"], 2, "redis_url = 'nonsense'"),
+        (["status"], 2, "which Redis? Give --redis-url"),
+        (["status", "--redis-url", "redis://localhost", "--embedded"], 2, "exclude each other"),
+        (["up", "--env", "chess"], 2, "--env = 'chess': known environments are"),
+        (["up", "--model", "./nowhere"], 2, "--model = './nowhere': no such folder"),
+        (["up", "--gpus", "99"], 2, "--gpus = 99: this machine has"),
+        (["up", "--steps", "-1"], 2, "--steps = '-1'"),
+        (["up", "--nonsense"], 2, "unrecognized arguments: --nonsense"),
+        (["status", "--run", "no/slash", "--embedded"], 2, "run = 'no/slash'"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments: list[str], code: int, says: str, tmp_path: Path) -> None:
+    done = lachesis(*arguments, cwd=tmp_path)
+    assert done.returncode == code
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("usage:")]
+    assert len(lines) == 1
+    assert says in lines[0]
+
+
+def test_a_model_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    done = lachesis("up", "--model", str(tmp_path), "--env", "arithmetic", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "holds no tokenizer" in done.stderr
+    assert not (tmp_path / ".lachesis").exists()
+
+
+def test_an_occupied_port_is_named_and_nothing_stays_behind(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = lachesis("up", "--shim-port", str(port), "--front-door-port", "0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"another program listens on 127.0.0.1:{port}" in done.stderr
+    assert not (tmp_path / ".lachesis" / "redis").exists()
+
+
+def test_status_and_audit_of_an_empty_run(shared_redis: EmbeddedRedis) -> None:
+    done = lachesis("status", "--redis-url", shared_redis.url, "--run", "empty", "--json")
+    assert json.loads(done.stdout)["queue"]["groups"] == 0
+    done = lachesis("audit", "--redis-url", shared_redis.url, "--run", "empty", "--json")
+    assert (done.returncode, json.loads(done.stdout)["clean"]) == (0, True)
+
+
+def test_a_setting_has_one_name_everywhere(shared_redis: EmbeddedRedis, tmp_path: Path) -> None:
+    (tmp_path / "lachesis.toml").write_text(f'redis_url = "{shared_redis.url}"\nrun = "from-toml"\nport = 1\n')
+    assert json.loads(lachesis("status", "--json", cwd=tmp_path).stdout)["run"] == "from-toml"
+    flag = lachesis("status", "--json", "--run", "from-flag", cwd=tmp_path)
+    assert json.loads(flag.stdout)["run"] == "from-flag"
+
+
+def test_the_view_shows_what_a_person_asks_for() -> None:
+    view = View(
+        title="t", steps=10, step=3, reward=0.5, lag=1, queue=4, tokens_per_s=1234.0, wait_share=0.07, version=3
+    )
+    assert view.line() == "step 3/10  reward 0.500  lag 1  queue 4  1234 tokens/s  trainer wait 7%  version 3"
+
+
+def test_sparkline_averages_into_its_width() -> None:
+    assert sparkline([0.0, 1.0]) == "▁█"
+    assert len(sparkline([0.5] * 100, width=20)) == 20

@@ -1,0 +1,350 @@
+"""A real SGLang server under its agent, behind a real front door. The tests build on each other, in this order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import anyio
+import numpy as np
+import pytest
+import roles
+from published import VOCAB, make_model, publish, random_weights, write_version
+
+from lachesis.broker import Broker, EmbeddedRedis
+from lachesis.broker.codec import tokens_digest
+from lachesis.broker.records import ServerStatus
+
+pytestmark = [pytest.mark.anyio, pytest.mark.sglang]
+
+RUN = "agent-tests"
+CLIENTS = 32
+
+
+class Bench:
+    """One Redis, one agent with its SGLang, one front door, and a store of versions."""
+
+    def __init__(self, redis: EmbeddedRedis, folder: Path) -> None:
+        self.url, self.folder = redis.url, folder
+        self.base, self.store = make_model(folder / "base"), folder / "store"
+        self.listener = roles.listener()
+        self.door_url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        common = ("--redis-url", redis.url, "--run", RUN, "--state-dir", str(folder))
+        self.agent_options = (*common, "--server", "s0", "--model", str(self.base))
+        self.door = roles.front_door(
+            folder / "door.log", *common, "--fd", str(self.listener.fileno()), inherit=self.listener
+        )
+        self.agent: roles.Role | None = None
+
+    def start_agent(self) -> roles.Role:
+        self.agent = roles.agent(self.folder / "agent.log", *self.agent_options)
+        return self.agent
+
+    def sglang(self) -> int:
+        """Process id of SGLang's main process."""
+        assert self.agent is not None
+        return roles.below(self.agent.process.pid)[0]
+
+    def close(self) -> None:
+        for role in (self.agent, self.door):
+            if role is not None:
+                role.kill()
+        self.listener.close()
+
+
+@pytest.fixture(scope="module")
+def bench(shared_redis: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    bench = Bench(shared_redis, tmp_path_factory.mktemp("bench"))
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+async def broker(bench: Bench) -> AsyncIterator[Broker]:
+    client = await Broker.connect(bench.url, RUN)
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+async def client(bench: Bench) -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(bench.door_url, connector=aiohttp.TCPConnector(limit=0)) as session:
+        yield session
+
+
+async def status_where(broker: Broker, timeout_s: float = 120.0, **fields: Any) -> ServerStatus:
+    """The server's status, once these fields have these values."""
+    found = None
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        servers = await broker.parties.servers("main")
+        found = servers[0] if servers else None
+        if found is not None and all(getattr(found, name) == value for name, value in fields.items()):
+            return found
+        await anyio.sleep(0.02)
+    raise AssertionError(f"never {fields} within {timeout_s:g} s; the last status was {found}")
+
+
+def request(tokens: int = 48) -> dict[str, Any]:
+    prompt = np.random.default_rng().integers(5, VOCAB, size=8).tolist()
+    sampling = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
+    return {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
+
+
+async def generate(client: aiohttp.ClientSession, body: dict[str, Any]) -> tuple[int, Any]:
+    async with client.post("/generate", json=body) as response:
+        return response.status, await response.json()
+
+
+class Load:
+    """Clients that generate without pause; `done` holds (request, status, answer) of each call."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[dict[str, Any], int, Any]] = []
+
+    def failures(self) -> list[tuple[int, Any]]:
+        return [(status, answer) for _, status, answer in self.done if status != 200]
+
+    def by_version(self) -> Counter[str]:
+        return Counter(answer["meta_info"]["weight_version"] for _, _, answer in self.done)
+
+
+@asynccontextmanager
+async def load(client: aiohttp.ClientSession) -> AsyncIterator[Load]:
+    """Clients at work inside the block; at its end they finish what they have begun."""
+    load, stop = Load(), False
+
+    async def work() -> None:
+        while not stop:
+            body = request()
+            load.done.append((body, *await generate(client, body)))
+
+    workers = [asyncio.create_task(work()) for _ in range(CLIENTS)]
+    try:
+        yield load
+    finally:
+        stop = True
+        await asyncio.gather(*workers)
+
+
+async def test_it_starts_from_the_newest_version(bench: Bench, broker: Broker, client: aiohttp.ClientSession) -> None:
+    for version in (1, 2):
+        await publish(broker, bench.base, bench.store, version)
+    waiting = asyncio.create_task(generate(client, request()))  # before there is any server
+
+    bench.start_agent()
+    announced = await status_where(broker, state="starting", loading=2)
+    ready = await status_where(broker, state="ready")
+
+    assert announced.version == -1  # nothing is served yet, and version 2 is safe from the collector already
+    assert (ready.version, ready.loading, ready.vocab_size) == (2, -1, VOCAB)
+    status, answer = await waiting
+    assert (status, answer["meta_info"]["weight_version"]) == (200, "2")
+
+
+async def test_updates_under_load_fail_no_request(bench: Bench, broker: Broker, client: aiohttp.ClientSession) -> None:
+    async with load(client) as clients:
+        for version in (3, 4, 5):
+            seen = len(clients.done)
+            while len(clients.done) < seen + CLIENTS:  # noqa: ASYNC110
+                await anyio.sleep(0.02)
+            await publish(broker, bench.base, bench.store, version)
+            await status_where(broker, version=version, state="ready")
+
+    assert clients.failures() == []
+    assert set(clients.by_version()) >= {"3", "4", "5"}
+    spanning = [answer for _, _, answer in clients.done if len(answer["meta_info"]["weight_versions"]) > 1]
+    assert spanning
+
+    digests = [tokens_digest(body["input_ids"] + answer["output_ids"]) for body, _, answer in clients.done]
+    lineages = await broker.lineage.look_up(digests)
+    for lineage, (_, _, answer) in zip(lineages, clients.done, strict=True):
+        spans = answer["meta_info"]["weight_versions"]
+        assert lineage is not None
+        assert lineage.spans == tuple((int(span["version"]), span["start"], span["end"]) for span in spans)
+        assert lineage.v_min == int(spans[0]["version"])
+
+    updates = [fields for _, fields in await broker.journal.metrics() if fields["kind"] == "update"]
+    assert [fields["version"] for fields in updates] == ["3", "4", "5"]
+    assert all(0 < float(fields["load_s"]) < float(fields["pause_s"]) for fields in updates)
+
+
+async def test_the_weights_are_those_that_were_published(
+    bench: Bench, broker: Broker, client: aiohttp.ClientSession
+) -> None:
+    """Greedy log-probs change with the version, and come back with the same weights under another number."""
+
+    async def fingerprint() -> list[float]:
+        body = {"input_ids": [9, 10, 11], "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
+        _, answer = await generate(client, body | {"return_logprob": True})
+        return [round(token[0], 4) for token in answer["meta_info"]["output_token_logprobs"]]
+
+    found = []
+    for version, seed in ((6, 100), (7, 200), (8, 100)):
+        entry = write_version(bench.base, bench.store, version, weights=random_weights(seed))
+        await broker.weights.publish("main", entry)
+        await status_where(broker, version=version, state="ready")
+        found.append(await fingerprint())
+
+    assert found[0] == pytest.approx(found[2], abs=1e-3)
+    assert found[0] != pytest.approx(found[1], abs=1e-3)
+
+
+def tear(folder: Path) -> None:
+    raw = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(raw[: len(raw) // 2])
+
+
+async def test_bad_versions_are_refused_and_the_old_one_serves_on(
+    bench: Bench, broker: Broker, client: aiohttp.ClientSession
+) -> None:
+    pid = bench.sglang()
+    weights = random_weights(1)
+    norm = weights["model.norm.weight"]
+    without = {name: array for name, array in weights.items() if name != "model.norm.weight"}
+    bad = [
+        write_version(bench.base, bench.store, 9, spoil=tear),
+        write_version(bench.base, bench.store, 10, weights=without),
+        write_version(bench.base, bench.store, 11, weights=without | {"model.norm.weight": norm * np.float32("nan")}),
+        write_version(bench.base, bench.store, 12, spoil=lambda folder: (folder / "config.json").write_text("{}")),
+        write_version(bench.base, bench.store, 13, weights=without | {"model.norm.weight": norm[:32]}),
+    ]
+    async with load(client) as clients:
+        for entry in bad:
+            await broker.weights.publish("main", entry)
+            with anyio.fail_after(20):
+                while f"version {entry.version} refused" not in (await status_where(broker)).last_error:  # noqa: ASYNC110
+                    await anyio.sleep(0.02)
+            assert (await status_where(broker)).version == 8
+        await publish(broker, bench.base, bench.store, 14)
+        good = await status_where(broker, version=14, state="ready")
+
+    assert clients.failures() == []
+    assert set(clients.by_version()) <= {"8", "14"}
+    assert good.last_error == ""
+    assert bench.sglang() == pid
+
+
+async def test_a_version_that_was_collected_is_passed_over(bench: Bench, broker: Broker) -> None:
+    entry = write_version(bench.base, bench.store, 15)
+    Path(entry.uri).rename(bench.store / "collected")
+    await broker.weights.publish("main", entry)
+    await publish(broker, bench.base, bench.store, 16)
+
+    assert (await status_where(broker, version=16, state="ready")).last_error == ""
+
+
+async def test_requests_that_kill_sglang_are_refused(bench: Bench, client: aiohttp.ClientSession) -> None:
+    pid = bench.sglang()
+    for body in (
+        request() | {"input_ids": [5, VOCAB]},
+        request() | {"input_ids": [-1]},
+        request() | {"sampling_params": {"stop_token_ids": [VOCAB], "min_new_tokens": 1}},
+        request() | {"top_logprobs_num": VOCAB + 1},
+    ):
+        assert (await generate(client, body))[0] == 400
+    async with client.post("/v1/completions", json={"model": "m", "prompt": [VOCAB]}) as response:
+        assert (await response.json())["error"]["field"] == "prompt[0]"
+
+    penalised = request() | {"sampling_params": {"max_new_tokens": 2, "repetition_penalty": 1.2}}
+    with anyio.fail_after(10):
+        assert (await generate(client, penalised))[0] == 200
+    assert bench.sglang() == pid
+
+
+async def test_openai_routes_and_streams(client: aiohttp.ClientSession) -> None:
+    chat = {"model": "any", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "ignore_eos": True}
+    async with client.post("/v1/chat/completions", json=chat | {"logprobs": True}) as response:
+        answer = await response.json()
+        assert response.status == 200
+    assert answer["usage"]["completion_tokens"] == 4
+    assert answer["metadata"]["weight_version"] == "16"
+
+    async with client.post("/v1/chat/completions", json=chat | {"stream": True}) as response:
+        assert response.content_type == "text/event-stream"
+        assert (await response.text()).endswith("data: [DONE]\n\n")
+    async with client.post("/generate", json=request(4) | {"stream": True}) as response:
+        assert (await response.text()).count("data: ") == 5  # four tokens and the end
+
+    several = request(4)
+    several["sampling_params"]["n"] = 3
+    status, answers = await generate(client, several)
+    assert (status, len(answers)) == (200, 3)
+
+
+async def until_running(broker: Broker, count: int) -> None:
+    """Return when SGLang says that it runs so many requests."""
+    server = (await status_where(broker)).url
+    with anyio.fail_after(20):
+        async with aiohttp.ClientSession() as direct:
+            while True:
+                async with direct.get(f"{server}/v1/loads?include=core") as response:
+                    if (await response.json())["loads"][0]["num_running_reqs"] == count:
+                        return
+
+
+async def test_what_a_client_left_stops_at_sglang(broker: Broker, client: aiohttp.ClientSession) -> None:
+    left = asyncio.create_task(generate(client, request(500)))
+    await until_running(broker, 1)
+    left.cancel()
+    await until_running(broker, 0)
+
+
+async def test_sglang_killed_under_load_fails_no_request(
+    bench: Bench, broker: Broker, client: aiohttp.ClientSession
+) -> None:
+    async with load(client) as clients:
+        while not clients.done:  # noqa: ASYNC110
+            await anyio.sleep(0.02)
+        os.kill(bench.sglang(), signal.SIGKILL)
+        failed = await status_where(broker, timeout_s=5, state="failed")
+        await publish(broker, bench.base, bench.store, 17)
+        await status_where(broker, version=17, state="ready")
+        before = len(clients.done)
+        while len(clients.done) == before:  # noqa: ASYNC110
+            await anyio.sleep(0.02)
+
+    assert failed.last_error == "SGLang: killed by SIGKILL"
+    assert clients.failures() == []
+    assert clients.by_version()["17"] > 0
+
+
+async def test_sglang_dies_with_its_agent_and_a_new_agent_starts_afresh(
+    bench: Bench, broker: Broker, client: aiohttp.ClientSession
+) -> None:
+    assert bench.agent is not None
+    children = roles.below(bench.agent.process.pid)
+    assert len(children) >= 3
+
+    bench.agent.kill()
+    roles.eventually(lambda: not any(map(roles.alive, children)), 5, "SGLang gone with its agent")
+    waiting = asyncio.create_task(generate(client, request()))
+    await publish(broker, bench.base, bench.store, 18)
+    bench.start_agent()
+
+    assert (await status_where(broker, state="ready", version=18)).updates == 0
+    assert (await waiting)[0] == 200
+
+
+async def test_sigterm_drains_and_leaves_the_pool(bench: Bench, broker: Broker, client: aiohttp.ClientSession) -> None:
+    assert bench.agent is not None
+    children = roles.below(bench.agent.process.pid)
+    running = [asyncio.create_task(generate(client, request(400))) for _ in range(4)]
+    await until_running(broker, 4)
+
+    began = time.monotonic()
+    code = await anyio.to_thread.run_sync(bench.agent.stop)
+
+    assert code == 0
+    assert time.monotonic() - began < 8
+    assert [status for status, _ in await asyncio.gather(*running)] == [200] * 4
+    assert await broker.parties.servers("main") == []
+    assert not any(map(roles.alive, children))

@@ -1,0 +1,338 @@
+"""The front door before servers that fail in every way on command; before real ones it is shown in test_agent.py."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import anyio
+import pytest
+import roles
+from aiohttp import web
+
+from lachesis.broker import Broker, EmbeddedRedis
+from lachesis.broker.codec import tokens_digest
+from lachesis.broker.logs import configure_logging
+from lachesis.broker.records import ServerStatus
+from lachesis.inference import front_door
+from lachesis.inference.settings import FrontDoorSettings
+
+pytestmark = pytest.mark.anyio
+
+Answer = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
+REQUEST = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 2}, "return_logprob": True}
+
+
+def good(**meta: Any) -> dict[str, Any]:
+    """An answer to REQUEST in SGLang's shape."""
+    described = {
+        "finish_reason": {"type": "length", "length": 2},
+        "weight_version": "4",
+        "weight_versions": [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}],
+        "output_token_logprobs": [[-0.5, 7, None], [-1.5, 8, None]],
+    }
+    return {"text": "ab", "output_ids": [7, 8], "meta_info": described | meta}
+
+
+async def answers(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    return web.json_response(good())
+
+
+async def hangs_up(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+    assert request.transport is not None
+    request.transport.close()
+    return web.Response()
+
+
+class Upstream:
+    """A server in SGLang's shape that behaves as told: `script` holds one behaviour a call, the last one for all others."""
+
+    def __init__(self, broker: Broker, name: str, *script: Answer) -> None:
+        self.broker, self.name, self.script, self.bodies = broker, name, list(script), []
+        self.url = ""
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        behave = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        return await behave(request, body)
+
+    async def report(self, state: str = "ready") -> None:
+        await self.broker.parties.report(
+            ServerStatus(
+                server=self.name,
+                pool="main",
+                url=self.url,
+                state=state,
+                version=4,
+                loading=-1,
+                heartbeat=time.time(),
+                vocab_size=320,
+            )
+        )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Upstream]:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._serve)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+
+        async def beat() -> None:
+            while True:
+                await self.report()
+                await anyio.sleep(0.2)
+
+        beating = asyncio.create_task(beat())
+        try:
+            yield self
+        finally:
+            beating.cancel()
+            await runner.cleanup()
+
+
+@asynccontextmanager
+async def door(broker: Broker, patience_s: float = 20.0) -> AsyncIterator[aiohttp.ClientSession]:
+    """A front door, and a client's session with it."""
+    settings = FrontDoorSettings(run=broker.keys.run, patience_s=patience_s)
+    listener = roles.listener()
+    stop = anyio.Event()
+    frontend = front_door.FrontDoor(settings, broker, configure_logging("front-door"))
+    serving = asyncio.create_task(front_door.serve(frontend, listener, stop))
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
+        try:
+            yield client
+        finally:
+            stop.set()
+            await client.close()
+            await serving
+
+
+async def post(client: aiohttp.ClientSession, path: str = "/generate", **body: Any) -> tuple[int, Any]:
+    async with client.post(path, json=REQUEST | body) as response:
+        return response.status, await response.json()
+
+
+async def test_an_answer_and_its_lineage(broker: Broker) -> None:
+    async with Upstream(broker, "s", answers).running() as server, door(broker) as client:
+        status, answer = await post(client, rid="mine")
+        [lineage] = await broker.lineage.look_up([tokens_digest([1, 2, 7, 8])])
+
+    assert (status, answer) == (200, good())
+    assert lineage is not None
+    assert (lineage.v_min, lineage.v_max, lineage.spans) == (3, 4, ((3, 0, 1), (4, 1, 2)))
+    assert len(server.bodies[0].pop("rid")) == 32
+    assert server.bodies == [REQUEST]
+
+
+async def test_a_request_waits_for_a_server(broker: Broker) -> None:
+    async with door(broker) as client:
+        waiting = asyncio.create_task(post(client))
+        with anyio.fail_after(10):
+            while (await (await client.get("/health")).json())["waiting"] != 1:  # noqa: ASYNC110
+                await anyio.sleep(0.02)
+        async with Upstream(broker, "s", answers).running():
+            assert (await waiting)[0] == 200
+
+
+async def test_patience_ends_with_a_clear_503(broker: Broker) -> None:
+    async with door(broker, patience_s=0.3) as client:
+        status, answer = await post(client)
+
+    assert status == 503
+    assert answer["error"]["message"] == "no server could answer within 0.3 s"
+
+
+async def test_an_abort_is_tried_again(broker: Broker) -> None:
+    async def aborts(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        return web.json_response(good(finish_reason={"type": "abort", "message": "paused"}))
+
+    async with Upstream(broker, "s", aborts, aborts, answers).running() as server, door(broker) as client:
+        assert await post(client) == (200, good())
+
+    assert len({body["rid"] for body in server.bodies}) == 3
+
+
+async def test_a_server_that_refuses_or_hangs_up_is_left_for_another(broker: Broker) -> None:
+    async def refuses(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        return web.Response(status=503)
+
+    async with (
+        Upstream(broker, "a", refuses).running() as refusing,
+        Upstream(broker, "b", hangs_up).running() as hanging,
+        Upstream(broker, "c", answers).running(),
+        door(broker) as client,
+    ):
+        for _ in range(6):
+            assert (await post(client))[0] == 200
+
+    assert refusing.bodies
+    assert hanging.bodies
+
+
+async def test_a_request_that_loses_three_servers_is_taken_for_the_cause(broker: Broker) -> None:
+    async with Upstream(broker, "s", hangs_up).running() as server, door(broker) as client:
+        status, answer = await post(client)
+
+    assert status == 502
+    assert "3 servers were lost while they ran this request" in answer["error"]["message"]
+    assert len(server.bodies) == 3
+
+
+async def test_null_log_probs_are_never_handed_out(broker: Broker) -> None:
+    async def broken(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        return web.json_response(good(output_token_logprobs=[[None, 0, None], [None, 0, None]]))
+
+    async with Upstream(broker, "s", broken).running(), door(broker) as client:
+        status, answer = await post(client)
+
+    assert status == 502
+    assert "null log-probs" in answer["error"]["message"]
+
+
+async def test_an_id_beyond_the_vocabulary_does_not_reach_a_server(broker: Broker) -> None:
+    async with Upstream(broker, "s", answers).running() as server, door(broker) as client:
+        status, answer = await post(client, input_ids=[1, 320])
+
+    assert status == 400
+    assert {key: answer["error"][key] for key in ("field", "value", "rule")} == {
+        "field": "input_ids[1]",
+        "value": 320,
+        "rule": "token ids go from 0 to 319",
+    }
+    assert server.bodies == []
+
+
+async def test_errors_of_a_server_are_passed_on(broker: Broker) -> None:
+    async def objects(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "temperature must be non-negative"}}, status=400)
+
+    async with Upstream(broker, "s", objects).running(), door(broker) as client:
+        assert await post(client) == (400, {"error": {"message": "temperature must be non-negative"}})
+
+
+async def test_what_a_client_left_is_cancelled(broker: Broker) -> None:
+    arrived, cancelled = anyio.Event(), anyio.Event()
+
+    async def takes_long(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        arrived.set()
+        try:
+            await anyio.sleep_forever()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async with Upstream(broker, "s", takes_long).running(), door(broker) as client:
+        request = asyncio.create_task(post(client))
+        with anyio.fail_after(10):
+            await arrived.wait()
+            request.cancel()
+            await cancelled.wait()
+
+
+async def test_a_stream_is_passed_on_piece_by_piece(broker: Broker) -> None:
+    go_on = anyio.Event()
+
+    async def streams(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b"data: 1\n\n")
+        await go_on.wait()
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async with (
+        Upstream(broker, "s", hangs_up, streams).running(),
+        door(broker) as client,
+        client.post("/v1/completions", json={"prompt": "hi", "stream": True}) as response,
+    ):
+        assert response.content_type == "text/event-stream"
+        assert await response.content.readany() == b"data: 1\n\n"
+        go_on.set()
+        assert await response.read() == b"data: [DONE]\n\n"
+
+
+async def test_a_stream_that_breaks_is_seen_to_break(broker: Broker) -> None:
+    async def breaks(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"data: 1\n\n")
+        return await hangs_up(request, body)
+
+    async with Upstream(broker, "s", breaks).running() as server, door(broker) as client:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            async with client.post("/generate", json=REQUEST | {"stream": True}) as response:
+                await response.read()
+
+    assert len(server.bodies) == 1
+
+
+async def test_only_what_is_meant_for_clients_is_served(broker: Broker) -> None:
+    async with Upstream(broker, "s", answers).running() as server, door(broker) as client:
+        for path in (
+            "/server_info",
+            "/get_server_info",
+            "/pause_generation",
+            "/update_weights_from_disk",
+            "/flush_cache",
+        ):
+            assert (await client.post(path, json={})).status == 404
+        assert (await client.put("/generate", json=REQUEST)).status == 200
+        models = await (await client.get("/v1/models")).json()
+        health = await (await client.get("/healthz")).json()
+
+    assert len(server.bodies) == 1
+    assert [model["id"] for model in models["data"]] == ["main"]
+    assert (health["status"], health["ready"], health["waiting"]) == ("ok", 1, 0)
+
+
+async def test_without_redis_requests_are_answered_and_lost_lineage_is_counted(redis_server: EmbeddedRedis) -> None:
+    broker = await Broker.connect(redis_server.url)
+    async with Upstream(broker, "s", answers).running(), door(broker) as client:
+        assert (await post(client))[0] == 200
+        redis_server.stop()
+        assert (await post(client))[0] == 200
+        health = await (await client.get("/health")).json()
+    await broker.aclose()
+
+    assert health["lineage_lost"] == 1
+
+
+async def test_a_restart_on_an_inherited_socket_refuses_nobody(broker: Broker, tmp_path: Path) -> None:
+    listener = roles.listener()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    options = ("--redis-url", broker.url, "--run", broker.keys.run, "--fd", str(listener.fileno()))
+
+    async def ask() -> int:
+        async with aiohttp.ClientSession(url) as client:
+            return (await post(client))[0]
+
+    async with Upstream(broker, "s", answers).running():
+        process = roles.front_door(tmp_path / "log", *options, inherit=listener)
+        try:
+            assert await ask() == 200
+            process.kill()
+            meanwhile = [asyncio.create_task(ask()) for _ in range(20)]
+            process = roles.front_door(tmp_path / "log", *options, inherit=listener)
+            assert await asyncio.gather(*meanwhile) == [200] * 20
+            assert await anyio.to_thread.run_sync(process.stop) == 0
+        finally:
+            process.kill()
+            listener.close()
+
+
+async def test_an_occupied_port_is_named(broker: Broker, tmp_path: Path) -> None:
+    with roles.listener() as taken:
+        port = taken.getsockname()[1]
+        process = roles.front_door(tmp_path / "log", "--redis-url", broker.url, "--port", str(port))
+        assert await anyio.to_thread.run_sync(process.process.wait) == 1
+
+    assert f"port = {port}: another program listens on 127.0.0.1:{port}" in (tmp_path / "log").read_text()

@@ -1,0 +1,148 @@
+"""Which version an agent loads, while the store, the collector and Redis do what they like."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import anyio
+import numpy as np
+import pytest
+from published import make_model, publish, random_weights, write_version
+
+from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis
+from lachesis.broker.logs import configure_logging
+from lachesis.broker.records import ServerStatus
+from lachesis.inference.heartbeat import Heartbeat
+from lachesis.inference.model_folder import read_model_folder
+from lachesis.inference.version_feed import VersionFeed
+
+pytestmark = pytest.mark.anyio
+
+LOG = configure_logging("test")
+NAN = {"model.norm.weight": np.full(64, np.nan, np.float32)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "base")
+
+
+def heartbeat_of(broker: Broker) -> Heartbeat:
+    status = ServerStatus(
+        server="s", pool="main", url="http://s", state="starting", version=-1, loading=-1, heartbeat=0.0
+    )
+    return Heartbeat(broker.parties, status, LOG)
+
+
+def feed_of(broker: Broker, base: Path | None) -> VersionFeed:
+    return VersionFeed(broker.weights, "main", base, heartbeat_of(broker), LOG)
+
+
+async def test_it_starts_from_the_newest_and_announces_it_first(broker: Broker, base: Path, tmp_path: Path) -> None:
+    for version in (1, 2):
+        await publish(broker, base, tmp_path, version)
+
+    found = await feed_of(broker, base).first()
+
+    assert (found.version, found.model.folder) == (2, tmp_path / "v000002")
+    assert [status.loading for status in await broker.parties.servers()] == [2]
+
+
+async def test_a_bad_newest_version_gives_way_to_its_parents(broker: Broker, base: Path, tmp_path: Path) -> None:
+    await publish(broker, base, tmp_path, 1)
+    await publish(broker, base, tmp_path, 2)
+    shutil.rmtree(tmp_path / "v000002")
+    await broker.weights.publish("main", write_version(base, tmp_path, 3, weights=random_weights(1) | NAN))
+    feed = feed_of(broker, base)
+
+    assert (await feed.first()).version == 1
+    shutil.rmtree(tmp_path / "v000001")
+    assert (await feed.first()).version == 0
+
+
+async def test_it_waits_for_a_base_model_in_the_making(broker: Broker, base: Path, tmp_path: Path) -> None:
+    async with anyio.create_task_group() as tasks:
+
+        async def appear() -> None:
+            await anyio.wait_all_tasks_blocked()
+            shutil.copytree(base, tmp_path / "aside")
+            (tmp_path / "aside").rename(tmp_path / "later")
+
+        tasks.start_soon(appear)
+        with anyio.fail_after(10):
+            found = await feed_of(broker, tmp_path / "later").first()
+
+    assert (found.version, found.model.folder) == (0, tmp_path / "later")
+
+
+async def test_without_a_base_model_it_waits_for_a_version(broker: Broker, base: Path, tmp_path: Path) -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(publish, broker, base, tmp_path, 1)
+        with anyio.fail_after(10):
+            assert (await feed_of(broker, None).first()).version == 1
+
+
+async def test_a_base_model_that_can_not_be_served_is_an_error(broker: Broker, base: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base, tmp_path / "base"))
+    (folder / "tokenizer.json").unlink()
+
+    with pytest.raises(ConfigurationError, match="no tokenizer"):
+        await feed_of(broker, folder).first()
+
+
+async def test_a_version_sglang_can_not_start_from_is_refused_the_second_time(
+    broker: Broker, base: Path, tmp_path: Path
+) -> None:
+    for version in (1, 2):
+        await publish(broker, base, tmp_path, version)
+    feed = feed_of(broker, base)
+
+    for expected in (2, 2, 1):
+        found = await feed.first()
+        assert found.version == expected
+        feed.did_not_start(found)
+
+
+async def test_a_refused_version_is_not_looked_at_again(broker: Broker, base: Path, tmp_path: Path) -> None:
+    await publish(broker, base, tmp_path, 1)
+    feed, model = feed_of(broker, base), read_model_folder(base)
+    await broker.weights.publish("main", write_version(base, tmp_path, 2, weights=random_weights(1) | NAN))
+
+    assert await feed.newer(1, model, 0.1) is None
+    shutil.rmtree(tmp_path / "v000002")
+    shutil.copytree(tmp_path / "v000001", tmp_path / "v000002")
+    assert await feed.newer(1, model, 0.1) is None
+    await publish(broker, base, tmp_path, 3)
+    newest = await feed.newer(1, model, 5)
+    assert newest is not None
+    assert newest.version == 3
+
+
+async def test_a_folder_that_appears_late_is_loaded_then(broker: Broker, base: Path, tmp_path: Path) -> None:
+    entry = write_version(base, tmp_path, 1)
+    Path(entry.uri).rename(tmp_path / "not-visible-yet")
+    await broker.weights.publish("main", entry)
+    feed, model = feed_of(broker, base), read_model_folder(base)
+
+    assert await feed.newer(0, model, 0.1) is None
+    (tmp_path / "not-visible-yet").rename(entry.uri)
+    found = await feed.newer(0, model, 0.1)
+    assert found is not None
+    assert found.version == 1
+
+
+async def test_the_heartbeat_goes_on_when_redis_comes_back(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path / "redis") as redis:
+        broker = await Broker.connect(redis.url)
+        heartbeat = heartbeat_of(broker)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(heartbeat.run)
+            redis.stop()
+            heartbeat.change(state="ready", version=7)
+            redis.start()
+            with anyio.fail_after(30):
+                while [status.version for status in await broker.parties.servers()] != [7]:  # noqa: ASYNC110
+                    await anyio.sleep(0.05)
+            tasks.cancel_scope.cancel()
+        await broker.aclose()

@@ -1,0 +1,178 @@
+"""The shim beside atroposlib's own server: the same valid calls, the same JSON."""
+
+from __future__ import annotations
+
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from trajectories import ENV, TRAINER, group, shim_process, wait_until_up
+
+from lachesis.broker import EmbeddedRedis
+
+BATCH = 8
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class Both:
+    """Calls both servers and demands the same status code and JSON of them."""
+
+    def __init__(self, upstream: str, shim: str) -> None:
+        self.upstream = httpx.Client(base_url=upstream, timeout=30)
+        self.shim = httpx.Client(base_url=shim, timeout=30)
+
+    def each(self, method: str, path: str, **how: Any) -> tuple[httpx.Response, httpx.Response]:
+        return self.upstream.request(method, path, **how), self.shim.request(method, path, **how)
+
+    def same(self, method: str, path: str, **how: Any) -> Any:
+        theirs, ours = self.each(method, path, **how)
+        assert ours.status_code == theirs.status_code, (path, theirs.text, ours.text)
+        assert ours.headers["content-type"] == theirs.headers["content-type"], path
+        if "json" not in theirs.headers["content-type"]:
+            assert ours.text == theirs.text
+            return ours.text
+        assert ours.json() == theirs.json(), path
+        return ours.json()
+
+    def get(self, path: str, **how: Any) -> Any:
+        return self.same("GET", path, **how)
+
+    def post(self, path: str, body: object) -> Any:
+        return self.same("POST", path, json=body)
+
+    def register(self, **settings: Any) -> None:
+        for answer in self.each("POST", "/register", json={**TRAINER, "batch_size": BATCH, **settings}):
+            assert list(answer.json()) == ["uuid"]
+            assert isinstance(answer.json()["uuid"], int)
+
+    def batch(self) -> list[dict[str, Any]] | None:
+        """Both servers' next batch; the order of groups within one is not part of the contract."""
+        theirs, ours = (answer.json()["batch"] for answer in self.each("GET", "/batch"))
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert sorted(map(repr, map(sorted_items, ours))) == sorted(map(repr, map(sorted_items, theirs)))
+        return ours  # type: ignore[no-any-return]
+
+
+def sorted_items(item: dict[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(item.items())
+
+
+@pytest.fixture
+def both(shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path) -> Iterator[Both]:
+    ports = free_port(), free_port()
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    run_api = Path(sys.executable).parent / "run-api"
+    command = [run_api, "--host", "127.0.0.1", "--port", str(ports[0])]
+    upstream = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        arguments = ("--redis-url", shared_redis.url, "--run", run_name, "--port", str(ports[1]))
+        with shim_process(tmp_path / "log", *arguments) as shim:
+            wait_until_up(urls[0], upstream)
+            wait_until_up(urls[1], shim, tmp_path / "log")
+            yield Both(*urls)
+    finally:
+        upstream.kill()
+        upstream.wait()
+
+
+def test_a_whole_job_reads_the_same(both: Both) -> None:
+    both.get("/")
+    for path in ("/info", "/wandb_info", "/status", "/batch", "/latest_example"):
+        both.get(path)
+    both.post("/register-env", ENV)
+    both.register(starting_step=7)
+    both.register(starting_step=7)
+    for path in ("/info", "/wandb_info", "/status"):
+        both.get(path)
+    both.post("/register-env", ENV)
+    assert both.batch() is None
+    for name, size in (("sums", 2), ("sums", 4), ("words", 4)):
+        both.post("/register-env", {**ENV, "desired_name": name, "group_size": size, "weight": size / 2})
+
+    numbers = iter(range(1000))
+    chance, sizes = random.Random(0), (2, 4, 4)
+    queued = batches = 0
+    for _ in range(150):
+        call = chance.choice(("post", "post", "post", "list", "status", "status-env", "batch"))
+        env_id = chance.randrange(3)
+        size = sizes[env_id]
+        if (
+            call == "post" and queued + size < 2 * BATCH
+        ):  # with two batches ready, upstream hands out the newer one first
+            queued += size
+            more = {"env_id": env_id, "overrides": [{}] * size, "inference_logprobs": [[1.0, -0.5, -0.25]] * size}
+            assert both.post("/scored_data", group(next(numbers), size, **more)) == {"status": "received"}
+            both.get("/latest_example")
+        elif call == "list" and queued + 2 * size < 2 * BATCH:
+            queued += 2 * size
+            both.post("/scored_data_list", [group(next(numbers), size, env_id=env_id) for _ in range(2)])
+        elif call == "status":
+            both.get("/status")
+        elif call == "status-env":
+            both.get("/status-env", json={"env_id": env_id})
+        elif call == "batch" and both.batch() is not None:
+            queued -= BATCH
+            batches += 1
+    assert batches > 5
+
+    both.post("/disconnect-env", {"env_id": 1})
+    both.post("/disconnect-env", {"env_id": 17})
+    both.post("/register-env", {**ENV, "desired_name": "least", "min_batch_allocation": 0.25, "weight": 0.0})
+    for env_id in range(4):
+        both.get("/status-env", json={"env_id": env_id})
+    both.get("/reset_data")
+    for path in ("/status", "/wandb_info"):
+        both.get(path)
+
+
+def test_lax_numbers_and_unknown_keys_read_the_same(both: Both) -> None:
+    both.register(batch_size="8", num_steps=100.0, unknown=1)
+    both.get("/info")
+    both.post("/scored_data", {**group(1), "tokens": [["7", True], [1.0, 2]], "masks": [[1, 2], [3, 4]], "seed": 1})
+    both.get("/latest_example")
+    both.post("/scored_data", group(2, advantages=[], messages=[], group_overrides={}, images=None, env_id="3"))
+    both.get("/latest_example")
+    both.post("/scored_data_list", [])
+
+
+def test_refusals_have_the_same_code_type_and_place(both: Both) -> None:
+    both.get("/nothing")
+    both.post("/batch", {})
+    both.get("/register")
+    wrong = [
+        ("POST", "/scored_data", {**group(1), "tokens": [[1.5]]}),
+        ("POST", "/scored_data", {**group(1), "scores": "x"}),
+        ("POST", "/scored_data", {**group(1), "overrides": [None]}),
+        ("POST", "/scored_data", {**group(1), "env_id": "x", "masks": None}),
+        ("POST", "/scored_data", "text"),
+        ("POST", "/scored_data", None),
+        ("POST", "/scored_data_list", {}),
+        ("POST", "/scored_data_list", [group(1), {}]),
+        ("POST", "/register", {**TRAINER, "batch_size": None, "num_steps": "1e3"}),
+        ("POST", "/register-env", {**ENV, "weight": None}),
+        ("GET", "/status-env", {}),
+        ("POST", "/disconnect-env", {"env_id": [1]}),
+    ]
+    for method, path, body in wrong:
+        theirs, ours = both.each(method, path, json=body)
+        assert (theirs.status_code, ours.status_code) == (422, 422), (path, body)
+        places = [[(entry["type"], entry["loc"]) for entry in answer.json()["detail"]] for answer in (theirs, ours)]
+        assert places[0] == places[1], (path, body)
+    theirs, ours = both.each(
+        "POST", "/scored_data", content=b'{"tokens": ', headers={"Content-Type": "application/json"}
+    )
+    assert [entry["loc"] for entry in theirs.json()["detail"]] == [entry["loc"] for entry in ours.json()["detail"]]
+    theirs, ours = both.each("POST", "/scored_data", content=b"no", headers={"Content-Encoding": "gzip"})
+    assert (ours.status_code, ours.text) == (theirs.status_code, theirs.text)
+    assert both.each("GET", "/status-env")[1].json()["detail"][0]["type"] == "missing"

@@ -1,0 +1,75 @@
+"""An unmodified atroposlib environment and a trainer of the Atropos API run a whole job, through a restart of the shim."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import requests
+from tokenizers import Tokenizer, models
+from trajectories import KEYS, TRAINER, number_of, shim_process, wait_until_up
+from transformers import PreTrainedTokenizerFast
+
+from lachesis.broker import EmbeddedRedis, connect_blocking
+from lachesis.broker.audit import audit
+
+STEPS, BATCH, SIZE, OFF_POLICY = 8, 8, 4, 2
+
+
+def test_a_whole_job(shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        listener.set_inheritable(True)
+        fd, url = listener.fileno(), f"http://127.0.0.1:{listener.getsockname()[1]}"
+        arguments = ("--redis-url", shared_redis.url, "--run", run_name, "--fd", str(fd))
+        command = [sys.executable, Path(__file__).with_name("canned_env.py"), url, tmp_path / "tokenizer", str(STEPS)]
+        environment = subprocess.Popen(
+            command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            with shim_process(tmp_path / "log", *arguments, inherit=(fd,)) as shim:
+                wait_until_up(url, shim, tmp_path / "log")
+                requests.post(
+                    f"{url}/register", json={**TRAINER, "batch_size": BATCH, "max_token_len": 512}, timeout=10
+                )
+                first = train(url, environment, steps=STEPS // 2)
+            with shim_process(tmp_path / "log", *arguments, inherit=(fd,)) as shim:
+                rest = train(url, environment, steps=STEPS)
+                out, errors = environment.communicate(timeout=30)
+        finally:
+            environment.kill()
+            environment.wait()
+    assert environment.returncode == 0, errors[-3000:]
+    assert out.splitlines()[-1] == "sent by canned_0, id 0, checkpoints in /checkpoints"
+    trained = [*first, *rest]
+    assert len(trained) == len(set(trained))
+    assert len(trained) >= STEPS * BATCH // SIZE
+    with connect_blocking(shared_redis.url, run_name) as blocking:
+        report = blocking.call(audit, blocking.broker)
+    assert report.findings == []
+    assert report.trained >= len(trained) - BATCH // SIZE  # the last batch may not have been acknowledged
+
+
+def train(url: str, environment: subprocess.Popen[str], steps: int) -> list[int]:
+    """Ask for batches as atroposlib's example trainer does, until `steps` are done or the environment has ended."""
+    numbers = []
+    deadline = time.monotonic() + 60
+    while environment.poll() is None:
+        assert time.monotonic() < deadline
+        status = requests.get(f"{url}/status", timeout=10).json()
+        assert status["queue_size"] <= (OFF_POLICY + 1) * BATCH // SIZE
+        batch = requests.get(f"{url}/batch", timeout=10).json()["batch"]
+        if batch is None:
+            time.sleep(0.05)
+            continue
+        assert sum(len(group["tokens"]) for group in batch) == BATCH
+        assert all(set(group) == set(KEYS) and group["env_id"] == 0 for group in batch)
+        numbers += [number_of(group) for group in batch]
+        if status["current_step"] + 1 == steps and steps < STEPS:
+            break
+    return numbers

@@ -1,0 +1,225 @@
+"""Groups on their way in: compressed, repeated, spoilt, too many."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import math
+import time
+from typing import Any
+
+import httpx
+import pytest
+from trajectories import TRAINER, group, number_of, serving
+
+from lachesis.broker import Broker, EmbeddedRedis
+from lachesis.broker.codec import tokens_digest
+from lachesis.broker.records import Lineage, ServerStatus, WeightsEntry
+from lachesis.shim.app import build_app
+from lachesis.shim.settings import ShimSettings
+
+pytestmark = pytest.mark.anyio
+GZIP = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+
+
+async def dead(broker: Broker) -> list[dict[str, str]]:
+    entries = await broker.redis.xrange(broker.keys.dead)
+    return [{key.decode(): value.decode() for key, value in fields.items()} for _, fields in entries]
+
+
+# -- repeated -----------------------------------------------------------------------------------------------------
+
+
+async def test_the_same_post_in_other_gzip_bytes_is_stored_once(registered: httpx.AsyncClient) -> None:
+    body = json.dumps(group(1)).encode()
+    for compressed in (gzip.compress(body, 1, mtime=0), gzip.compress(body, 9, mtime=1)):
+        assert (await registered.post("/scored_data", content=compressed, headers=GZIP)).json() == {
+            "status": "received"
+        }
+    assert (await registered.post("/scored_data", content=body)).json() == {"status": "received"}
+    assert (await registered.get("/status")).json()["queue_size"] == 1
+
+
+async def test_a_client_may_say_what_is_the_same_post(registered: httpx.AsyncClient) -> None:
+    for number, key in ((1, "a"), (2, "a"), (1, "b")):
+        await registered.post("/scored_data", json=group(number), headers={"Idempotency-Key": key})
+    assert (await registered.get("/status")).json()["queue_size"] == 2
+
+
+async def test_equal_groups_of_one_list_are_different_and_a_repeated_list_is_not(registered: httpx.AsyncClient) -> None:
+    for _ in range(2):
+        answer = await registered.post("/scored_data_list", json=[group(1), group(1), group(2)])
+        assert answer.json() == {"status": "received", "groups_processed": 3}
+    assert (await registered.get("/status")).json()["queue_size"] == 3
+    empty = await registered.post("/scored_data_list", json=[])
+    assert empty.json() == {"status": "received", "groups_processed": 0}
+
+
+# -- compressed ---------------------------------------------------------------------------------------------------
+
+
+async def test_broken_gzip_is_refused(registered: httpx.AsyncClient) -> None:
+    whole = gzip.compress(json.dumps(group(1, length=60)).encode())
+    for broken in (whole[:-9], whole[: len(whole) // 2], b"not gzip", whole + b"rest"):
+        response = await registered.post("/scored_data", content=broken, headers=GZIP)
+        assert (response.status_code, response.text) == (400, "Invalid gzip payload")
+    half = len(json.dumps(group(1))) // 2
+    body = json.dumps(group(1)).encode()
+    members = gzip.compress(body[:half]) + gzip.compress(body[half:]) + b"\0\0"
+    assert (await registered.post("/scored_data", content=members, headers=GZIP)).status_code == 200
+
+
+async def test_bodies_are_bounded_before_and_after_decompression(broker: Broker) -> None:
+    settings = ShimSettings(max_body_bytes=10_000)
+    async with serving(build_app(broker, settings)) as url, httpx.AsyncClient(base_url=url) as client:
+        bomb = gzip.compress(b" " * 10_000_000)
+        assert len(bomb) < 10_000
+        for body, headers in ((bomb, GZIP), (b" " * 10_001, {}), (_chunks(b" " * 6000, 2), {})):
+            response = await client.post("/scored_data", content=body, headers=headers)
+            assert response.status_code == 413
+            assert "larger than 10000 bytes" in response.json()["detail"]
+        spaced = json.dumps(group(1)).ljust(10_000)
+        assert (
+            await client.post("/scored_data", content=gzip.compress(spaced.encode()), headers=GZIP)
+        ).status_code == 200
+
+
+async def _chunks(chunk: bytes, count: int) -> Any:
+    for _ in range(count):
+        yield chunk
+
+
+# -- spoilt -------------------------------------------------------------------------------------------------------
+
+SPOILT: dict[str, tuple[dict[str, Any], list[object], str]] = {
+    "NaN": ({"scores": [0.0, math.nan]}, ["scores", 1], "scores[1] = nan: must be finite"),
+    "infinity, deep": ({"overrides": [{}, {"t": -math.inf}]}, ["overrides", 1, "t"], "overrides[1].t = -inf: must be finite"),
+    "NaN top-k": ({"distill_logprobs": [[[math.nan]]]}, ["distill_logprobs", 0, 0, 0], "distill_logprobs[0][0][0] = nan: must be finite"),
+    "ragged": ({"masks": [[1], [1, 2, 3]]}, ["masks", 0], "masks[0] = '1 values': must be as long as its tokens, 3"),
+    "too long": (group(1, length=65), ["tokens", 0], "tokens[0] = '65 tokens': must not exceed the trainer's max_token_len of 64"),
+    "too many": (group(1, size=5), ["tokens"], "tokens = '5 sequences': must not exceed the trainer's batch_size of 4"),
+    "too big": ({"tokens": [[1, 2, 2**63], [1, 2, 3]]}, ["tokens"], "tokens = 'an integer': must fit a signed 64-bit integer"),
+    "too big, deep": ({"images": [10**30]}, ["images"], "images = 'an integer': must fit a signed 64-bit integer"),
+    "not Unicode": ({"images": "\ud800"}, ["images"], "images = '\\ud800': must be Unicode text without lone surrogates"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "location", "message"), SPOILT.values(), ids=SPOILT)
+async def test_what_cannot_be_trained_is_refused_in_words_and_kept(
+    registered: httpx.AsyncClient, broker: Broker, change: dict[str, Any], location: list[object], message: str
+) -> None:
+    body = json.dumps({**group(1), **change}).encode()
+    response = await registered.post("/scored_data", content=body)
+    assert response.status_code == 422
+    (entry,) = response.json()["detail"]
+    assert (entry["loc"], entry["msg"]) == (["body", *location], message)
+    (buried,) = await dead(broker)
+    assert (buried["reason"], buried["detail"]) == ("invalid", message)
+    assert await broker.redis.get(broker.keys.blob(buried["gid"])) == body
+    assert (await registered.get("/status")).json()["queue_size"] == 0
+
+
+async def test_a_number_too_large_for_a_double_is_infinite(registered: httpx.AsyncClient) -> None:
+    body = json.dumps(group(1)).replace("1.0", "1e999")
+    response = await registered.post("/scored_data", content=body)
+    assert response.json()["detail"][0]["msg"] == "scores[1] = inf: must be finite"
+
+
+async def test_the_good_groups_of_a_list_are_stored(registered: httpx.AsyncClient, broker: Broker) -> None:
+    bad = group(2, scores=[0.0, math.nan])
+    answer = (await registered.post("/scored_data_list", content=json.dumps([group(1), bad, group(3)]))).json()
+    assert (answer["status"], answer["groups_processed"], answer["refused"]) == ("received", 3, 1)
+    assert answer["detail"][0]["loc"] == ["body", 1, "scores", 1]
+    batch = (await registered.get("/batch")).json()["batch"]
+    assert [number_of(item) for item in batch] == [1, 3]
+    (buried,) = await dead(broker)
+    kept = json.loads(await broker.redis.get(broker.keys.blob(buried["gid"])))
+    assert kept["tokens"] == bad["tokens"]
+    assert math.isnan(kept["scores"][1])
+
+    response = await registered.post("/scored_data_list", content=json.dumps([bad]))
+    assert response.status_code == 422
+
+
+async def test_what_one_trainer_refuses_the_next_may_take(registered: httpx.AsyncClient, broker: Broker) -> None:
+    long = group(1, length=65)
+    assert (await registered.post("/scored_data", json=long)).status_code == 422
+    await registered.get("/reset_data")
+    await registered.post("/register", json={**TRAINER, "max_token_len": 65, "batch_size": 2})
+    assert (await registered.post("/scored_data", json=long)).status_code == 200
+    assert (await registered.get("/batch")).json()["batch"][0]["tokens"] == long["tokens"]
+
+
+# -- versions -----------------------------------------------------------------------------------------------------
+
+
+async def test_versions_are_joined_from_lineage_or_bounded(registered: httpx.AsyncClient, broker: Broker) -> None:
+    async def spans() -> list[tuple[int, int]]:
+        return [(entry.v_min, entry.v_max) for _, entry in await broker.queue.queued()]
+
+    await registered.post("/scored_data", json=group(1))
+    for version in (3, 7):
+        await broker.weights.publish("main", WeightsEntry(version, version, "file:///v", "0", 1, "BF16", version - 1))
+    await registered.post("/scored_data", json=group(2))
+    assert await spans() == [(0, 0), (7, 7)]
+
+    now = time.time()
+    for name, version, heartbeat in (("a", 7, now), ("b", 5, now), ("gone", 1, now - 3600), ("new", -1, now)):
+        await broker.parties.report(ServerStatus(name, "main", "http://s", "ready", version, -1, heartbeat))
+    await registered.post("/scored_data", json=group(3))
+    first, second = group(4)["tokens"]
+    await broker.lineage.record([(tokens_digest(first), Lineage(2, 4)), (tokens_digest(second), Lineage(3, 6))])
+    await registered.post("/scored_data", json=group(4))
+    await broker.lineage.record([(tokens_digest(group(5)["tokens"][0]), Lineage(6, 6))])
+    await registered.post("/scored_data", json=group(5))
+    assert (await spans())[2:] == [(5, 7), (2, 6), (5, 7)]
+    assert (await registered.get("/healthz")).json()["lineage"] == {"joined": 3, "unknown": 7}
+
+
+# -- too many -----------------------------------------------------------------------------------------------------
+
+
+async def test_posts_over_the_quota_wait_until_a_batch_is_taken(broker: Broker) -> None:
+    settings = ShimSettings(queue_quota_bytes=1)
+    async with serving(build_app(broker, settings)) as url, httpx.AsyncClient(base_url=url) as client:
+        await client.post("/register", json={**TRAINER, "batch_size": 2})
+        await client.post("/scored_data", json=group(1))
+        held = [asyncio.create_task(client.post("/scored_data", json=group(number))) for number in (2, 3)]
+        done, _ = await asyncio.wait(held, timeout=0.7)
+        assert not done
+        assert (await client.get("/status")).json()["queue_size"] == 1
+        for queued in (1, 0):
+            assert len((await client.get("/batch")).json()["batch"]) == 1
+            answered, held_still = await asyncio.wait(held, return_when=asyncio.FIRST_COMPLETED, timeout=5)
+            assert [task.result().json() for task in answered] == [{"status": "received"}]
+            assert len(held_still) == queued
+            held = list(held_still)
+
+
+async def test_only_a_long_wait_ends_in_503(broker: Broker) -> None:
+    app = build_app(broker, ShimSettings(queue_quota_bytes=1), hold_s=0.3)
+    async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
+        await client.post("/scored_data", json=group(1))
+        response = await client.post("/scored_data", json=group(2))
+    assert (response.status_code, response.headers["retry-after"]) == (503, "10")
+    assert "over its quota" in response.json()["detail"]
+
+
+async def test_a_full_redis_holds_posts_and_still_hands_out_batches(redis_server: EmbeddedRedis) -> None:
+    broker = await Broker.connect(redis_server.url)
+    async with serving(build_app(broker, ShimSettings())) as url, httpx.AsyncClient(base_url=url) as client:
+        await client.post("/register", json={**TRAINER, "batch_size": 2})
+        await client.get("/batch")
+        for number in range(2):
+            await client.post("/scored_data", json=group(number))
+        await broker.redis.config_set("maxmemory", "1mb")
+        held = asyncio.create_task(client.post("/scored_data", json=group(9)))
+        for number in range(2):
+            assert [number_of(item) for item in (await client.get("/batch")).json()["batch"]] == [number]
+        assert (await client.get("/batch")).json() == {"batch": None}
+        assert [entry.step async for entry in broker.queue.ledger("main")] == [1, 2]
+        assert not held.done()
+        await broker.redis.config_set("maxmemory", "0")
+        assert (await held).json() == {"status": "received"}
+    await broker.aclose()

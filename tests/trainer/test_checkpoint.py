@@ -1,0 +1,76 @@
+"""Checkpoints: a run that is interrupted and one that is not end with the same bits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from trainer_kit import scored_group, stored
+
+from lachesis.trainer.mapping import TrainingBatch, to_batch
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from lachesis.trainer.engine import Engine
+
+pytestmark = pytest.mark.verl
+
+
+def batches(count: int) -> list[TrainingBatch]:
+    rng = random.Random(0)
+    return [to_batch([stored(scored_group(rng))], vocab_size=320, max_tokens=128) for _ in range(count)]
+
+
+def test_resuming_is_bit_for_bit(built: Callable[..., tuple[Engine, DictConfig]], tmp_path: Path) -> None:
+    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.checkpoint import Checkpoints
+
+    schedule = [  # so that a scheduler that starts over would show
+        "lachesis.num_steps=4",
+        "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine",
+        "actor_rollout_ref.actor.optim.lr_warmup_steps=1",
+    ]
+
+    def trained(engine: Engine, config: DictConfig, these: list[TrainingBatch]) -> list[dict[str, float]]:
+        learner = Learner(engine, config.algorithm)
+        found = [learner.step(batch) for batch in these]
+        return [{key: value for key, value in metrics.items() if not key.endswith("_s")} for metrics in found]
+
+    whole, config = built(*schedule)
+    expected = trained(whole, config, batches(4))
+    first, config = built(*schedule)
+    trained(first, config, batches(4)[:2])
+    Checkpoints(tmp_path, first.worker).save(2)
+    noise = torch.rand(1)
+    second, config = built(*schedule)
+    checkpoints = Checkpoints(tmp_path, second.worker)
+    assert checkpoints.steps() == [2]
+    checkpoints.load(2)
+    assert torch.equal(torch.rand(1), noise)
+    assert trained(second, config, batches(4)[2:]) == expected[2:]
+    left, right = (dict(engine.worker.engine.get_per_tensor_param()[0]) for engine in (whole, second))
+    assert all(left[name].equal(right[name]) for name in left)
+    assert expected[2]["lr"] > expected[3]["lr"] > 0
+
+
+def test_the_newest_two_are_kept_and_halves_do_not_count(
+    built: Callable[..., tuple[Engine, DictConfig]], tmp_path: Path
+) -> None:
+    from lachesis.trainer.checkpoint import Checkpoints
+
+    engine, _ = built()
+    checkpoints = Checkpoints(tmp_path, engine.worker)
+    for step in (1, 2, 3):
+        checkpoints.save(step)
+    assert checkpoints.steps() == [2, 3]
+    (tmp_path / "step-4.tmp").mkdir()
+    (tmp_path / "step-5").mkdir()  # its deletion was interrupted
+    again = Checkpoints(tmp_path, engine.worker)
+    assert again.steps() == [2, 3]
+    again.save(5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-5"]

@@ -1,0 +1,81 @@
+"""The writer lock and the lease stay alive while the main thread is busy, and their loss is noticed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from trainer_kit import fill
+
+from lachesis.broker import BlockingBroker, EmbeddedRedis, LeaseLost, connect_blocking
+from lachesis.trainer.tenure import Tenure
+
+TTL_S = 1.0
+PATIENCE_S = 10.0
+
+
+@pytest.fixture
+def blocking(shared_redis: EmbeddedRedis, run_name: str) -> Iterator[BlockingBroker]:
+    with connect_blocking(shared_redis.url, run_name) as broker:
+        yield broker
+
+
+def never() -> bool:
+    return False
+
+
+def held(tenure: Tenure) -> bool:
+    return tenure.wait(unless=never, on_standby=lambda: None)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+def key(blocking: BlockingBroker) -> str:
+    return blocking.broker.keys.writer("main")
+
+
+def test_lock_and_lease_outlive_their_terms(blocking: BlockingBroker) -> None:
+    broker = blocking.broker
+    blocking.call(fill, broker, groups=1)
+    blocking.call(broker.queue.subscribe, "main")
+    with Tenure(blocking, "main", ttl_s=TTL_S) as tenure:
+        assert held(tenure)
+        tenure.lease = blocking.call(broker.queue.lease_or_form, "main", "a", 4, lapse_s=0)
+        time.sleep(2 * TTL_S)  # the main thread is busy with a step for longer than the term
+        tenure.check()
+        assert blocking.call(broker.redis.get, key(blocking)).decode() == tenure.token
+        (pending,) = blocking.call(broker.redis.xpending_range, broker.keys.batches, "main", "-", "+", 1)
+        assert pending["time_since_delivered"] < TTL_S * 1000
+        assert pending["times_delivered"] == 1
+    assert blocking.call(broker.redis.get, key(blocking)) is None
+
+
+def test_the_second_waits_for_the_first(blocking: BlockingBroker) -> None:
+    standby = threading.Event()
+    with Tenure(blocking, "main", ttl_s=TTL_S) as first, Tenure(blocking, "main", ttl_s=TTL_S) as second:
+        assert held(first)
+        assert second.wait(unless=standby.is_set, on_standby=standby.set) is False
+        first.__exit__(None, None, None)
+        assert held(second)
+
+
+def test_losing_the_lock_is_noticed_and_leaves_the_other_its_own(blocking: BlockingBroker) -> None:
+    def lost() -> bool:
+        try:
+            tenure.check()
+        except LeaseLost as error:
+            return "right to write policy 'main'" in str(error)
+        return False
+
+    with Tenure(blocking, "main", ttl_s=TTL_S) as tenure:
+        assert held(tenure)
+        blocking.call(blocking.broker.redis.set, key(blocking), "another")
+        until(lost)
+    assert blocking.call(blocking.broker.redis.get, key(blocking)) == b"another"

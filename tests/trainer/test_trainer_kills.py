@@ -1,0 +1,217 @@
+"""Trainers killed with SIGKILL at the worst moments: every step counts once, and the weights don't show it."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+from trainer_kit import fill, start_trainer
+
+from lachesis.broker import BlockingBroker, Broker, EmbeddedRedis, connect_blocking
+from lachesis.broker.records import LedgerEntry
+
+pytestmark = pytest.mark.verl
+
+STEPS, BATCH, GROUP = 6, 8, 4
+PATIENCE_S = 60.0
+
+
+class Run:
+    """One run on the shared Redis, with its own state folder."""
+
+    def __init__(self, url: str, name: str, state_dir: Path, model: Path) -> None:
+        self.url, self.name, self.state_dir, self._model = url, name, state_dir, model
+
+    def start(self, *overrides: str, crash_at: str = "", log: str = "trainer.log") -> Any:
+        settings = {
+            "actor_rollout_ref.model.path": self._model,
+            "actor_rollout_ref.actor.optim.lr": 1e-2,
+            "lachesis.batch_size": BATCH,
+            "lachesis.num_steps": STEPS,
+            "lachesis.checkpoint_every": 2,
+            "lachesis.lease_s": 3,
+        }
+        words = [*(f"{key}={value}" for key, value in settings.items()), *overrides]
+        return start_trainer(self.url, self.name, self.state_dir, words, crash_at=crash_at, log=self.state_dir / log)
+
+    def finish(self, process: Any) -> int | None:
+        process.join(PATIENCE_S)
+        exitcode: int | None = process.exitcode
+        return exitcode
+
+    def broker(self) -> Any:
+        return connect_blocking(self.url, self.name)
+
+    def weights(self, version: int) -> dict[str, Tensor]:
+        return load_file(self.state_dir / f"weights/{self.name}/main/v{version:06d}/model.safetensors")
+
+
+async def _ledger(broker: Broker) -> list[LedgerEntry]:
+    return [entry async for entry in broker.queue.ledger("main")]
+
+
+async def _versions(broker: Broker) -> list[int]:
+    return [int(fields[b"version"]) for _, fields in await broker.redis.xrange(broker.keys.weights("main"))]
+
+
+async def _wait_for_step(broker: Broker, step: int) -> None:
+    """Wait until `step` was reported, which is the last thing a step does."""
+    cursor, seen = "0-0", 0
+    with anyio.fail_after(PATIENCE_S):
+        while seen < step:
+            for entry_id, fields in await broker.journal.metrics(cursor, block_s=1.0):
+                cursor, seen = entry_id, int(fields["step"])
+
+
+def wait_for_text(path: Path, text: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not path.exists() or text not in path.read_text():
+        assert time.monotonic() < deadline, f"{text!r} never appeared in {path}"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def a_run(shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path, tiny_model: Path) -> Run:
+    return Run(shared_redis.url, run_name, tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    shared_redis: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
+) -> Iterator[tuple[Run, list[LedgerEntry]]]:
+    run = Run(shared_redis.url, "undisturbed", tmp_path_factory.mktemp("undisturbed"), tiny_model)
+    with run.broker() as blocking:
+        blocking.call(fill, blocking.broker, groups=STEPS * BATCH // GROUP + 1)
+        assert run.finish(run.start()) == 0
+        yield run, blocking.call(_ledger, blocking.broker)
+
+
+def check_same(run: Run, blocking: BlockingBroker, undisturbed: tuple[Run, list[LedgerEntry]]) -> None:
+    reference, expected = undisturbed
+    ledger = blocking.call(_ledger, blocking.broker)
+    assert [entry.step for entry in ledger] == list(range(1, STEPS + 1))
+    assert [entry.gids for entry in ledger] == [entry.gids for entry in expected]
+    assert [entry.loss for entry in ledger] == [entry.loss for entry in expected]
+    assert blocking.call(_versions, blocking.broker) == list(range(STEPS + 1))
+    for version in range(STEPS + 1):
+        mine, theirs = run.weights(version), reference.weights(version)
+        assert mine.keys() == theirs.keys()
+        assert all(mine[name].equal(theirs[name]) for name in mine), f"version {version} differs"
+
+
+def test_an_undisturbed_run_trains_exactly_its_steps(undisturbed: tuple[Run, list[LedgerEntry]]) -> None:
+    run, ledger = undisturbed
+    assert [(entry.step, entry.n, entry.lag) for entry in ledger] == [(s, BATCH, s - 1) for s in range(1, STEPS + 1)]
+    with run.broker() as blocking:
+        assert blocking.call(_versions, blocking.broker) == list(range(STEPS + 1))
+        metrics = [fields for _, fields in blocking.call(blocking.broker.journal.metrics)]
+        status = blocking.call(blocking.broker.queue.status)
+    assert [int(fields["step"]) for fields in metrics] == list(range(1, STEPS + 1))
+    assert {"reward", "entropy", "clip_frac", "kl", "logp_gap_mean", "tokens_per_s", "wait_share"} <= metrics[0].keys()
+    assert (status.groups, status.delivered) == (1, STEPS)  # nothing was leased beyond the last step
+    assert not run.weights(0)["lm_head.weight"].equal(run.weights(STEPS)["lm_head.weight"])
+
+
+KILLS = [
+    ("trained:2", "after the optimizer step, before the commit"),
+    ("committed:3", "after the commit, before publishing"),
+    ("checkpoint:4", "while a checkpoint is written"),
+    ("publish:5", "while a version's files are written"),
+    ("announce:6", "after a version's files, before its event"),
+]
+
+
+def test_killed_again_and_again(a_run: Run, undisturbed: tuple[Run, list[LedgerEntry]]) -> None:
+    with a_run.broker() as blocking:
+        blocking.call(fill, blocking.broker, groups=STEPS * BATCH // GROUP + 1)
+        for point, when in KILLS:
+            assert a_run.finish(a_run.start(crash_at=point)) == -signal.SIGKILL, when
+        assert a_run.finish(a_run.start()) == 0
+        check_same(a_run, blocking, undisturbed)
+    left = [path.name for path in (a_run.state_dir / f"weights/{a_run.name}/main").glob(".[to]*")]
+    left += [path.name for path in (a_run.state_dir / f"checkpoints/{a_run.name}/main").glob("*.tmp")]
+    assert left == []  # nothing half-written stays
+
+
+def test_sigterm_finishes_the_step_and_leaves_a_checkpoint(a_run: Run) -> None:
+    with a_run.broker() as blocking:
+        blocking.call(fill, blocking.broker, groups=3 * BATCH // GROUP)
+        process = a_run.start()
+        blocking.call(_wait_for_step, blocking.broker, 3)
+        process.terminate()
+        assert a_run.finish(process) == 0
+        checkpoints = {path.name for path in (a_run.state_dir / f"checkpoints/{a_run.name}/main").iterdir()}
+        assert checkpoints == {"step-2", "step-3"}
+        assert blocking.call(blocking.broker.redis.exists, blocking.broker.keys.writer("main")) == 0
+        assert blocking.call(blocking.broker.queue.batches) == []  # all covered, all freed
+
+
+def test_a_standby_takes_over_from_a_killed_trainer(a_run: Run) -> None:
+    with a_run.broker() as blocking:
+        blocking.call(fill, blocking.broker, groups=2 * BATCH // GROUP)
+        first = a_run.start("lachesis.replica=a", log="first.log")
+        blocking.call(_wait_for_step, blocking.broker, 2)
+        second = a_run.start("lachesis.replica=b", log="second.log")
+        wait_for_text(a_run.state_dir / "second.log", "standby")
+        blocking.call(fill, blocking.broker, groups=1, first=100)
+        first.kill()
+        blocking.call(fill, blocking.broker, groups=7, first=101)
+        assert a_run.finish(second) == 0
+        ledger = blocking.call(_ledger, blocking.broker)
+    assert [entry.step for entry in ledger] == list(range(1, STEPS + 1))
+    assert [entry.replica for entry in ledger] == ["a"] * 2 + ["b"] * 4
+
+
+def test_a_trainer_that_lost_its_lock_commits_nothing(a_run: Run) -> None:
+    with a_run.broker() as blocking:
+        blocking.call(fill, blocking.broker, groups=BATCH // GROUP)
+        process = a_run.start("lachesis.lease_s=30")  # no heartbeat notices in time: COMMIT itself must refuse
+        blocking.call(_wait_for_step, blocking.broker, 1)
+        blocking.call(blocking.broker.redis.set, blocking.broker.keys.writer("main"), "another")
+        blocking.call(fill, blocking.broker, groups=BATCH // GROUP, first=100)
+        assert a_run.finish(process) == 1
+        assert [entry.step for entry in blocking.call(_ledger, blocking.broker)] == [1]
+        assert blocking.call(_versions, blocking.broker) == [0, 1]
+    assert "another process writes this policy now" in (a_run.state_dir / "trainer.log").read_text()
+
+
+def test_a_trainer_whose_run_is_reset_stops(a_run: Run) -> None:
+    with a_run.broker() as blocking:
+        blocking.call(fill, blocking.broker, groups=BATCH // GROUP)
+        process = a_run.start()
+        blocking.call(_wait_for_step, blocking.broker, 1)
+        blocking.call(blocking.broker.reset)
+        assert a_run.finish(process) == 1
+    assert "was reset while policy 'main' was trained" in (a_run.state_dir / "trainer.log").read_text()
+
+
+def test_folders_of_another_history_are_refused(a_run: Run) -> None:
+    log = a_run.state_dir / "trainer.log"
+    with a_run.broker() as blocking:
+        blocking.call(fill, blocking.broker, groups=2 * BATCH // GROUP)
+        assert a_run.finish(a_run.start("lachesis.num_steps=2")) == 0
+        blocking.call(blocking.broker.reset)
+        assert a_run.finish(a_run.start()) == 1
+        assert "the run was reset" in log.read_text()
+        blocking.call(blocking.broker.forget)
+        assert a_run.finish(a_run.start()) == 1
+        assert "holds checkpoints of steps 2, but the ledger" in log.read_text()
+
+
+def test_a_checkpoint_that_redis_knows_nothing_of_is_dropped(a_run: Run) -> None:
+    checkpoints = a_run.state_dir / f"checkpoints/{a_run.name}/main"
+    with a_run.broker() as blocking:
+        blocking.call(fill, blocking.broker, groups=3 * BATCH // GROUP)
+        assert a_run.finish(a_run.start("lachesis.num_steps=2")) == 0
+        shutil.copytree(checkpoints / "step-2", checkpoints / "step-9")
+        assert a_run.finish(a_run.start("lachesis.num_steps=3")) == 0
+        assert [entry.step for entry in blocking.call(_ledger, blocking.broker)] == [1, 2, 3]
+    assert {path.name for path in checkpoints.iterdir()} == {"step-2", "step-3"}

@@ -1,0 +1,139 @@
+"""Published versions: complete, described by their manifest, loadable by others, and collected only when unused."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from trainer_kit import make_tiny_model, scored_group, stored
+
+from lachesis.broker import WeightsRefused
+from lachesis.broker.records import Manifest
+from lachesis.trainer import versions
+from lachesis.trainer.mapping import to_batch
+from lachesis.trainer.versions import VersionStore
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from lachesis.trainer.engine import Engine
+
+
+def tensors(value: float = 1.0) -> list[tuple[str, Tensor]]:
+    return [("a.weight", torch.full((3, 2), value)), ("b.weight", torch.arange(4.0)), ("c.weight", torch.ones(2))]
+
+
+@pytest.fixture
+def store(tmp_path: Path, tiny_model: Path) -> VersionStore:
+    return VersionStore(tmp_path / "weights", tiny_model, dtype="bf16")
+
+
+def test_a_version_holds_what_its_manifest_says(store: VersionStore, tiny_model: Path) -> None:
+    entry = store.write(7, 7, 6, tensors())
+    folder = Path(entry.uri)
+    assert folder == store.path(7)
+    raw = (folder / "manifest.json").read_bytes()
+    assert hashlib.sha256(raw).hexdigest() == entry.manifest_sha256
+    manifest = msgspec.json.decode(raw, type=Manifest)
+    assert (manifest.version, manifest.step, entry.parent, entry.dtype) == (7, 7, 6, "BF16")
+    assert manifest.files.keys() == {path.name for path in folder.iterdir()} - {"manifest.json"}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"} <= manifest.files.keys()
+    for name, info in manifest.files.items():
+        content = (folder / name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (info.bytes, info.sha256)
+    assert (folder / "config.json").read_bytes() == (tiny_model / "config.json").read_bytes()
+    found = load_file(folder / "model.safetensors")
+    assert {name: (info.dtype, info.shape) for name, info in manifest.tensors.items()} == {
+        name: ("BF16", tuple(tensor.shape)) for name, tensor in found.items()
+    }
+    assert all(found[name].equal(tensor.bfloat16()) for name, tensor in tensors())
+
+
+def test_large_models_are_written_in_shards(store: VersionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "SHARD_BYTES", 12)
+    folder = Path(store.write(1, 1, 0, tensors()).uri)
+    manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
+    index = msgspec.json.decode((folder / "model.safetensors.index.json").read_bytes())
+    assert len({info.file for info in manifest.tensors.values()}) == 2
+    assert index["weight_map"] == {name: info.file for name, info in manifest.tensors.items()}
+    for name, file in index["weight_map"].items():
+        assert name in load_file(folder / file)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])
+def test_values_that_are_not_finite_are_never_published(store: VersionStore, value: float) -> None:
+    broken = torch.tensor([1.0, value], dtype=torch.float64)
+    with pytest.raises(WeightsRefused, match=r"version 3 .* b\.weight"):
+        store.write(3, 3, 2, [("a.weight", torch.ones(1)), ("b.weight", broken)])
+    assert store.versions() == []
+    assert [path.name for path in store.folder.iterdir()] == [".shared"]
+
+
+def test_a_version_that_was_never_announced_is_replaced(store: VersionStore) -> None:
+    store.write(1, 1, 0, tensors(1.0))
+    second = store.write(1, 1, 0, tensors(2.0))
+    assert load_file(Path(second.uri) / "model.safetensors")["a.weight"].max() == 2
+
+
+def test_the_newest_and_those_in_use_survive_collection(store: VersionStore) -> None:
+    for version in range(6):
+        store.write(version, version, version - 1, tensors())
+    assert store.collect(keep=2, in_use={1, -1}) == [0, 2, 3]
+    assert store.versions() == [1, 4, 5]
+
+
+def test_what_a_crash_left_half_done_is_cleared(store: VersionStore, tiny_model: Path) -> None:
+    store.write(1, 1, 0, tensors())
+    (store.folder / ".tmp-v2").mkdir()
+    (store.folder / ".old-v0").mkdir()
+    again = VersionStore(store.folder, tiny_model, dtype="bf16")
+    assert sorted(path.name for path in again.folder.iterdir()) == [".shared", "v000001"]
+    assert (again.path(1) / "config.json").is_file()
+
+
+@pytest.mark.verl
+def test_adapters_are_published_as_a_whole_model(
+    built: Callable[..., tuple[Engine, DictConfig]], tmp_path: Path, tiny_model: Path
+) -> None:
+    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.engine import published_tensors
+
+    engine, config = built("actor_rollout_ref.model.lora_rank=2")
+    Learner(engine, config.algorithm).step(
+        to_batch([stored(scored_group(random.Random(0)))], vocab_size=320, max_tokens=64)
+    )
+    published = VersionStore(tmp_path, tiny_model, dtype="fp32").write(1, 1, 0, published_tensors(engine))
+    after, before = load_file(Path(published.uri) / "model.safetensors"), load_file(tiny_model / "model.safetensors")
+    assert after.keys() == before.keys()
+    moved = [name for name in after if not torch.allclose(after[name], before[name], atol=1e-2)]
+    assert moved
+    assert all("proj" in name for name in moved)
+
+
+@pytest.mark.verl
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_engines_weights_load_in_hugging_face(
+    built: Callable[..., tuple[Engine, DictConfig]], tmp_path: Path, tied: bool
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lachesis.trainer.engine import published_tensors
+
+    model = make_tiny_model(tmp_path / "model", tied=tied)
+    engine, _ = built(model=model)
+    folder = Path(
+        VersionStore(tmp_path / "weights", model, dtype="fp32").write(0, 0, -1, published_tensors(engine)).uri
+    )
+    original, published = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (model, folder))
+    assert original.keys() == published.keys()
+    assert all(original[name].equal(published[name]) for name in original)
+    assert AutoTokenizer.from_pretrained(folder)("hi").input_ids == AutoTokenizer.from_pretrained(model)("hi").input_ids
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) != tied

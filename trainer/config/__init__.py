@@ -1,0 +1,1 @@
+"""The trainer's Hydra configuration: trainer.yaml extends verl's ppo_trainer."""

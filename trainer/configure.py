@@ -1,0 +1,198 @@
+"""The trainer's configuration: composed by Hydra, checked before anything expensive starts, and refused in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.keys import check_name
+from lachesis.trainer.settings import TrainerSettings
+
+READ = ("lachesis.", "device", "actor_rollout_ref.model.", "actor_rollout_ref.actor.", "algorithm.")
+READ_TOO = ("actor_rollout_ref.rollout.temperature",)
+NOT_READ = tuple(f"actor_rollout_ref.actor.{name}" for name in ("ppo_epochs", "ppo_mini_batch_size", "shuffle"))
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+NEEDS_MORE = {  # estimators whose further inputs rollouts from environments don't have
+    "gae": "a critic",
+    "remax": "greedy baseline rewards",
+    "gdpo": "rewards by component",
+    "optimal_token_baseline": "full token distributions",
+    "tir_optimal_token_baseline": "full token distributions",
+}
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The node `lachesis` of the configuration, resolved for one run."""
+
+    run: str
+    policy: str
+    replica: str
+    model_dir: Path
+    batch_size: int
+    max_token_len: int
+    num_steps: int
+    publish_every: int
+    checkpoint_every: int
+    keep_versions: int
+    weights_dir: Path  # of this run and policy
+    weights_dtype: str
+    checkpoint_dir: Path  # of this run and policy
+    lease_s: float
+    temperature: float
+    wandb_project: str
+    wandb_group: str
+
+
+def compose_config(overrides: Sequence[str], *, device: str) -> DictConfig:
+    """Compose trainer.yaml with `overrides`; `device` (cpu or cuda) is used unless they choose one."""
+    for override in overrides:
+        name = override.split("=", 1)[0].lstrip("+~").split("@")[0]
+        if not (name.startswith(READ) or name in READ_TOO) or name in NOT_READ:
+            raise ConfigurationError(
+                f"{name}: not read by this trainer (one step is one pass over one batch, and rollouts come from Redis); "
+                f"it reads {', '.join((*READ, *READ_TOO))}"
+            )
+    verl = importlib.util.find_spec("verl")
+    if verl is None or not verl.submodule_search_locations:
+        raise ConfigurationError("verl is not installed: pip install 'lachesis-rl[trainer]'")
+    # where trainer.yaml's pkg://verl.trainer.config lies, without the seconds that importing verl takes
+    searchpath = f"hydra.searchpath=[file://{verl.submodule_search_locations[0]}/trainer/config]"
+    try:
+        with initialize_config_module("lachesis.trainer.config", version_base=None):
+            config: DictConfig = compose("trainer", overrides=[searchpath, f"device={device}", *overrides])
+        OmegaConf.resolve(config.lachesis)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigurationError(" ".join(str(error).split())) from None
+    return config
+
+
+def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
+    """Check everything that can be checked without building the engine. The model's path in `config` becomes local."""
+    ours, actor, algorithm = config.lachesis, config.actor_rollout_ref.actor, config.algorithm
+    for name in ("batch_size", "num_steps", "publish_every", "checkpoint_every", "keep_versions"):
+        if not isinstance(ours[name], int) or ours[name] < 1:
+            raise ConfigurationError(f"lachesis.{name} = {ours[name]!r}: must be a whole number of at least 1")
+    if not ours.lease_s >= 1:
+        raise ConfigurationError(f"lachesis.lease_s = {ours.lease_s!r}: must be at least 1 second")
+    if ours.weights_dtype not in DTYPES:
+        raise ConfigurationError(f"lachesis.weights_dtype = {ours.weights_dtype!r}: must be one of {', '.join(DTYPES)}")
+    _check_algorithm(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError("WORLD_SIZE > 1: one trainer is one process; start it without torchrun")
+    temperature = config.actor_rollout_ref.rollout.temperature
+    if not temperature > 0:
+        raise ConfigurationError(f"actor_rollout_ref.rollout.temperature = {temperature!r}: must be above 0")
+
+    if not config.actor_rollout_ref.model.path:
+        raise ConfigurationError(
+            "which model? Give actor_rollout_ref.model.path=FOLDER, or a Hugging Face model's name"
+        )
+    model_dir = find_model(config.actor_rollout_ref.model.path)
+    config.actor_rollout_ref.model.path = str(model_dir)
+    if algorithm.rollout_correction.bypass_mode:  # what verl's own driver does with it (apply_bypass_mode)
+        OmegaConf.update(actor.policy_loss, "loss_mode", "bypass_mode")
+        OmegaConf.update(actor.policy_loss, "rollout_correction", algorithm.rollout_correction, force_add=True)
+
+    longest = min(_max_positions(model_dir), actor.ppo_max_token_len_per_gpu)
+    if ours.max_token_len is not None and not 0 < ours.max_token_len <= longest:
+        raise ConfigurationError(
+            f"lachesis.max_token_len = {ours.max_token_len!r}: must be from 1 to {longest}, what the model and one "
+            "micro-batch (actor_rollout_ref.actor.ppo_max_token_len_per_gpu) can hold"
+        )
+    policy = check_name("lachesis.policy", ours.policy)
+    place = Path(settings.run, policy)
+    return Plan(
+        run=settings.run,
+        policy=policy,
+        replica=check_name("lachesis.replica", ours.replica or socket.gethostname()),
+        model_dir=model_dir,
+        batch_size=ours.batch_size,
+        max_token_len=ours.max_token_len or longest,
+        num_steps=ours.num_steps,
+        publish_every=ours.publish_every,
+        checkpoint_every=ours.checkpoint_every,
+        keep_versions=ours.keep_versions,
+        weights_dir=Path(ours.weights_dir or settings.state_dir / "weights").absolute() / place,
+        weights_dtype=ours.weights_dtype,
+        checkpoint_dir=Path(ours.checkpoint_dir or settings.state_dir / "checkpoints").absolute() / place,
+        lease_s=float(ours.lease_s),
+        temperature=float(temperature),
+        wandb_project=ours.wandb_project,
+        wandb_group=ours.wandb_group or settings.run,
+    )
+
+
+def find_model(path: str) -> Path:
+    """The folder of a model that is on this machine, or a name that the Hugging Face hub knows; checked."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = _from_hub(path)
+    where = f"actor_rollout_ref.model.path = {path!r}"
+    if not (folder / "config.json").is_file():
+        raise ConfigurationError(f"{where}: holds no config.json, so it is not a Hugging Face model folder")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigurationError(
+            f"{where}: holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}); "
+            "save it there with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
+        )
+    if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
+        raise ConfigurationError(f"{where}: holds no weights (none of {', '.join(WEIGHT_FILES)})")
+    return folder.absolute()
+
+
+def _from_hub(name: str) -> Path:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise ConfigurationError(f"actor_rollout_ref.model.path = {name!r}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.pth", "*.gguf", "*.onnx", "original/*"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"actor_rollout_ref.model.path = {name!r}: no such folder, and not to be had from the Hugging Face hub "
+            f"({type(error).__name__})"
+        ) from error
+
+
+def _check_algorithm(config: DictConfig) -> None:
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    if algorithm.adv_estimator in NEEDS_MORE:
+        raise ConfigurationError(
+            f"algorithm.adv_estimator = {algorithm.adv_estimator!r}: needs {NEEDS_MORE[algorithm.adv_estimator]}, "
+            "which this trainer does not have; use grpo, rloo, opo, reinforce_plus_plus, …"
+        )
+    if actor.use_kl_loss or algorithm.use_kl_in_reward:
+        name = "actor_rollout_ref.actor.use_kl_loss" if actor.use_kl_loss else "algorithm.use_kl_in_reward"
+        raise ConfigurationError(f"{name}: needs a reference model, which this trainer does not have")
+    on_cpu = config.lachesis.device == "cpu"
+    if on_cpu and actor.strategy != "fsdp2":
+        raise ConfigurationError(
+            f"actor_rollout_ref.actor.strategy = {actor.strategy!r}: without an accelerator only fsdp2 works"
+        )
+    attention = config.actor_rollout_ref.model.override_config.attn_implementation
+    if on_cpu and attention.startswith("flash"):
+        raise ConfigurationError(
+            f"actor_rollout_ref.model.override_config.attn_implementation = {attention!r}: needs an accelerator; use sdpa"
+        )
+
+
+def _max_positions(model_dir: Path) -> int:
+    raw: dict[str, Any] = json.loads((model_dir / "config.json").read_text())
+    return int((raw.get("text_config") or raw).get("max_position_embeddings") or raw.get("n_positions") or 1 << 30)

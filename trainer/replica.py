@@ -1,0 +1,269 @@
+"""The step loop of one trainer process: lease, train, commit, publish, checkpoint; and how it picks up after a crash.
+
+A step's order is what makes every step count once. The update is committed before it is published or checkpointed, so
+whatever exists outside this process is covered by the ledger; and a batch's groups are kept until a checkpoint covers
+them, so a step that was committed and then lost with its process is trained again from the same groups, in the same
+order, and neither committed nor published twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from redis.exceptions import ResponseError
+from structlog.stdlib import BoundLogger
+
+from lachesis.broker import BlockingBroker, Conflict
+from lachesis.broker.records import BatchEntry, Group, Lease, LedgerEntry, TrainerConfig
+from lachesis.trainer.algo import Learner
+from lachesis.trainer.checkpoint import Checkpoints
+from lachesis.trainer.configure import Plan
+from lachesis.trainer.crash import crash_point
+from lachesis.trainer.engine import Engine, published_tensors
+from lachesis.trainer.mapping import TrainingBatch, to_batch
+from lachesis.trainer.metrics import batch_metrics
+from lachesis.trainer.tenure import Tenure
+from lachesis.trainer.versions import VersionStore
+
+POLL_S = 0.25  # a group that arrives between looking and waiting is seen after this
+SERVER_GONE_S = 600.0  # a server silent for this long no longer holds a version on disk
+
+
+class Replica:
+    """Everything a step needs, wired together by main.py. Call `resume`, then `train`."""
+
+    def __init__(
+        self,
+        broker: BlockingBroker,
+        plan: Plan,
+        engine: Engine,
+        learner: Learner,
+        checkpoints: Checkpoints,
+        versions: VersionStore,
+        tenure: Tenure,
+        log: BoundLogger,
+    ) -> None:
+        self._broker, self._plan, self._engine, self._learner = broker, plan, engine, learner
+        self._checkpoints, self._versions, self._tenure, self._log = checkpoints, versions, tenure, log
+        self.step = 0  # of the weights in memory
+        self._published = -1  # newest version
+        self._saved = 0  # newest checkpoint
+
+    # -- taking over ----------------------------------------------------------------------------------------------
+
+    def register(self) -> None:
+        """Tell environments what is trained, and let them begin."""
+        plan, parties = self._plan, self._broker.broker.parties
+        config = TrainerConfig(
+            wandb_group=plan.wandb_group,
+            wandb_project=plan.wandb_project,
+            batch_size=plan.batch_size,
+            max_token_len=plan.max_token_len,
+            checkpoint_dir=str(plan.checkpoint_dir),
+            save_checkpoint_interval=plan.checkpoint_every,
+            starting_step=self.step,
+            num_steps=plan.num_steps,
+        )
+        self._broker.call(parties.register_trainer, config)
+        self._broker.call(parties.start)
+        self._broker.call(self._broker.broker.queue.subscribe, plan.policy)
+        self._broker.call(
+            self._broker.broker.journal.control, "training", plan.replica, f"{plan.policy} from step {self.step}"
+        )
+
+    def resume(self) -> None:
+        """Bring weights, optimizer and published versions to where the ledger is.
+
+        Raises Conflict if the ledger, the published versions and the checkpoints can't be of one history.
+        """
+        policy = self._plan.policy
+        ledger = self._broker.call(self._ledger)
+        committed = ledger[-1].step if ledger else 0
+        newest = self._broker.call(self._broker.broker.weights.newest, policy)
+        self._published = newest.version if newest else -1
+        if self._published > committed:
+            raise Conflict(
+                f"policy {policy!r} of run {self._plan.run!r} has published version {self._published}, but its ledger ends "
+                f"at step {committed}: the run was reset. Train under another --run"
+            )
+        self._load(committed)
+        for version in self._versions.versions():
+            if version > self._published:  # complete on disk, never announced
+                self._versions.remove(version)
+        if self._published < 0:
+            self._publish()
+        for entry in ledger:
+            if entry.step > self._saved:
+                self._replay(entry)
+        self._save()  # so that crashes in a row don't make the replay longer and longer
+
+    def _load(self, committed: int) -> None:
+        steps = self._checkpoints.steps()
+        usable = [step for step in steps if step <= committed]
+        beyond = [step for step in steps if step > committed]
+        if beyond and not usable:
+            raise Conflict(
+                f"{self._checkpoints.folder} holds checkpoints of steps {', '.join(map(str, steps))}, but the ledger of policy "
+                f"{self._plan.policy!r} in run {self._plan.run!r} ends at step {committed}: they are of another history. "
+                "Move them away, give another lachesis.checkpoint_dir, or train under another --run"
+            )
+        for step in beyond:  # Redis lost its last moments: those steps will be trained anew, from other groups
+            self._log.warning("checkpoint is ahead of the ledger, dropped", step=step, ledger=committed)
+            self._checkpoints.remove(step)
+        if usable:
+            self._checkpoints.load(usable[-1])
+            self.step = self._saved = usable[-1]
+            self._log.info("loaded checkpoint", step=self.step)
+
+    async def _ledger(self) -> list[LedgerEntry]:
+        return [entry async for entry in self._broker.broker.queue.ledger(self._plan.policy)]
+
+    def _fetch(self, of: BatchEntry | LedgerEntry) -> list[Group]:
+        try:
+            return self._broker.call(self._broker.broker.queue.fetch, of.gids)
+        except LookupError as error:
+            raise Conflict(
+                f"step {of.step} can't be trained: {error}. Its weights are in the checkpoint of that step or a later one, "
+                f"if there is one to put back into {self._checkpoints.folder} (its newest is of step {self._saved})"
+            ) from error
+
+    def _replay(self, entry: LedgerEntry) -> None:
+        self._learner.step(self._batch(self._fetch(entry)))
+        self.step = entry.step
+        self._log.info("replayed", step=self.step)
+        if self._due():
+            self._publish()
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def train(self, stopping: Callable[[], bool]) -> None:
+        """Train until the last step, or until `stopping`; a step that has begun is finished. Leaves a checkpoint.
+
+        Raises LeaseLost if another trainer took over: the update in memory must be thrown away.
+        """
+        while self.step < self._plan.num_steps and not stopping():
+            started = time.perf_counter()
+            lease = self._next_batch(stopping)
+            if lease is None:
+                break
+            self._one_step(lease, started)
+        if self._due():  # where num_steps was lowered to where an earlier process had stopped
+            self._publish()
+        self._save()
+
+    def _next_batch(self, stopping: Callable[[], bool]) -> Lease | None:
+        plan, queue = self._plan, self._broker.broker.queue
+        while not stopping():
+            self._tenure.check()
+            # as holder of the writer lock, whoever else holds a lease of this policy is gone: no need to let it lapse
+            try:
+                lease = self._broker.call(queue.lease_or_form, plan.policy, plan.replica, plan.batch_size, lapse_s=0)
+            except ResponseError as error:
+                if "NOGROUP" not in str(error):
+                    raise
+                raise Conflict(f"run {plan.run!r} was reset while policy {plan.policy!r} was trained") from error
+            if lease is not None:
+                if lease.batch.step <= self.step:
+                    raise Conflict(f"got step {lease.batch.step} after step {self.step}: run {plan.run!r} was reset")
+                self._tenure.lease = lease
+                return lease
+            self._broker.call(queue.wait_for_group, POLL_S)
+        return None
+
+    def _one_step(self, lease: Lease, started: float) -> None:
+        leased = time.perf_counter()
+        groups = self._fetch(lease.batch)
+        fetched = time.perf_counter()
+        batch = self._batch(groups)
+        learned = self._learner.step(batch)
+        version_before, step = self.step, lease.batch.step
+        crash_point("trained", step)
+
+        entry = LedgerEntry(
+            step=step,
+            gids=lease.batch.gids,
+            n=lease.batch.n,
+            tok=lease.batch.tok,
+            v_before=version_before,
+            v_after=step,
+            v_min=lease.batch.v_min,
+            lag=version_before - lease.batch.v_min,
+            replica=self._plan.replica,
+            reward=batch.scores.mean().item(),
+            loss=learned["loss"],
+            seconds=time.perf_counter() - leased,
+        )
+        self._tenure.check()
+        self._broker.call(self._broker.broker.queue.commit, self._plan.policy, lease, entry, token=self._tenure.token)
+        self._tenure.lease = None
+        self.step = step
+        crash_point("committed", step)
+
+        committed = time.perf_counter()
+        if self._due():
+            self._publish()
+        published = time.perf_counter()
+        if step % self._plan.checkpoint_every == 0:
+            self._save()
+        finished = time.perf_counter()
+        seconds = {
+            "wait_s": leased - started,
+            "fetch_s": fetched - leased,
+            "publish_s": published - committed,
+            "checkpoint_s": finished - published,
+            "step_s": finished - started,
+        }
+        self._report(batch_metrics(entry, groups, batch) | learned | seconds)
+
+    def _batch(self, groups: Sequence[Group]) -> TrainingBatch:
+        batch = to_batch(
+            groups,
+            vocab_size=self._engine.vocab_size,
+            max_tokens=self._plan.max_token_len,
+            temperature=self._plan.temperature,
+        )
+        if batch.unfit:
+            self._log.warning(
+                "sequences too long or with token ids the model lacks are left out",
+                sequences=batch.unfit,
+                max_tokens=self._plan.max_token_len,
+                vocab_size=self._engine.vocab_size,
+            )
+        return batch
+
+    # -- what others see ------------------------------------------------------------------------------------------
+
+    def _due(self) -> bool:
+        wanted = self.step % self._plan.publish_every == 0 or self.step == self._plan.num_steps
+        return wanted and self.step > self._published
+
+    def _publish(self) -> None:
+        """Publish the weights in memory, then delete versions nobody needs any more."""
+        self._tenure.check()
+        entry = self._versions.write(self.step, self.step, self._published, published_tensors(self._engine))
+        crash_point("announce", self.step)
+        self._broker.call(self._broker.broker.weights.publish, self._plan.policy, entry)
+        self._published = self.step
+
+        alive = time.time() - SERVER_GONE_S
+        servers = self._broker.call(self._broker.broker.parties.servers)
+        in_use = {v for server in servers if server.heartbeat > alive for v in (server.version, server.loading)}
+        self._versions.collect(keep=self._plan.keep_versions, in_use=in_use)
+
+    def _save(self) -> None:
+        self._tenure.check()
+        if self.step > self._saved:
+            self._checkpoints.save(self.step)
+            self._saved = self.step
+        if self._saved:
+            self._broker.call(self._broker.broker.queue.retire, self._plan.policy, self._saved)
+
+    def _report(self, values: dict[str, float]) -> None:
+        values["queue"] = self._broker.call(self._broker.broker.queue.status).groups
+        values["num_steps"], values["version"] = self._plan.num_steps, self._published
+        values["wait_share"] = values["wait_s"] / values["step_s"]
+        values["tokens_per_s"] = values["tokens"] / values["step_s"]
+        self._broker.call(self._broker.broker.journal.metric, "step", values)
+        shown = ("step", "reward", "loss", "grad_norm", "lag", "queue", "wait_s", "step_s")
+        self._log.info("trained", **{name: round(values[name], 4) for name in shown})

@@ -1,0 +1,148 @@
+"""Published weights on disk: one folder a version, Hugging Face's layout, complete or absent.
+
+A version is written aside as `.tmp-v<version>`, synced, and renamed to `v<version>` (six digits); `manifest.json` lists
+every file and tensor. Configuration and tokenizer never change, so versions share them by hard links.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lachesis.broker.errors import WeightsRefused
+from lachesis.broker.records import FileInfo, Manifest, TensorInfo, WeightsEntry
+from lachesis.trainer.crash import crash_point
+from lachesis.trainer.durable import rename_durably, sync
+
+DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16")}
+SHARD_BYTES = 4 << 30
+WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)(\.index\.json)?")
+MANIFEST = "manifest.json"
+
+
+class VersionStore:
+    """The versions of one policy in one folder."""
+
+    def __init__(self, folder: Path, model_dir: Path, *, dtype: str) -> None:
+        self.folder = folder
+        self._dtype, self._dtype_name = DTYPES[dtype]
+        for left in (*folder.glob(".tmp-*"), *folder.glob(".old-*"), folder / ".shared"):
+            shutil.rmtree(left, ignore_errors=True)
+        self._shared = folder / ".shared"
+        self._shared.mkdir(parents=True)
+        self._shared_files: dict[str, FileInfo] = {}
+        for path in sorted(model_dir.iterdir()):
+            if path.is_file() and not WEIGHTS.fullmatch(path.name) and path.name != MANIFEST:
+                self._shared_files[path.name] = _settle(Path(shutil.copy(path, self._shared)))
+
+    def path(self, version: int) -> Path:
+        return self.folder / f"v{version:06d}"
+
+    def versions(self) -> list[int]:
+        """Versions on disk, oldest first."""
+        names = (re.fullmatch(r"v(\d{6,})", path.name) for path in self.folder.iterdir())
+        return sorted(int(name[1]) for name in names if name)
+
+    def write(self, version: int, step: int, parent: int, tensors: Iterable[tuple[str, Tensor]]) -> WeightsEntry:
+        """Write a version and return the event that announces it; one that is there already is replaced.
+
+        Raises WeightsRefused for a value that is not finite in the published dtype; nothing is left behind then.
+        """
+        temporary = self.folder / f".tmp-v{version}"
+        temporary.mkdir()
+        try:
+            files, infos = self._write_shards(temporary, version, tensors)
+        except WeightsRefused:
+            shutil.rmtree(temporary)
+            raise
+        for name in self._shared_files:
+            try:
+                os.link(self._shared / name, temporary / name)
+            except OSError:  # a filesystem without hard links
+                _settle(Path(shutil.copy(self._shared / name, temporary / name)))
+        files |= self._shared_files
+        manifest = msgspec.json.encode(Manifest(version=version, step=step, files=files, tensors=infos))
+        (temporary / MANIFEST).write_bytes(manifest)
+        sync(temporary / MANIFEST)
+        sync(temporary)
+        crash_point("publish", version)
+        self.remove(version)
+        rename_durably(temporary, self.path(version))
+        return WeightsEntry(
+            version=version,
+            step=step,
+            uri=str(self.path(version)),
+            manifest_sha256=hashlib.sha256(manifest).hexdigest(),
+            bytes=sum(info.bytes for info in files.values()),
+            dtype=self._dtype_name,
+            parent=parent,
+        )
+
+    def remove(self, version: int) -> None:
+        """Delete a version, if it is there; a crash in between leaves no half of it under its name."""
+        if self.path(version).exists():
+            aside = self.folder / f".old-v{version}"
+            self.path(version).rename(aside)
+            shutil.rmtree(aside)
+
+    def collect(self, *, keep: int, in_use: set[int]) -> list[int]:
+        """Delete all but the newest `keep` versions and those in use. Returns what was deleted."""
+        collected = [version for version in self.versions()[:-keep] if version not in in_use]
+        for version in collected:
+            self.remove(version)
+        return collected
+
+    def _write_shards(
+        self, folder: Path, version: int, tensors: Iterable[tuple[str, Tensor]]
+    ) -> tuple[dict[str, FileInfo], dict[str, TensorInfo]]:
+        files: dict[str, FileInfo] = {}
+        infos: dict[str, TensorInfo] = {}
+        shard: dict[str, Tensor] = {}
+
+        def flush(name: str) -> None:
+            save_file(shard, folder / name, metadata={"format": "pt"})
+            files[name] = _settle(folder / name)
+            infos.update(
+                {key: TensorInfo(file=name, shape=tuple(t.shape), dtype=self._dtype_name) for key, t in shard.items()}
+            )
+            shard.clear()
+
+        size = 0
+        for key, tensor in tensors:
+            ready = tensor.detach().to(device="cpu", dtype=self._dtype).contiguous()
+            if not torch.isfinite(ready).all():
+                raise WeightsRefused(
+                    f"version {version} is not published: {key} holds values that are not finite as {self._dtype_name}. "
+                    "Lower actor_rollout_ref.actor.optim.lr and go on from an earlier checkpoint"
+                )
+            if shard and size + ready.nbytes > SHARD_BYTES:
+                flush(f"model-{len(files) + 1:05d}.safetensors")
+                size = 0
+            shard[key] = ready
+            size += ready.nbytes
+        if not files:
+            flush("model.safetensors")
+            return files, infos
+        flush(f"model-{len(files) + 1:05d}.safetensors")
+        total = sum(info.bytes for info in files.values())
+        index = {"metadata": {"total_size": total}, "weight_map": {key: info.file for key, info in infos.items()}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        files["model.safetensors.index.json"] = _settle(folder / "model.safetensors.index.json")
+        return files, infos
+
+
+def _settle(path: Path) -> FileInfo:
+    """Sync a finished file and say what it holds."""
+    sync(path)
+    with path.open("rb") as file:
+        return FileInfo(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
