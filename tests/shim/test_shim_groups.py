@@ -6,6 +6,8 @@ import asyncio
 import gzip
 import json
 import math
+import os
+import signal
 import time
 from typing import Any
 
@@ -222,4 +224,22 @@ async def test_a_full_redis_holds_posts_and_still_hands_out_batches(redis_server
         assert not held.done()
         await broker.redis.config_set("maxmemory", "0")
         assert (await held).json() == {"status": "received"}
+    await broker.aclose()
+
+
+async def test_a_restart_of_redis_is_a_pause(redis_server: EmbeddedRedis) -> None:
+    broker = await Broker.connect(redis_server.url)
+    async with serving(build_app(broker, ShimSettings())) as url, httpx.AsyncClient(base_url=url, timeout=30) as client:
+        await client.post("/scored_data", json=group(1))
+        assert redis_server.pid is not None
+        os.kill(redis_server.pid, signal.SIGKILL)
+        redis_server.stop()
+        waiting = asyncio.create_task(client.post("/scored_data", json=group(2)))
+        response = await client.get("/healthz")
+        assert (response.status_code, response.json()["status"]) == (503, "no redis")
+        assert not waiting.done()
+        redis_server.start()
+        assert (await waiting).json() == {"status": "received"}
+        assert (await client.get("/status")).json()["queue_size"] == 2
+        assert (await client.get("/healthz")).status_code == 200
     await broker.aclose()

@@ -83,13 +83,14 @@ async def fill(broker: Broker, *, groups: int, first: int = 0) -> None:
         assert await broker.queue.put(f"{number:08d}", group, v_min=0, v_max=0) == "stored"
 
 
-PRELOADED = ["verl.workers.engine_workers_tinker", "lachesis.trainer.main", "lachesis.trainer.replica"]
 _context = multiprocessing.get_context("forkserver")
 
 
 def preload() -> None:
     """Start the process that trainers are forked from. It has imported verl, which saves each of them ten seconds."""
-    _context.set_forkserver_preload(PRELOADED)
+    here = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    _context.set_forkserver_preload(["trainer_preload"])
     forkserver.ensure_running()
 
 
@@ -97,7 +98,6 @@ def start_trainer(
     url: str, run: str, state_dir: Path, overrides: Sequence[str], *, crash_at: str = "", log: Path | None = None
 ) -> ForkServerProcess:
     """A trainer as a process of its own, with its own state folder and log."""
-    preload()
     process = _context.Process(
         target=_train, args=(url, run, state_dir, list(overrides), crash_at, log or state_dir / "trainer.log")
     )
