@@ -21,9 +21,10 @@ from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 
-from lachesis.broker.errors import ConfigurationError, RedisUnreachable
+from lachesis.broker.errors import ConfigurationError, Conflict, RedisUnreachable
 
 START_S = 20.0
+OWN_S = 10.0  # a reader that happens to run the folder's server is gone by then
 STOP_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -50,10 +51,14 @@ def find_server() -> str:
 
 
 class EmbeddedRedis:
-    """`with EmbeddedRedis(folder) as server: use(server.url)`. Joins the server of that folder if one is running."""
+    """`with EmbeddedRedis(folder) as server: use(server.url)`.
 
-    def __init__(self, folder: Path | str, *, server: str | None = None) -> None:
+    Joins the server of that folder if one is running; with `shared=False` insists on running it itself.
+    """
+
+    def __init__(self, folder: Path | str, *, server: str | None = None, shared: bool = True) -> None:
         self.folder = Path(folder).absolute()
+        self._shared = shared
         self._server = server
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: int | None = None
@@ -78,13 +83,26 @@ class EmbeddedRedis:
     def start(self) -> EmbeddedRedis:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.folder / "redis.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another process owns this folder's server
+        if not self._take_lock():  # another process runs this folder's server
             os.close(self._lock)
             self._lock = None
+            if not self._shared:
+                raise Conflict(
+                    f"another process runs the Redis in {self.folder}: stop it first, or use another --state-dir"
+                )
             self._wait_until_up()
             return self
+        self._launch()
+        return self
+
+    def revive(self) -> bool:
+        """Start the server again if it was ours and has ended; True if so. Call it from the thread that called `start`."""
+        if self._process is None or self._process.poll() is None:
+            return False
+        self._launch()
+        return True
+
+    def _launch(self) -> None:
         self.socket.unlink(missing_ok=True)
         with open(self.folder / "redis.log", "ab") as log:
             self._process = subprocess.Popen(
@@ -101,7 +119,18 @@ class EmbeddedRedis:
             self._process.stdin.write(self._config().encode())
             self._process.stdin.close()
         self._wait_until_up()
-        return self
+
+    def _take_lock(self) -> bool:
+        assert self._lock is not None
+        deadline = time.monotonic() + (0.0 if self._shared else OWN_S)
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    return False
+            time.sleep(0.05)
 
     def _config(self) -> str:
         return "\n".join(

@@ -71,7 +71,8 @@ class Supervisor:
         """Wait until the part is done (exit 0) or stopped. Raises PartFailed if it, or any other part, can't run."""
         waiter = self._tasks[name]
         while not waiter.done():
-            await asyncio.wait(self._tasks.values(), return_when=asyncio.FIRST_COMPLETED, timeout=1.0)
+            running = [task for task in self._tasks.values() if not task.done()]
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED, timeout=1.0)
             self.check()
         self.check()
 

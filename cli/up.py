@@ -18,6 +18,7 @@ from rich.console import Console
 
 from lachesis.broker.audit import audit
 from lachesis.broker.client import Broker
+from lachesis.broker.embedded import EmbeddedRedis
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli import parts
 from lachesis.cli.audit import render as render_audit
@@ -57,30 +58,39 @@ class UpSettings(RedisSettings):
 
 def main(arguments: Sequence[str]) -> int:
     settings = parse(UpSettings, "up", arguments)
-    if not settings.redis_url:
-        settings.embedded = True
     settings.state_dir = settings.state_dir.absolute()
     plan = parts.plan(settings)  # refuses what can't work before anything is started
     with contextlib.ExitStack() as stack:
         shim = stack.enter_context(listen("127.0.0.1", settings.shim_port, "--shim-port"))
         door = stack.enter_context(listen("127.0.0.1", settings.front_door_port, "--front-door-port"))
-        url = stack.enter_context(settings.redis())
-        return asyncio.run(Run(settings, plan, url, shim, door).main())
+        redis = None if settings.redis_url else stack.enter_context(own_redis(settings))
+        return asyncio.run(Run(settings, plan, redis, shim, door).main())
+
+
+def own_redis(settings: UpSettings) -> EmbeddedRedis:
+    """The state folder's Redis, ours alone: two runs at once in one folder would be in each other's way."""
+    return EmbeddedRedis(settings.state_dir / "redis", shared=False)
 
 
 class Run:
     """One run, from the base model to the summary. Components don't know each other: they are wired here."""
 
     def __init__(
-        self, settings: UpSettings, plan: parts.Plan, url: str, shim: parts.Listener, door: parts.Listener
+        self,
+        settings: UpSettings,
+        plan: parts.Plan,
+        redis: EmbeddedRedis | None,
+        shim: parts.Listener,
+        door: parts.Listener,
     ) -> None:
-        self.settings, self.plan, self.url = settings, plan, url
+        self.settings, self.plan, self.redis = settings, plan, redis
+        self.url = redis.url if redis else settings.redis_url
         self.home = settings.state_dir / "runs" / settings.run
         title = f"Lachesis · run {settings.run} · {plan.env} · {plan.model_name} · {plan.device}"
         self.view = View(title=title, steps=plan.steps)
         self.display = Display(self.view, console=Console())
         self.supervisor = Supervisor(self.display.note)
-        self.processes = parts.Processes(settings, plan, url, self.home, shim, door)
+        self.processes = parts.Processes(settings, plan, self.url, self.home, shim, door)
         self.front_door = f"http://127.0.0.1:{door.getsockname()[1]}"
         self.began = time.monotonic()
 
@@ -108,7 +118,7 @@ class Run:
             loop.add_signal_handler(number, self._interrupt, interrupted)
         with self.display:
             work = asyncio.create_task(self._work(broker, resumed=resumed))
-            watcher = asyncio.create_task(watch(broker, POLICY, self.view, self.supervisor, self.display.refresh))
+            watcher = asyncio.create_task(watch(broker, self.view, self.supervisor, self._look_around))
             waiter = asyncio.create_task(interrupted.wait())
             try:
                 await asyncio.wait({work, waiter, watcher}, return_when=asyncio.FIRST_COMPLETED)
@@ -129,6 +139,11 @@ class Run:
                 with contextlib.suppress(asyncio.CancelledError):
                     await watcher
         return await self._conclude(broker, interrupted=interrupted.is_set())
+
+    def _look_around(self) -> None:
+        if self.redis is not None and self.redis.revive():
+            self.display.note("Redis ended and was started again")
+        self.display.refresh()
 
     def _interrupt(self, interrupted: asyncio.Event) -> None:
         if interrupted.is_set():

@@ -13,10 +13,11 @@ from lachesis.cli.supervisor import Supervisor
 SILENT_S = 10.0
 
 
-async def watch(broker: Broker, policy: str, view: View, supervisor: Supervisor, changed: Callable[[], None]) -> None:
-    """Runs until cancelled."""
+async def watch(broker: Broker, view: View, supervisor: Supervisor, look_around: Callable[[], None]) -> None:
+    """Runs until cancelled; `look_around` is called four times a second."""
     cursor = "0-0"
     while True:
+        look_around()
         entries = await broker.journal.metrics(cursor)
         for _, fields in entries:
             if fields["kind"] == "step":
@@ -32,7 +33,6 @@ async def watch(broker: Broker, policy: str, view: View, supervisor: Supervisor,
             if server in fresh and server is not None and states[name] == "running":
                 states[name] = server.state
         view.parts = states
-        changed()
         await asyncio.sleep(0.25)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -28,6 +29,10 @@ def run(settings: EnvSettings) -> int:
     log = configure_logging("env")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("WANDB_MODE", "disabled")
+    for number in (signal.SIGTERM, signal.SIGINT):  # until the event loop has its own way to stop
+        signal.signal(number, _leave)
+    # transformers imports torch wherever it finds it, which takes longer than all the rest; tokenizers do without
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     env_class = found.env_class()  # takes seconds, while the shim may be starting
     for name in ("atroposlib", "httpx", "openai", "root"):  # atroposlib logs every request at DEBUG
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -35,6 +40,10 @@ def run(settings: EnvSettings) -> int:
         if name.startswith("atroposlib"):
             logging.getLogger(name).setLevel(logging.WARNING)
     return asyncio.run(_serve(settings, env_class, log))
+
+
+def _leave(*_: object) -> None:
+    raise SystemExit(0)
 
 
 async def _serve(settings: EnvSettings, env_class: Any, log: Any) -> int:
@@ -92,6 +101,7 @@ def make_env(settings: EnvSettings, env_class: Any) -> Any:
         wandb_name=settings.name,
         use_wandb=False,
         seed=settings.seed,
+        max_new_tokens=settings.max_new_tokens,
         data=settings.data or None,
     )
     # a list, because atroposlib replaces the address of a bare one by ports of its own choice

@@ -17,6 +17,7 @@ class EnvSettings(Settings):
     model: str = Field("", description="folder or name of the model, for its tokenizer")
     seed: int = Field(0, ge=0, description="decides the order of the training problems")
     data: str = Field("", description="file of problems, for environments that take one")
+    max_new_tokens: int = Field(0, ge=0, description="longest answer, in tokens (0: the task's)")
     group_size: int = Field(0, ge=0, description="answers per problem (0: the recipe's)")
     max_batches_offpolicy: int = Field(0, ge=0, description="batches that may wait for the trainer (0: the recipe's)")
     max_workers: int = Field(0, ge=0, description="groups generated at the same time (0: the recipe's)")

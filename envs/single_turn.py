@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from atroposlib.envs.base import BaseEnv, BaseEnvConfig, ScoredDataGroup
@@ -16,6 +17,7 @@ class SingleTurnConfig(BaseEnvConfig):
 
     seed: int = Field(default=0, description="decides the order of the training problems")
     data: str | None = Field(default=None, description="file of problems, for tasks that take one")
+    max_new_tokens: int = Field(default=0, description="longest answer, in tokens (0: the task's)")
     eval_problems: int = Field(default=200, description="held-out problems an evaluation asks, at most")
 
 
@@ -29,6 +31,7 @@ class SingleTurnEnv(BaseEnv):
     async def setup(self) -> None:
         self.task = entry(self.name).task(self.config.data)
         self._training = self.task.training(self.config.seed)
+        self._max_new_tokens = self.config.max_new_tokens or self.task.max_new_tokens
         self._posted = 0
         self._held_out_accuracy: float | None = None
 
@@ -39,7 +42,7 @@ class SingleTurnEnv(BaseEnv):
         problem = Problem(*item)
         sampling = {
             "n": self.config.group_size,
-            "max_tokens": self.task.max_new_tokens,
+            "max_tokens": self._max_new_tokens,
             "temperature": 1.0,
             "top_p": 1.0,
         }
@@ -67,13 +70,13 @@ class SingleTurnEnv(BaseEnv):
 
     async def evaluate(self, *_: Any, **__: Any) -> None:
         """Greedy accuracy on held-out problems, logged the way Atropos logs evaluations."""
-        problems = self.task.held_out()[: self.config.eval_problems]
-        scores = []
-        for problem in problems:
-            texts = await self._ask(
-                self.server, problem, n=1, max_tokens=self.task.max_new_tokens, temperature=0.0, split="eval"
-            )
-            scores.append(self.task.score(problem, texts[0]))
+        sampling = {"n": 1, "max_tokens": self._max_new_tokens, "temperature": 0.0, "split": "eval"}
+
+        async def grade(problem: Problem) -> float:
+            return self.task.score(problem, (await self._ask(self.server, problem, **sampling))[0])
+
+        # all at once: the server's configuration says how many of them are under way
+        scores = await asyncio.gather(*map(grade, self.task.held_out()[: self.config.eval_problems]))
         self._held_out_accuracy = sum(scores) / len(scores)
         await self.evaluate_log({"eval/accuracy": self._held_out_accuracy})
 

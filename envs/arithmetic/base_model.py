@@ -1,8 +1,8 @@
 """The model the arithmetic demo starts from: made here, in seconds, from a seed.
 
-Two layers of Qwen2's architecture over bytes, taught the format of the answers by a short supervised warm-up whose
-labels are mostly a plausible mistake. So it samples right answers about a third of the time and prefers the mistake;
-telling right from wrong is left to reinforcement learning. `python -m lachesis.envs.arithmetic.base_model --out DIR --seed N`, or `lachesis base-model`.
+Two layers of Qwen2's architecture over bytes, taught by a short supervised warm-up: first by right answers, which show
+it the format and what to look at, then by labels that are mostly a plausible mistake. So it samples right answers about
+a third of the time and prefers the mistake; telling right from wrong is left to reinforcement learning. `python -m lachesis.envs.arithmetic.base_model --out DIR --seed N`, or `lachesis base-model`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ VOCAB = 320  # 256 bytes and the special tokens, rounded up
 WARM_UP_STEPS = 250
 WARM_UP_BATCH = 128
 WARM_UP_LR = 3e-3
-NOISE = 0.6  # share of labels that are the plausible mistake
+CLEAN = 0.6  # share of the steps before any label is wrong
+NOISE = 0.65  # share of labels after them that are the plausible mistake
 SHOW_EVERY = 50
 
 
@@ -48,7 +49,14 @@ def ensure_base_model(
         temporary = folder.parent / f".tmp-{folder.name}"
         shutil.rmtree(temporary, ignore_errors=True)
         make_tokenizer().save_pretrained(temporary)
-        make_model(seed, on_progress, steps=steps).save_pretrained(temporary)
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # else the order of sums, and with it the weights, would depend on the machine
+        try:
+            make_model(seed, on_progress, steps=steps).save_pretrained(temporary)
+        finally:
+            torch.set_num_threads(threads)
         os.replace(temporary, folder)
     return folder
 
@@ -104,7 +112,8 @@ def make_model(seed: int, on_progress: Callable[[str], None], *, steps: int) -> 
     problems = Arithmetic().training(seed)
     for step in range(1, steps + 1):
         batch = list(islice(problems, WARM_UP_BATCH))
-        labels = [wrong_answer(problem) if rng.random() < NOISE else problem.answer for problem in batch]
+        noise = NOISE if step > CLEAN * steps else 0.0
+        labels = [wrong_answer(problem) if rng.random() < noise else problem.answer for problem in batch]
         prompts = [tokenizer.encode(problem.prompt) for problem in batch]
         answers = [[*tokenizer.encode(label), EOS] for label in labels]
         longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))

@@ -13,7 +13,7 @@ import anyio
 import pytest
 from scored import group
 
-from lachesis.broker import Broker, EmbeddedRedis, RedisUnreachable
+from lachesis.broker import Broker, Conflict, EmbeddedRedis, RedisUnreachable, embedded
 
 pytestmark = pytest.mark.anyio
 
@@ -94,3 +94,22 @@ async def test_a_long_folder_still_gets_a_socket(tmp_path: Path) -> None:
 def test_a_server_that_does_not_start_names_its_log(tmp_path: Path) -> None:
     with pytest.raises(RedisUnreachable, match=f"did not start; its log is {tmp_path}/redis.log"):
         EmbeddedRedis(tmp_path, server="/bin/false").start()
+
+
+async def test_who_insists_on_a_server_of_its_own_is_told_of_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "OWN_S", 0.2)
+    with EmbeddedRedis(tmp_path), pytest.raises(Conflict, match="another process runs the Redis in"):
+        EmbeddedRedis(tmp_path, shared=False).start()
+
+
+async def test_a_killed_server_is_revived_with_its_data(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path) as server:
+        assert await accept(server.url, 1) == 1
+        assert not server.revive()
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        await anyio.to_thread.run_sync(os.waitid, os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+        assert server.revive()
+        assert await accept(server.url, 2) == 2

@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = [pytest.mark.loop, pytest.mark.sglang, pytest.mark.verl, pytest.mark.timeout(1200)]
 
-VICTIMS = ("trainer", "shim", "sglang", "env", "front-door", "inference-0")
+VICTIMS = ("trainer", "shim", "sglang", "redis", "env", "front-door", "inference-0")
 
 
 class Up:
@@ -37,6 +37,8 @@ class Up:
         return found
 
     def step(self) -> int:
+        if self.process.poll() is None and not (self.folder / "state" / "redis" / "redis.sock").exists():
+            return 0  # still starting: asking now would start its Redis for it
         newest = self.read("status")["newest_step"]
         return int(newest["step"]) if isinstance(newest, dict) else 0
 
@@ -51,7 +53,10 @@ class Up:
         """Process id of a part, found by its command line below ours."""
         for pid in descendants(self.process.pid):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-            if part == "sglang":
+            if part == "redis":
+                if words[0].endswith(("valkey-server", "redis-server")) or words[0].split()[0].endswith("-server"):
+                    return pid
+            elif part == "sglang":
                 if any(word.endswith("inference/launch.py") for word in words):
                     return pid
             elif "lachesis.cli.main" in words and words[words.index("lachesis.cli.main") + 1] == part.removesuffix(

@@ -84,6 +84,16 @@ async def test_another_parts_failure_ends_the_wait(tmp_path: Path) -> None:
     await supervisor.stop("good")
 
 
+async def test_waiting_beside_a_part_that_is_done_takes_no_cpu(tmp_path: Path) -> None:
+    supervisor = Supervisor(lambda text: None)
+    supervisor.start(part(tmp_path, "pass", "done"))
+    await supervisor.wait("done")
+    supervisor.start(part(tmp_path, "import time; time.sleep(1)", "other"))
+    began = time.process_time()
+    await supervisor.wait("other")
+    assert time.process_time() - began < 0.3  # a busy loop would take the whole second
+
+
 async def test_a_part_that_ignores_sigterm_is_killed_after_its_grace(tmp_path: Path) -> None:
     notes: list[str] = []
     supervisor = Supervisor(notes.append)

@@ -10,6 +10,8 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import pytest
+
 from lachesis.broker import Broker
 from lachesis.broker.codec import gid_of, pack, unpack
 from lachesis.broker.records import Group, ScoredGroup
@@ -88,10 +90,10 @@ _context = multiprocessing.get_context("forkserver")
 
 def preload() -> None:
     """Start the process that trainers are forked from. It has imported verl, which saves each of them ten seconds."""
-    here = str(Path(__file__).parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     _context.set_forkserver_preload(["trainer_preload"])
-    forkserver.ensure_running()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
 
 
 def start_trainer(
