@@ -152,15 +152,16 @@ class Run:
 
     async def _work(self, broker: Broker, *, resumed: bool) -> None:
         view, start, processes = self.view, self.supervisor.start, self.processes
-        if self.plan.tiny:
-            view.phase = "making the base model"
-            await self._make_base_model()
-        view.phase = "starting"
-        for index in range(self.settings.servers):
+        for index in range(self.settings.servers):  # SGLang is imported while the base model is made
             start(processes.inference(index))
         start(processes.front_door())
-        start(processes.trainer())
         start(processes.env())  # waits for the shim, whose socket is open already
+        if self.plan.tiny and not Path(self.plan.model).is_dir():
+            view.phase = "making the base model"
+            start(processes.base_model())
+            await self.supervisor.wait("base-model")
+        view.phase = "starting"
+        start(processes.trainer())
         if not resumed:
             await self._wait_served(broker, 0, timeout_s=float("inf"))
             view.phase = "evaluating before training"
@@ -174,12 +175,6 @@ class Run:
         await self._wait_served(broker, self.plan.steps, timeout_s=SERVE_PATIENCE_S)
         await self._evaluate(broker, self.plan.steps)
         view.phase = "done"
-
-    async def _make_base_model(self) -> None:
-        if Path(self.plan.model).is_dir():
-            return
-        self.supervisor.start(self.processes.base_model())
-        await self.supervisor.wait("base-model")
 
     async def _wait_served(self, broker: Broker, version: int, *, timeout_s: float) -> None:
         with anyio.fail_after(timeout_s):

@@ -28,12 +28,12 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
 )
 VOCAB = 320  # 256 bytes and the special tokens, rounded up
-WARM_UP_STEPS = 250
+WARM_UP_STEPS = 320
 WARM_UP_BATCH = 128
 WARM_UP_LR = 3e-3
-CLEAN = 0.6  # share of the steps before any label is wrong
+CLEAN = 0.7  # share of the steps before any label is wrong
 NOISE = 0.65  # share of labels after them that are the plausible mistake
-SHOW_EVERY = 50
+SHOW_EVERY = 40
 
 
 def ensure_base_model(

@@ -3,7 +3,7 @@
 from lachesis.envs.task import Recipe
 
 RECIPE = Recipe(
-    steps=120,
+    steps=80,
     batch_size=256,
     group_size=8,
     max_token_len=32,

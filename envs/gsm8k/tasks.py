@@ -30,7 +30,7 @@ class Gsm8k:
 
     def __init__(self, data: str | None) -> None:
         if data:
-            problems = [_problem(json.loads(line)) for line in _lines(data)]
+            problems = [_problem(row) for row in _rows(data)]
             self._train = [problem for problem in problems if not _is_held_out(problem)]
             self._held_out = [problem for problem in problems if _is_held_out(problem)]
         else:
@@ -75,7 +75,7 @@ def final_answer(text: str) -> str | None:
     for end in range(start, min(len(text), start + LONGEST_ANSWER + 1)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         if depth == 0:
-            given = text[start:end].replace("\\!", "")  # a negative space, as in 1,\!200
+            given = text[start:end].replace("\\!", "").rstrip(".")  # \! is a negative space, as in 1,\!200
             plain = HARMLESS_COMMAND.sub(" ", given)
             return None if any(sign in plain for sign in ("^", "!", "\\")) else given
     return None
@@ -85,11 +85,18 @@ def make_task(data: str | None) -> Gsm8k:
     return Gsm8k(data)
 
 
-def _lines(data: str) -> list[str]:
+def _rows(data: str) -> list[Any]:
     path = Path(data)
     if not path.is_file():
         raise ConfigurationError(f"data = {data!r}: no such file")
-    return [line for line in path.read_text().splitlines() if line.strip()]
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ConfigurationError(f"data = {data!r}: line {number} is not JSON: {error}") from None
+    return rows
 
 
 def _from_hub(split: str) -> list[Problem]:
@@ -108,7 +115,7 @@ def _problem(row: dict[str, Any]) -> Problem:
     try:
         question, answer = str(row["question"]), str(row["answer"])
         number = answer.rsplit("####", 1)[1].strip().replace(",", "")
-    except (KeyError, IndexError):
+    except (TypeError, KeyError, IndexError):
         raise ConfigurationError(
             f"data: {str(row)[:80]!r}: needs `question`, and `answer` ending in '#### <number>'"
         ) from None
