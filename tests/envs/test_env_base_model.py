@@ -17,6 +17,7 @@ INFERENCE = Path(__file__).parents[2] / ".venv-sglang" / "bin" / "python"
 TEXTS = ["max 37 52=", "rev 482=", "hi", "", "  two  spaces ", "don't\n\tß €", "<eos>"]
 ENCODE = """
 import json, sys
+sys.modules["torch"] = None  # spares seconds; tokenizers need none
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 encoded = [tokenizer.encode(text) for text in json.loads(sys.argv[2])]
@@ -91,17 +92,21 @@ def tokenized(python: Path, folder: Path) -> dict[str, object]:
     return found
 
 
-def test_the_tokenizer_loses_no_character(model_folder: Path) -> None:
-    found = tokenized(Path(sys.executable), model_folder)
-    assert found["decoded"] == TEXTS
-    assert found["eos"] == EOS
-    assert found["chat"] == "hi"
-    encoded = found["encoded"]
+@pytest.fixture(scope="module")
+def here(model_folder: Path) -> dict[str, object]:
+    return tokenized(Path(sys.executable), model_folder)
+
+
+def test_the_tokenizer_loses_no_character(here: dict[str, object]) -> None:
+    assert here["decoded"] == TEXTS
+    assert here["eos"] == EOS
+    assert here["chat"] == "hi"
+    encoded = here["encoded"]
     assert isinstance(encoded, list)
     assert [len(ids) for ids in encoded[:3]] == [len(text) for text in TEXTS[:3]]  # one token a byte
     assert all(0 <= token < VOCAB for ids in encoded for token in ids)
 
 
 @pytest.mark.skipif(not INFERENCE.exists(), reason="needs the inference environment in .venv-sglang")
-def test_the_tokenizer_is_the_same_in_the_inference_environment(model_folder: Path) -> None:
-    assert tokenized(INFERENCE, model_folder) == tokenized(Path(sys.executable), model_folder)
+def test_the_tokenizer_is_the_same_in_the_inference_environment(here: dict[str, object], model_folder: Path) -> None:
+    assert tokenized(INFERENCE, model_folder) == here

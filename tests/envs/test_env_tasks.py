@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lachesis.broker.errors import ConfigurationError
@@ -30,16 +30,19 @@ problems = st.one_of(
 seeds = st.integers(0, 2**31)
 
 
+@settings(deadline=None)
 @given(seeds)
 def test_no_held_out_problem_is_trained_on(seed: int) -> None:
     assert not HELD_OUT & {problem.prompt for problem in islice(TASK.training(seed), 300)}
 
 
+@settings(deadline=None)
 @given(problems)
 def test_a_problem_is_held_out_or_trained_on_but_never_both(problem: Problem) -> None:
     assert is_held_out(problem) == (problem.prompt in HELD_OUT)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99), st.integers(0, 99))
 def test_the_order_of_two_numbers_moves_no_problem_across_the_split(a: int, b: int) -> None:
     assert is_held_out(larger(a, b)) == is_held_out(larger(b, a))
@@ -51,6 +54,7 @@ def test_a_tenth_is_held_out_and_every_kind_is_among_it() -> None:
     assert {problem.kind for problem in TASK.held_out()[:20]} == set(KINDS)
 
 
+@settings(deadline=None)
 @given(seeds)
 def test_the_stream_is_decided_by_its_seed(seed: int) -> None:
     first, again, other = (list(islice(TASK.training(number), 50)) for number in (seed, seed, seed + 1))
@@ -59,16 +63,19 @@ def test_the_stream_is_decided_by_its_seed(seed: int) -> None:
     assert {problem.kind for problem in islice(TASK.training(seed), 200)} == set(KINDS)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99), st.integers(0, 99))
 def test_the_answer_of_max_is_the_larger_number(a: int, b: int) -> None:
     assert int(larger(a, b).answer) == max(a, b)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 999))
 def test_the_answer_of_rev_undoes_itself(number: int) -> None:
     assert reversed_number(int(reversed_number(number).answer)).answer == f"{number:03d}"
 
 
+@settings(deadline=None)
 @given(problems)
 def test_the_prompt_ends_where_the_answer_begins(problem: Problem) -> None:
     assert problem.prompt.endswith("=")
@@ -77,6 +84,7 @@ def test_the_prompt_ends_where_the_answer_begins(problem: Problem) -> None:
     assert len(problem.answer) < TASK.max_new_tokens  # room for EOS, without which nothing is right
 
 
+@settings(deadline=None)
 @given(problems, st.text(max_size=6))
 def test_only_the_exact_answer_scores(problem: Problem, text: str) -> None:
     assert TASK.score(problem, problem.answer) == 1.0
@@ -84,6 +92,7 @@ def test_only_the_exact_answer_scores(problem: Problem, text: str) -> None:
     assert TASK.score(problem, text) == float(text == problem.answer)
 
 
+@settings(deadline=None)
 @given(problems)
 def test_the_mistake_of_the_warm_up_is_one_of_the_numbers_asked_about(problem: Problem) -> None:
     mistake = wrong_answer(problem)
