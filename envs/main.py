@@ -84,34 +84,30 @@ async def _wait_for_shim(url: str, log: Any) -> None:
 
 def make_env(settings: EnvSettings, env_class: Any) -> Any:
     """The Atropos environment these settings describe."""
-    from atroposlib.envs.server_handling.server_manager import APIServerConfig
-
-    recipe = entry(settings.name).recipe()
-    workers = settings.max_workers or recipe.max_workers
-    config = env_class.env_config_cls(
-        tokenizer_name=settings.model,
-        group_size=settings.group_size or recipe.group_size,
-        max_token_length=recipe.max_token_len,
-        max_batches_offpolicy=settings.max_batches_offpolicy or recipe.max_batches_offpolicy,
-        max_num_workers=workers,
-        steps_per_eval=settings.steps_per_eval,
-        ensure_scores_are_not_same=False,  # groups all right or all wrong count, else the reward shown would be biased
-        rollout_server_url=settings.shim_url.rstrip("/"),
-        total_steps=-1,  # as many as the trainer says
-        wandb_name=settings.name,
-        use_wandb=False,
-        seed=settings.seed,
-        max_new_tokens=settings.max_new_tokens,
-        data=settings.data or None,
+    config, (server,) = env_class.config_init()
+    chosen = {
+        "group_size": settings.group_size,
+        "max_batches_offpolicy": settings.max_batches_offpolicy,
+        "max_num_workers": settings.max_workers,
+        "steps_per_eval": settings.steps_per_eval,
+        "max_new_tokens": settings.max_new_tokens,
+        "data": settings.data,
+    }
+    config = config.model_copy(
+        update={
+            "tokenizer_name": settings.model,
+            "rollout_server_url": settings.shim_url.rstrip("/"),
+            "seed": settings.seed,
+            **{name: value for name, value in chosen.items() if value},  # what is not said is the recipe's
+        }
     )
-    # a list, because atroposlib replaces the address of a bare one by ports of its own choice
-    server = APIServerConfig(
-        model_name=settings.model,
-        base_url=f"{settings.front_door_url.rstrip('/')}/v1",
-        api_key="none",
-        server_type="sglang",
-        health_check=False,  # the front door lets requests wait for a server; a probe would only cost generations
-        num_max_requests_at_once=4 * workers,
-        num_requests_for_eval=workers,
+    workers = config.max_num_workers
+    server = server.model_copy(
+        update={
+            "model_name": settings.model,
+            "base_url": f"{settings.front_door_url.rstrip('/')}/v1",
+            "num_max_requests_at_once": 4 * workers,
+            "num_requests_for_eval": workers,
+        }
     )
     return env_class(config, [server])

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from atroposlib.envs.base import BaseEnv, BaseEnvConfig, ScoredDataGroup
+from atroposlib.envs.server_handling.server_manager import APIServerConfig
 from pydantic import Field
 
 from lachesis.envs.registry import entry
@@ -27,6 +28,29 @@ class SingleTurnEnv(BaseEnv):
     name = ""
     env_config_cls = SingleTurnConfig
     task: Task
+
+    @classmethod
+    def config_init(cls) -> tuple[SingleTurnConfig, list[APIServerConfig]]:
+        """The recipe of this environment, a shim and a front door on this machine."""
+        recipe = entry(cls.name).recipe()
+        config = SingleTurnConfig(
+            group_size=recipe.group_size,
+            max_token_length=recipe.max_token_len,
+            max_batches_offpolicy=recipe.max_batches_offpolicy,
+            max_num_workers=recipe.max_workers,
+            ensure_scores_are_not_same=False,  # groups all right or all wrong count, else the reward would be biased
+            steps_per_eval=0,
+            total_steps=-1,  # as many as the trainer says
+            use_wandb=False,
+            wandb_name=cls.name,
+        )
+        server = APIServerConfig(
+            base_url="http://127.0.0.1:9000/v1",
+            api_key="none",
+            server_type="sglang",
+            health_check=False,  # the front door lets requests wait for a server; a probe would only cost generations
+        )
+        return config, [server]  # a list, because atroposlib replaces a bare one's address by ports of its own choice
 
     async def setup(self) -> None:
         self.task = entry(self.name).task(self.config.data)
