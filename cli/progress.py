@@ -77,6 +77,8 @@ class View:
             f"{self.wait_share:.0%}",
             f"{self.version} (served {self.served if self.served >= 0 else '–'})",
         )
+        bar = Table.grid(expand=True)  # a bar alone does not end its line
+        bar.add_row(ProgressBar(total=max(self.steps, 1), completed=self.step))
         parts = Text("  ").join(
             Text.assemble(("● ", COLOURS.get(state.split()[0], "dim")), f"{name} ", (state, "dim"))
             for name, state in self.parts.items()
@@ -84,7 +86,7 @@ class View:
         held_out = "  →  ".join(f"{accuracy:.3f} (version {version})" for version, accuracy in self.held_out) or "–"
         rows: list[RenderableType] = [
             Text.assemble((f"{self.phase}  ", "bold"), (f"step {self.step}/{self.steps}", "")),
-            ProgressBar(total=max(self.steps, 1), completed=self.step),
+            bar,
             numbers,
             Text.assemble(("held-out  ", "dim"), held_out),
             parts,

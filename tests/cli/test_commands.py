@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from lachesis.broker import EmbeddedRedis
 from lachesis.cli.main import COMMANDS, main
@@ -104,6 +106,17 @@ def test_the_view_shows_what_a_person_asks_for() -> None:
         title="t", steps=10, step=3, reward=0.5, lag=1, queue=4, tokens_per_s=1234.0, wait_share=0.07, version=3
     )
     assert view.line() == "step 3/10  reward 0.500  lag 1  queue 4  1234 tokens/s  trainer wait 7%  version 3"
+
+
+def test_the_panel_gives_every_row_a_line_of_its_own() -> None:
+    view = View(title="t", steps=10, step=3, reward=0.5, parts={"shim": "running"})
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(view.panel())
+    lines = [line.strip("│ ") for line in console.export_text().splitlines()]
+    assert lines[1].startswith("starting  step 3/10")
+    assert set(lines[2]) <= set("━╸╺ ")
+    assert lines[3].split() == ["reward", "lag", "queue", "tokens/s", "trainer", "wait", "version"]
+    assert lines[4].split()[:2] == ["0.500", "0"]
 
 
 def test_sparkline_averages_into_its_width() -> None:
