@@ -22,18 +22,22 @@ from lachesis.broker.errors import ConfigurationError, RedisUnreachable, RedisUn
 Redis: TypeAlias = Any
 
 OLDEST = (7, 0)
-RIDE_OUT_S = 30  # a restart of Redis shorter than this is invisible to callers
+# how often a command is sent again, at most a second apart: a restart of Redis shorter than this is invisible to callers.
+# Behind a Unix socket is the embedded server, which is back at once, or gone for good with the process that ran it.
+RESENDS = 30
+RESENDS_EMBEDDED = 12
 
 
 def open_redis(url: str, *, blocking_reads: bool = False, retry: bool = True, connections: int = 64) -> Redis:
     """A client with its own pool. `retry=False` makes the first failure final, as a first connection should be."""
+    resends = RESENDS_EMBEDDED if url.startswith("unix:") else RESENDS
     common: dict[str, Any] = {
         "protocol": 2,
         "max_connections": connections,
         "timeout": 20,  # seconds to wait for a free connection of the pool
         "socket_connect_timeout": 5,
         "socket_timeout": None if blocking_reads else 15,
-        "retry": Retry(ExponentialBackoff(cap=1.0, base=0.02), RIDE_OUT_S if retry else 0),
+        "retry": Retry(ExponentialBackoff(cap=1.0, base=0.02), resends if retry else 0),
     }
     if not url.startswith("unix:"):
         common["socket_keepalive"] = True

@@ -116,7 +116,7 @@ def test_a_killed_run_leaves_nothing_running_and_resumes(tmp_path: Path) -> None
         assert below
         up.process.kill()
         up.process.wait()
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 60  # the trainer finishes its step and waits for the Redis that is gone
         while alive := [
             pid for pid in below if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
         ]:
