@@ -97,9 +97,16 @@ class Queue:
         found = await self._redis.xrange(self._keys.groups, count=count)
         return [(id_.decode(), from_entry(GroupEntry, fields)) for id_, fields in found]
 
-    async def wait_for_group(self, timeout_s: float) -> None:
-        """Return when a group is accepted after this call, or after `timeout_s`."""
-        await self._blocking.xread({self._keys.groups: "$"}, count=1, block=max(1, int(timeout_s * 1000)))
+    async def newest_group(self) -> str:
+        """Where the queue's stream ends now; what `wait_for_group` counts from."""
+        try:
+            return bytes((await self._redis.xinfo_stream(self._keys.groups))["last-generated-id"]).decode()
+        except ResponseError:  # no group was ever accepted
+            return "0-0"
+
+    async def wait_for_group(self, timeout_s: float, *, after: str = "$") -> None:
+        """Return when a group newer than `after` (`$`: than this call) has been accepted, or after `timeout_s`."""
+        await self._blocking.xread({self._keys.groups: after}, count=1, block=max(1, int(timeout_s * 1000)))
 
     # -- LEASE and COMMIT -----------------------------------------------------------------------------------------
 

@@ -101,7 +101,7 @@ class Display:
     def __init__(self, view: View, *, console: Console | None = None) -> None:
         self.view = view
         self._console = console or Console(stderr=False)
-        self._live = Live(console=self._console, refresh_per_second=4, get_renderable=view.panel, transient=True)
+        self._live = Live(console=self._console, refresh_per_second=2, get_renderable=view.panel, transient=True)
         self._plain = not self._console.is_terminal
         self._printed_at = 0.0
         self._printed = ""

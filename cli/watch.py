@@ -14,7 +14,7 @@ SILENT_S = 10.0
 
 
 async def watch(broker: Broker, view: View, supervisor: Supervisor, look_around: Callable[[], None]) -> None:
-    """Runs until cancelled; `look_around` is called four times a second."""
+    """Runs until cancelled; `look_around` is called twice a second."""
     cursor = "0-0"
     while True:
         look_around()
@@ -33,7 +33,7 @@ async def watch(broker: Broker, view: View, supervisor: Supervisor, look_around:
             if server in fresh and server is not None and states[name] == "running":
                 states[name] = server.state
         view.parts = states
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(0.5)
 
 
 def take_step(view: View, fields: Mapping[str, str]) -> None:

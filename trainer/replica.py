@@ -26,7 +26,7 @@ from lachesis.trainer.metrics import batch_metrics
 from lachesis.trainer.tenure import Tenure
 from lachesis.trainer.versions import VersionStore
 
-POLL_S = 0.25  # a group that arrives between looking and waiting is seen after this
+POLL_S = 0.25  # how soon a request to stop is noticed while waiting
 SERVER_GONE_S = 600.0  # a server silent for this long no longer holds a version on disk
 
 
@@ -156,6 +156,7 @@ class Replica:
         plan, queue = self._plan, self._broker.broker.queue
         while not stopping():
             self._tenure.check()
+            newest = self._broker.call(queue.newest_group)
             # as holder of the writer lock, whoever else holds a lease of this policy is gone: no need to let it lapse
             try:
                 lease = self._broker.call(queue.lease_or_form, plan.policy, plan.replica, plan.batch_size, lapse_s=0)
@@ -168,7 +169,7 @@ class Replica:
                     raise Conflict(f"got step {lease.batch.step} after step {self.step}: run {plan.run!r} was reset")
                 self._tenure.lease = lease
                 return lease
-            self._broker.call(queue.wait_for_group, POLL_S)
+            self._broker.call(queue.wait_for_group, POLL_S, after=newest)
         return None
 
     def _one_step(self, lease: Lease, started: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import anyio
 import pytest
 from scored import group, trained
 
@@ -236,3 +237,12 @@ async def test_a_note_is_set_even_when_redis_is_full(broker: Broker) -> None:
     for new in (1, 0):
         assert await broker.scripts.note(keys=[broker.keys.trainers], args=["started", "1"]) == new
     assert await broker.parties.started()
+
+
+async def test_a_group_accepted_while_nobody_looked_ends_the_wait_at_once(broker: Broker) -> None:
+    before = await broker.queue.newest_group()
+    assert before == "0-0"
+    await broker.queue.put("g1", group(1), v_min=0, v_max=0)
+    with anyio.fail_after(5):
+        await broker.queue.wait_for_group(60, after=before)
+    assert await broker.queue.newest_group() != before
