@@ -29,7 +29,6 @@ from lachesis.cli.supervisor import Supervisor
 from lachesis.cli.watch import watch
 
 POLICY = "main"
-TINY = "tiny"
 SERVE_PATIENCE_S = 120.0  # how long the pool may take to serve the last version
 
 
@@ -40,7 +39,9 @@ class UpSettings(RedisSettings):
     Hydra override, e.g. actor_rollout_ref.actor.optim.lr=1e-6.
     """
 
-    model: str = Field(TINY, description="model folder or Hugging Face name; 'tiny' makes one here, for arithmetic")
+    model: str = Field(
+        parts.TINY, description="model folder or Hugging Face name; 'tiny' makes one here, for arithmetic"
+    )
     env: str = Field(
         "", description="environment: arithmetic or gsm8k (default: arithmetic for the tiny model, else gsm8k)"
     )
