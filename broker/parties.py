@@ -33,6 +33,10 @@ class Parties:
         """A trainer has asked for its first batch: environments may begin."""
         await self._scripts.note(keys=[self._keys.trainers], args=["started", "1"])
 
+    async def halt(self) -> None:
+        """The next trainer is still to come: environments that register before it asks for a batch wait for it."""
+        await self._redis.hdel(self._keys.trainers, "started")
+
     async def started(self) -> bool:
         return bool(await self._redis.hexists(self._keys.trainers, "started"))
 

@@ -153,6 +153,7 @@ class Run:
 
     async def _work(self, broker: Broker, *, resumed: bool) -> None:
         view, start, processes = self.view, self.supervisor.start, self.processes
+        await broker.parties.halt()  # else environments would be told how many steps the trainer before this one took
         for index in range(self.settings.servers):  # SGLang is imported while the base model is made
             start(processes.inference(index))
         start(processes.front_door())

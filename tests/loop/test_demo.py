@@ -68,3 +68,10 @@ def test_with_a_learning_rate_of_0_it_stays_where_it_was(tmp_path: Path) -> None
     assert after == pytest.approx(before, abs=0.01)  # greedy answers of the same weights
     first, last = (sum(entry.reward for entry in part) / 5 for part in (outcome.ledger[:5], outcome.ledger[-5:]))
     assert last == pytest.approx(first, abs=0.1)  # 640 samples each: a standard error of about 0.02
+
+
+def test_a_finished_run_trains_on_when_it_is_given_more_steps(tmp_path: Path) -> None:
+    assert len(up(tmp_path, "--steps", "3").ledger) == 3
+    outcome = up(tmp_path, "--steps", "6")
+    assert [entry.step for entry in outcome.ledger] == [1, 2, 3, 4, 5, 6]
+    assert outcome.audit_clean
