@@ -11,7 +11,7 @@ from lachesis.envs.arithmetic.base_model import ensure_base_model
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model of seed 0 whose warm-up was cut short: it has the right shape and answers badly."""
-    return ensure_base_model(tmp_path_factory.mktemp("models") / "tiny", 0, steps=4)
+    return ensure_base_model(tmp_path_factory.mktemp("models") / "tiny", 0, steps=20)
 
 
 @pytest.fixture(scope="session")

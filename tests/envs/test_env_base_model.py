@@ -35,7 +35,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def test_the_seed_decides_the_weights(model_folder: Path, tmp_path: Path) -> None:
-    assert weights_hash(ensure_base_model(tmp_path / "same", 0, steps=4)) == weights_hash(model_folder)
+    assert weights_hash(ensure_base_model(tmp_path / "same", 0, steps=20)) == weights_hash(model_folder)
     assert weights_hash(ensure_base_model(tmp_path / "other", 1, steps=4)) != weights_hash(model_folder)
 
 
@@ -45,7 +45,7 @@ def test_the_number_of_threads_does_not(model_folder: Path, tmp_path: Path) -> N
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        assert weights_hash(ensure_base_model(tmp_path / "threads", 0, steps=4)) == weights_hash(model_folder)
+        assert weights_hash(ensure_base_model(tmp_path / "threads", 0, steps=20)) == weights_hash(model_folder)
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
