@@ -12,6 +12,7 @@ SEED ?=
 GPUS ?=
 TORCH_INDEX ?=
 PYTHON ?=
+KILLS ?= 1000
 export TORCH_INDEX PYTHON
 
 UP = .venv/bin/lachesis up $(if $(MODEL),--model $(MODEL)) $(if $(ENV),--env $(ENV)) $(if $(STEPS),--steps $(STEPS)) \
@@ -44,7 +45,8 @@ lint: .venv/.ready ## ruff and mypy
 bench: setup ## three seeds and a control of the demo: curves, waiting, lag (about 12 minutes)
 	@.venv/bin/python benchmarks/learning.py
 
-chaos: setup ## kill -9 everything, in turn, in the middle of the demo; the audit must stay clean
+chaos: setup ## 1,000 kills of shims, trainers and Redis, then of everything in the demo; the audit must stay clean (about 30 minutes)
+	@.venv/bin/python tests/chaos/fabric.py --kills $(KILLS)
 	@.venv/bin/pytest -m loop tests/chaos --chaos-long
 
 compose-test: .venv/.ready ## the same loop from built images; needs a Docker engine with Compose
