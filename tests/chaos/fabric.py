@@ -139,9 +139,8 @@ class Fabric:
         elif kind == "redis":
             assert self.redis.pid is not None
             os.kill(self.redis.pid, signal.SIGKILL)
-            await asyncio.sleep(self.rng.uniform(0.02, 0.3))
-            while not self.redis.revive():  # until the kernel has taken the old one away
-                await asyncio.sleep(0.01)
+            await asyncio.sleep(self.rng.uniform(0.1, 0.4))
+            assert self.redis.revive()
             self._configure()
         elif kind == "stop":  # longer than a lease: whoever it is comes back as a zombie
             victim = self.rng.choice((*self.shims, *self.trainers))
@@ -188,8 +187,11 @@ class Fabric:
             body = json.dumps(group).encode()
             gid = gid_of(body)
             self.truth.in_doubt.add(gid)
+            attempts = 1
             while not await self._post(session, body):
+                attempts += 1
                 await asyncio.sleep(self.rng.uniform(0.01, 0.2))
+            self.truth.events["posts sent again"] += attempts > 1
             self.truth.in_doubt.discard(gid)
             self.truth.accepted.add(gid)
             if self.rng.random() < DUPLICATES:
