@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
@@ -12,11 +13,12 @@ from redis.exceptions import ResponseError
 
 from lachesis.broker.connection import check_server, open_redis
 from lachesis.broker.journal import Journal
-from lachesis.broker.keys import Keys
+from lachesis.broker.keys import RUNS, Keys
 from lachesis.broker.lineage import LineageStore
 from lachesis.broker.lua import Scripts
 from lachesis.broker.parties import Parties
 from lachesis.broker.queue import Queue
+from lachesis.broker.tokens import Tokens
 from lachesis.broker.weights import Weights
 
 P = ParamSpec("P")
@@ -25,39 +27,69 @@ T = TypeVar("T")
 RESET_SLICE = 1000
 
 
-class Broker:
-    """Everything a room may do with one run, by concern: `queue`, `weights`, `parties`, `lineage`, `journal`."""
+class Connections:
+    """What the views of all runs on one Redis share: a pool for commands, one for blocking reads, the scripts."""
 
-    def __init__(self, url: str, run: str = "default") -> None:
-        self.url, self.keys = url, Keys(run)
-        self.redis = open_redis(url)
-        self._blocking = open_redis(url, blocking_reads=True)
-        self.scripts = Scripts(self.redis)
-        self.queue = Queue(self.redis, self._blocking, self.scripts, self.keys)
-        self.weights = Weights(self.redis, self._blocking, self.keys)
-        self.parties = Parties(self.redis, self.scripts, self.keys)
-        self.lineage = LineageStore(self.redis, self.keys)
-        self.journal = Journal(self.redis, self._blocking, self.keys)
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.commands = open_redis(url)
+        self.blocking = open_redis(url, blocking_reads=True)
+        self.scripts = Scripts(self.commands)
+
+    async def aclose(self) -> None:
+        for redis in (self.commands, self.blocking):
+            await redis.aclose()
+
+
+class Broker:
+    """Everything a room may do with one run, by concern: `queue`, `weights`, `parties`, `lineage`, `journal`, `tokens`."""
+
+    def __init__(self, connections: Connections, run: str = "default") -> None:
+        redis, blocking, scripts = connections.commands, connections.blocking, connections.scripts
+        self._connections = connections
+        self.url, self.keys, self.redis, self.scripts = connections.url, Keys(run), redis, scripts
+        self.queue = Queue(redis, blocking, scripts, self.keys)
+        self.weights = Weights(redis, blocking, self.keys)
+        self.parties = Parties(redis, scripts, self.keys)
+        self.lineage = LineageStore(redis, self.keys)
+        self.journal = Journal(redis, blocking, self.keys)
+        self.tokens = Tokens(redis, self.keys)
 
     @classmethod
     async def connect(cls, url: str, run: str = "default") -> Broker:
         """Connect, and refuse a server that is unreachable, too old, or may evict data."""
         await check_server(url)
-        return cls(url, run)
+        return cls(Connections(url), run)
+
+    def for_run(self, run: str) -> Broker:
+        """The same for another run, over the same connections. Raises ConfigurationError for an impossible name."""
+        return Broker(self._connections, run)
 
     async def aclose(self) -> None:
-        for redis in (self.redis, self._blocking):
-            await redis.aclose()
+        """Close the connections, which are those of every view made by `for_run`."""
+        await self._connections.aclose()
 
     async def ping(self) -> bool:
         return bool(await self.redis.ping())
 
+    async def enlist(self) -> None:
+        """Put the run on the list of runs, if it is not there."""
+        await self.redis.hsetnx(RUNS, self.keys.run, f"{time.time():.3f}")
+
+    async def runs(self) -> dict[str, float]:
+        """All enlisted runs of this Redis, oldest first, and when they came."""
+        raw = await self.redis.hgetall(RUNS)
+        found = {name.decode(): float(since) for name, since in raw.items()}
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
     async def forget(self) -> None:
-        """Delete every key of the run, weights and logs included."""
+        """Delete every key of the run, weights and logs included; its tokens stay, or it would be open to everyone."""
         pattern = self.keys.groups.removesuffix("groups") + "*"
         found = [key async for key in self.redis.scan_iter(match=pattern, count=RESET_SLICE)]
+        found = [key for key in found if key != self.keys.tokens.encode()]
         for start in range(0, len(found), RESET_SLICE):
             await self.redis.unlink(*found[start : start + RESET_SLICE])
+        await self.redis.hdel(RUNS, self.keys.run)
 
     async def reset(self) -> None:
         """Forget the run's queue, batches, ledgers and registrations; weights and logs stay.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from lachesis.broker.errors import ConfigurationError
 
+RUNS = "lachesis:runs"  # the one key that belongs to no run
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -76,6 +78,10 @@ class Keys:
     @property
     def trainers(self) -> str:
         return self._key("trainers")
+
+    @property
+    def tokens(self) -> str:
+        return self._key("tokens")
 
     @property
     def pools(self) -> str:

@@ -7,7 +7,7 @@ is the weights after step v, and version 0 the weights training started from.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from msgspec import Struct, field
@@ -203,3 +203,16 @@ class Lineage(Struct, frozen=True):
     v_min: int
     v_max: int
     spans: tuple[tuple[int, int, int], ...] = field(default_factory=tuple)  # (version, start, end) over output tokens
+
+
+Role = Literal["environment", "trainer", "admin"]
+
+
+class TokenRecord(Struct, frozen=True):
+    """What is kept of one bearer token (hash `tokens`, by name): never the token itself."""
+
+    name: str
+    role: Role
+    sha256: str  # of the token, in hex
+    created_at: float
+    revoked_at: float | None = None

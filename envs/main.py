@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from lachesis.broker.connection import hide_password
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.logs import configure_logging
 from lachesis.envs.registry import entry
@@ -62,9 +63,10 @@ async def _serve(settings: EnvSettings, env_class: Any, log: Any) -> int:
 
 
 async def _rollouts(settings: EnvSettings, env_class: Any, log: Any) -> None:
-    await _wait_for_shim(settings.shim_url, log)
+    await _wait_for_shim(settings.shim_url.rstrip("/"), log)
     env = make_env(settings, env_class)
-    log.info("making rollouts", env=settings.name, shim=settings.shim_url, front_door=settings.front_door_url)
+    shim = hide_password(settings.shim_url)
+    log.info("making rollouts", env=settings.name, shim=shim, front_door=settings.front_door_url)
     await env.env_manager()
 
 
@@ -73,13 +75,16 @@ async def _wait_for_shim(url: str, log: Any) -> None:
     async with httpx.AsyncClient(timeout=TO_SHIM_S) as client:
         while True:
             try:
-                (await client.get(f"{url}/")).raise_for_status()
-                return
+                answer = await client.get(f"{url}/")
+                if answer.is_success:
+                    return
+                reason = f"{answer.status_code}: {answer.text[:500]}"
             except httpx.HTTPError as error:
-                if not told and time.monotonic() - began > 2.0:
-                    log.info("waiting for the shim", url=url, reason=str(error) or type(error).__name__)
-                    told = True
-                await asyncio.sleep(RETRY_S)
+                reason = str(error) or type(error).__name__
+            if not told and time.monotonic() - began > 2.0:
+                log.info("waiting for the shim", url=hide_password(url), reason=reason)
+                told = True
+            await asyncio.sleep(RETRY_S)
 
 
 def make_env(settings: EnvSettings, env_class: Any) -> Any:

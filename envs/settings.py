@@ -12,7 +12,11 @@ class EnvSettings(Settings):
     """Make rollouts of one environment and post them to the shim. It speaks HTTP only and needs no Redis."""
 
     name: CliPositionalArg[str] = Field(description="environment: arithmetic or gsm8k")
-    shim_url: str = Field("http://127.0.0.1:8000", description="address of the shim, or of any Atropos API server")
+    shim_url: str = Field(
+        "http://127.0.0.1:8000",
+        description="address of the shim, with /runs/RUN for a run that is not its own, and x:TOKEN@ before the host "
+        "where that run has tokens; or of any Atropos API server",
+    )
     front_door_url: str = Field("http://127.0.0.1:9000", description="address of the front door, without /v1")
     model: str = Field("", description="folder or name of the model, for its tokenizer")
     seed: int = Field(0, ge=0, description="decides the order of the training problems")

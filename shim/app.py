@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from starlette.applications import Starlette
@@ -11,14 +11,17 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route, Router
 
 from lachesis.broker import Broker
+from lachesis.broker.records import Role
+from lachesis.shim.access import ADMIN, ANY, ENVIRONMENT, OPEN, TRAINER, Access, Guard
 from lachesis.shim.batches_out import BatchEndpoint, LatestExample
 from lachesis.shim.errors import HANDLERS
 from lachesis.shim.groups_in import GroupsIn
 from lachesis.shim.parties import PartyRoutes
 from lachesis.shim.pressure import HOLD_S, Hold
+from lachesis.shim.runs import Runs
 from lachesis.shim.settings import ShimSettings
 from lachesis.shim.status import StatusRoutes
 from lachesis.shim.trainers import HttpTrainers
@@ -28,47 +31,67 @@ from lachesis.shim.versions import Versions
 def build_app(
     broker: Broker, settings: ShimSettings, *, draining: Callable[[], bool] = lambda: False, hold_s: float = HOLD_S
 ) -> Starlette:
-    """The Trajectory API over `broker`. `draining` says whether the process is about to stop."""
-    limit = settings.max_body_bytes
-    versions = Versions(broker, settings.policy)
-    trainers = HttpTrainers(broker, versions, settings.policy, settings.lease_s)
-    groups = GroupsIn(broker, versions, lambda: Hold(broker, settings.queue_quota_bytes, draining, hold_s), limit)
-    parties = PartyRoutes(broker, trainers, limit)
+    """The Trajectory API over `broker`'s Redis: its run under the bare paths, every run under `/runs/<run>`.
 
-    def counts() -> dict[str, Any]:
-        return {"groups": groups.counts, "lineage": {"joined": versions.joined, "unknown": versions.unknown}}
+    `draining` says whether the process is about to stop.
+    """
 
-    status = StatusRoutes(broker, counts, limit)
-    routes = [
-        _get("/", root),
-        _get("/info", parties.info),
-        _get("/wandb_info", parties.wandb_info),
-        _get("/status", status.status),
-        _get("/status-env", status.status_env),
-        _get("/batch", BatchEndpoint(broker, trainers)),
-        _get("/latest_example", LatestExample(broker).latest),
-        _get("/reset_data", parties.reset_data),
-        _get("/healthz", status.healthz),
-        Route("/register", parties.register, methods=["POST"]),
-        Route("/register-env", parties.register_env, methods=["POST"]),
-        Route("/disconnect-env", parties.disconnect_env, methods=["POST"]),
-        Route("/scored_data", groups.scored_data, methods=["POST"]),
-        Route("/scored_data_list", groups.scored_data_list, methods=["POST"]),
-    ]
+    def serve(run: str) -> Router:
+        return Router(_routes(broker.for_run(run), settings, draining, hold_s, own=run == broker.keys.run))
+
     middleware = [
         Middleware(GZipMiddleware, minimum_size=1000, compresslevel=1),
         Middleware(
             CORSMiddleware, allow_origins=["*"], allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
         ),
     ]
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=HANDLERS)
+    runs = Mount("", Runs(serve, broker.keys.run))
+    return Starlette(routes=[runs], middleware=middleware, exception_handlers=HANDLERS)
+
+
+def _routes(
+    broker: Broker, settings: ShimSettings, draining: Callable[[], bool], hold_s: float, *, own: bool
+) -> list[Route]:
+    """One run's parts, made and joined, under its routes. `own`: the run of the bare paths, whose admins list all runs."""
+    limit = settings.max_body_bytes
+    versions = Versions(broker, settings.policy)
+    trainers = HttpTrainers(broker, versions, settings.policy, settings.lease_s)
+    groups = GroupsIn(broker, versions, lambda: Hold(broker, settings.queue_quota_bytes, draining, hold_s), limit)
+    parties = PartyRoutes(broker, trainers, limit)
+    access = Access(broker, required=settings.require_tokens)
+
+    def counts() -> dict[str, Any]:
+        return {"groups": groups.counts, "lineage": {"joined": versions.joined, "unknown": versions.unknown}}
+
+    status = StatusRoutes(broker, counts, limit)
+
+    def route(method: str, path: str, endpoint: Callable[..., Any], roles: Collection[Role]) -> Route:
+        guard = [Middleware(Guard, access, roles)] if roles else []
+        found = Route(path, endpoint, methods=[method], middleware=guard)
+        found.methods = {method}  # Starlette adds HEAD; upstream does not, and HEAD /batch would take a batch to nobody
+        return found
+
+    async def runs(_: Request) -> Response:
+        return JSONResponse({"runs": [{"run": run, "since": since} for run, since in (await broker.runs()).items()]})
+
+    return [
+        route("GET", "/", root, ANY),
+        route("GET", "/info", parties.info, ANY),
+        route("GET", "/wandb_info", parties.wandb_info, ANY),
+        route("GET", "/status", status.status, ANY),
+        route("GET", "/latest_example", LatestExample(broker).latest, ANY),
+        route("GET", "/status-env", status.status_env, ENVIRONMENT),
+        route("POST", "/register-env", parties.register_env, ENVIRONMENT),
+        route("POST", "/disconnect-env", parties.disconnect_env, ENVIRONMENT),
+        route("POST", "/scored_data", groups.scored_data, ENVIRONMENT),
+        route("POST", "/scored_data_list", groups.scored_data_list, ENVIRONMENT),
+        route("POST", "/register", parties.register, TRAINER),
+        route("GET", "/batch", BatchEndpoint(broker, trainers), TRAINER),
+        route("GET", "/reset_data", parties.reset_data, ADMIN),
+        *([route("GET", "/runs", runs, ADMIN)] if own else []),
+        route("GET", "/healthz", status.healthz, OPEN),
+    ]
 
 
 async def root(_: Request) -> Response:
     return JSONResponse({"message": "AtroposLib API"})
-
-
-def _get(path: str, endpoint: Callable[..., Any]) -> Route:
-    route = Route(path, endpoint, methods=["GET"])
-    route.methods = {"GET"}  # Starlette adds HEAD; upstream does not, and HEAD /batch would take a batch to nobody
-    return route

@@ -27,6 +27,7 @@ class PartyRoutes:
         config = decode(TrainerConfig, await read_body(request, self._max_body_bytes))
         consumer = consumer_of(request)
         await self._adopt(config)
+        await self._broker.enlist()
         await self._trainers.saw(consumer)
         await self._broker.journal.control("register", consumer, msgspec.json.encode(config).decode())
         return JSONResponse({"uuid": uuid.uuid4().int})
@@ -58,6 +59,7 @@ class PartyRoutes:
         if trainer is None or not await parties.started():
             return JSONResponse({"status": "wait for trainer to start"})
         record = await parties.register_env(config, nonce=uuid.uuid4().hex)
+        await self._broker.enlist()  # its trainer may be a native one, which does not come by here
         await self._broker.journal.control("register-env", record.name, msgspec.json.encode(record).decode())
         return JSONResponse(
             {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from lachesis.broker.settings import RedisSettings
@@ -28,3 +30,6 @@ class ShimSettings(RedisSettings):
     queue_quota_bytes: int = Field(
         0, ge=0, description="stored bytes of queued groups above which posts wait for up to 240 s (0: no limit)"
     )
+    require_tokens: bool = Field(False, description="ask for a token also where a run has none, so that no run is open")
+    tls_cert: Path | None = Field(None, description="certificate chain (PEM) to serve HTTPS with; needs --tls-key")
+    tls_key: Path | None = Field(None, description="private key (PEM) of --tls-cert")

@@ -10,7 +10,7 @@ from scored import group, trained
 
 from lachesis.broker import Broker, ConfigurationError
 from lachesis.broker.codec import tokens_digest
-from lachesis.broker.keys import Keys
+from lachesis.broker.keys import RUNS, Keys
 from lachesis.broker.records import EnvConfig, Lineage, ServerStatus, TrainerConfig, WeightsEntry
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "keys.md"
@@ -27,6 +27,7 @@ def test_the_page_lists_exactly_the_names_in_the_code() -> None:
         value = getattr(keys, name)
         text = value if isinstance(value, str) else value("<x>")
         names.add(text.removeprefix("lachesis:{default}:"))
+    assert f"`{RUNS}`" in DOCUMENT.read_text()
     assert names == {re.sub(r"<\w+>", "<x>", name) for name in documented()}
 
 
@@ -42,6 +43,7 @@ async def test_a_run_makes_only_listed_keys_of_the_listed_types(broker: Broker) 
     await broker.journal.metric("step", {"reward": 0.5})
     await broker.journal.control("register", "test")
     await parties.writer("main", ttl_s=60).acquire()
+    await broker.tokens.create("admin")
     await queue.bury("bad", b"{}", "invalid", "test")
     for number in range(2):
         await queue.put(f"g{number}", group(number), v_min=0, v_max=0)

@@ -94,7 +94,8 @@ class Shim(BaseHTTPRequestHandler):
 def test_it_waits_for_the_shim_in_one_line_and_stops_when_told(model_folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    arguments = ("arithmetic", "--shim-url", f"http://127.0.0.1:{port}", "--model", str(model_folder))
+    url = f"http://x:secret@127.0.0.1:{port}/runs/a/"
+    arguments = ("arithmetic", "--shim-url", url, "--model", str(model_folder))
     with started(*arguments) as process:
         process.wait_for("waiting for the shim")
         asked: queue.Queue[str] = queue.Queue()
@@ -103,11 +104,12 @@ def test_it_waits_for_the_shim_in_one_line_and_stops_when_told(model_folder: Pat
             threading.Thread(target=server.serve_forever, daemon=True).start()
             process.wait_for("making rollouts")
             paths = {asked.get(timeout=30) for _ in range(3)}
-            assert "/register-env" in paths
+            assert "/runs/a/register-env" in paths
             assert process.stop() == 0
             server.shutdown()
         output = "".join(process.lines)
         assert output.count("waiting for the shim") == 1
+        assert "secret" not in output
         assert "DEBUG" not in output
         assert "Traceback" not in output
         assert "stopped" in output

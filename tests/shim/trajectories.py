@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 import httpx
@@ -46,6 +47,12 @@ def group(number: int, size: int = 2, *, length: int = 3, **more: Any) -> dict[s
 def number_of(group: dict[str, Any]) -> int:
     """The `number` a group was made with."""
     return int(group["tokens"][0][0])
+
+
+def with_token(url: str, token: str, user: str = "x") -> str:
+    """The URL that a client is given which can't set an Authorization header."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"{user}:{token}@{parts.netloc}").geturl()
 
 
 @contextlib.asynccontextmanager
