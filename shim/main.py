@@ -6,6 +6,7 @@ import asyncio
 import errno
 import signal
 import socket
+import ssl
 from types import FrameType
 
 import uvicorn
@@ -25,6 +26,7 @@ DRAIN_S = 20
 def run(settings: ShimSettings) -> int:
     """Serve until SIGTERM or SIGINT; then finish the requests under way, for up to 20 s. Returns the exit code."""
     check_name("policy", settings.policy)
+    check_certificate(settings)
     listener = listen(settings)
     with settings.redis() as url, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(settings, url, listener))
@@ -45,11 +47,18 @@ async def serve(settings: ShimSettings, redis_url: str, listener: socket.socket)
             log_config=None,
             timeout_graceful_shutdown=DRAIN_S,
             backlog=1024,
+            ssl_certfile=settings.tls_cert,
+            ssl_keyfile=settings.tls_key,
         )
     )
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises what it caught once more after it has drained
         signal.signal(number, _ignore)
-    log.info("listening", url=_url(listener), run=settings.run, redis=hide_password(redis_url))
+    log.info(
+        "listening",
+        url=_url(listener, "https" if settings.tls_cert else "http"),
+        run=settings.run,
+        redis=hide_password(redis_url),
+    )
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -74,11 +83,26 @@ def listen(settings: ShimSettings) -> socket.socket:
         raise ConfigurationError(f"{at}: can't listen there ({error.strerror})") from None
 
 
-def _url(listener: socket.socket) -> str:
+def check_certificate(settings: ShimSettings) -> None:
+    """Raise ConfigurationError for a certificate that can't be served with."""
+    cert, key = settings.tls_cert, settings.tls_key
+    if cert is None and key is None:
+        return
+    if cert is None or key is None:
+        raise ConfigurationError("--tls-cert and --tls-key need each other: give both, or neither")
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigurationError(
+            f"tls_cert = {str(cert)!r}, tls_key = {str(key)!r}: not the PEM files of a certificate and its key ({error})"
+        ) from None
+
+
+def _url(listener: socket.socket, scheme: str) -> str:
     if listener.family == socket.AF_UNIX:
         return f"unix:{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _ignore(_: int, __: FrameType | None) -> None:
