@@ -73,8 +73,9 @@ class Broker:
         return bool(await self.redis.ping())
 
     async def enlist(self) -> None:
-        """Put the run on the list of runs, if it is not there."""
-        await self.redis.hsetnx(RUNS, self.keys.run, f"{time.time():.3f}")
+        """Put the run on the list of runs, if it is not there; also when Redis is full, for the trainer that frees it."""
+        if not await self.redis.hexists(RUNS, self.keys.run):
+            await self.scripts.note(keys=[RUNS], args=[self.keys.run, f"{time.time():.3f}"])
 
     async def runs(self) -> dict[str, float]:
         """All enlisted runs of this Redis, oldest first, and when they came."""

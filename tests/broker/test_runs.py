@@ -40,10 +40,14 @@ async def test_a_run_is_on_the_list_until_it_is_forgotten(redis_server: Embedded
     await broker.enlist()
     assert list(await broker.runs()) == ["b", "a"]
     assert (await broker.runs())["b"] == first["b"] <= time.time()
+    await broker.redis.config_set("maxmemory", 1)
+    await broker.for_run("c").enlist()
+    await broker.redis.config_set("maxmemory", 0)
+    assert list(await broker.runs()) == ["b", "a", "c"]
     token, _ = await broker.tokens.create("trainer")
     await broker.queue.put("g", group(1), v_min=0, v_max=0)
     await broker.forget()
-    assert list(await other.runs()) == ["a"]
+    assert list(await other.runs()) == ["a", "c"]
     assert [key async for key in broker.redis.scan_iter(match="*{b}*")] == [broker.keys.tokens.encode()]
     assert matching(token.encode(), await broker.tokens.all())
     await broker.aclose()
