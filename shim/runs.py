@@ -1,4 +1,7 @@
-"""`/runs/<run>/…`: any number of runs behind one address. The bare paths are the shim's own run."""
+"""`/runs/<run>/…`: any number of runs behind one address. The bare paths are the shim's own run.
+
+A trainer that can't set headers names itself in the same way, `…/trainers/<name>/…`, before any route.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 KEPT = 256  # runs whose parts are kept between requests; those of others are made again, which loses only their counts
 
-_PREFIXED = re.compile(r"(/runs/([^/]+))(/.*)?")
+TRAINER = "lachesis.trainer"  # key of the scope: the name in the path
+
+_PREFIXED = re.compile(r"((?:/runs/(?P<run>[^/]+))?(?:/trainers/(?P<trainer>[^/]+))?)(?P<rest>/.*)?")
 
 
 @dataclass
@@ -31,9 +36,10 @@ class Runs:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         run = self._own
-        if found := _PREFIXED.fullmatch(scope["path"]):
-            prefix, run, rest = found.groups()
-            scope = {**scope, "root_path": prefix, "path": scope["path"] if rest else f"{prefix}/"}
+        if (found := _PREFIXED.fullmatch(scope["path"])) and (prefix := found[1]):
+            run = found["run"] or run
+            path = scope["path"] if found["rest"] else f"{prefix}/"
+            scope = {**scope, "root_path": prefix, "path": path, TRAINER: found["trainer"]}
         served = self._look_up(run)
         served.requests += 1
         try:

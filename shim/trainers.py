@@ -1,7 +1,8 @@
 """HTTP trainers: who asks for batches, and what each of them was sent.
 
-Trainers of the Atropos API neither name themselves nor acknowledge. So one is known by its `X-Trainer-Id` header or
-else its address, and its request for the next batch acknowledges the one before, if that was sent to its last byte.
+Trainers of the Atropos API neither name themselves nor acknowledge. So one is known by its `X-Trainer-Id` header, by
+`/trainers/<name>` in its URL or else by its address, and its request for the next batch acknowledges the one before, if
+that was sent to its last byte.
 What was sent is kept in Redis: another replica of the shim, or the next process, goes on where this one ended.
 """
 
@@ -19,6 +20,7 @@ from starlette.requests import Request
 from lachesis.broker import Broker, LeaseLost
 from lachesis.broker.keys import check_name
 from lachesis.broker.records import Lease, LedgerEntry
+from lachesis.shim.runs import TRAINER
 from lachesis.shim.versions import Versions
 
 ACTIVE_S = 60.0  # a trainer that called within this time is alive
@@ -37,9 +39,11 @@ class Sent(Struct):
 
 
 def consumer_of(request: Request) -> str:
-    """The consumer name of the trainer that asks. Raises ConfigurationError for an impossible X-Trainer-Id."""
+    """The consumer name of the trainer that asks. Raises ConfigurationError for an impossible name."""
     if (name := request.headers.get("x-trainer-id")) is not None:
         return f"http:{check_name('X-Trainer-Id', name)}"
+    if (name := request.scope.get(TRAINER)) is not None:
+        return f"http:{check_name('the trainer in the URL', name)}"
     return f"http:{request.client.host if request.client else 'local'}"
 
 

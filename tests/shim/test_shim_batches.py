@@ -152,6 +152,23 @@ async def test_trainers_that_name_themselves_get_different_batches(
     assert response.json()["detail"].startswith("X-Trainer-Id = 'not a name': use 1 to 64 letters")
 
 
+@pytest.mark.parametrize("prefix", ["", "/runs/elsewhere"])
+async def test_a_trainer_may_be_named_by_its_url(registered: httpx.AsyncClient, prefix: str) -> None:
+    await registered.post(f"{prefix}/register", json=TRAINER)
+    for number in (1, 2, 3):
+        assert (await registered.post(f"{prefix}/scored_data", json=group(number, 4))).status_code == 200
+
+    async def batch(name: str) -> list[int]:
+        found = (await registered.get(f"{prefix}/trainers/{name}/batch")).json()["batch"]
+        return [number_of(item) for item in found]
+
+    assert [await batch("left"), await batch("right"), await batch("left")] == [[1], [2], [3]]
+    assert (await registered.get(f"{prefix}/trainers/left/info")).json()["batch_size"] == 4
+    response = await registered.get(f"{prefix}/trainers/not%20a%20name/batch")
+    assert response.status_code == 400
+    assert response.json()["detail"].startswith("the trainer in the URL = 'not a name': use 1 to 64 letters")
+
+
 async def test_calls_at_the_same_time_get_different_batches(registered: httpx.AsyncClient) -> None:
     await post(registered, *range(6))
     batches = await asyncio.gather(*(take(registered) for _ in range(6)))
