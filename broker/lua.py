@@ -8,26 +8,46 @@ from __future__ import annotations
 
 from importlib.resources import files
 
+from typing import Any
+
 from redis.commands.core import AsyncScript
+from redis.exceptions import NoScriptError
 
 from lachesis.broker.connection import Redis
 
 NAMES = ("put", "form", "lease", "commit", "retire", "register_env", "note", "reset")
 
 
+LOADS = 5
+
+
+class Script(AsyncScript):
+    """redis-py loads a script that the server does not have, and calls it again. A server that is killed in between, and
+    started again, does not have it once more.
+    """
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for _ in range(LOADS):
+            try:
+                return await super().__call__(*args, **kwargs)
+            except NoScriptError:
+                continue
+        return await super().__call__(*args, **kwargs)
+
+
 class Scripts:
     """The registered scripts of one connection: `await scripts.put(keys=…, args=…)`."""
 
-    put: AsyncScript
-    form: AsyncScript
-    lease: AsyncScript
-    commit: AsyncScript
-    retire: AsyncScript
-    register_env: AsyncScript
-    note: AsyncScript
-    reset: AsyncScript
+    put: Script
+    form: Script
+    lease: Script
+    commit: Script
+    retire: Script
+    register_env: Script
+    note: Script
+    reset: Script
 
     def __init__(self, redis: Redis) -> None:
         folder = files("lachesis.broker") / "scripts"
         for name in NAMES:
-            setattr(self, name, redis.register_script((folder / f"{name}.lua").read_text()))
+            setattr(self, name, Script(redis, (folder / f"{name}.lua").read_text()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from lachesis.broker import (
     connect_blocking,
 )
 from lachesis.broker.connection import check_info, hide_password
+from lachesis.broker.lua import Scripts
 
 pytestmark = pytest.mark.anyio
 
@@ -77,3 +79,26 @@ def test_blocking_code_has_the_same_broker(shared_redis: EmbeddedRedis, run_name
     with connect_blocking(shared_redis.url, run_name) as blocking:
         assert blocking.call(blocking.broker.ping)
         assert blocking.call(blocking.broker.queue.status).groups == 0
+
+
+async def test_a_server_that_forgets_a_script_once_more_is_given_it_once_more(broker: Broker) -> None:
+    redis = broker.redis
+
+    class Forgetful:
+        """The server restarts between the loading of a script and its call, twice."""
+
+        restarts = 2
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(redis, name)
+
+        async def script_load(self, text: str) -> Any:
+            sha = await redis.script_load(text)
+            if self.restarts:
+                self.restarts -= 1
+                await redis.script_flush()
+            return sha
+
+    await redis.script_flush()
+    note = Scripts(Forgetful()).note
+    assert await note(keys=[broker.keys.state], args=["mark", "1"]) == 1

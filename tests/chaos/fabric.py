@@ -207,7 +207,7 @@ class Fabric:
             async with session.post(self._url("/scored_data"), data=data, headers=headers) as answer:
                 if answer.status == 200:
                     return True
-                if answer.status < 500:
+                if answer.status != 503:
                     self.truth.wrong.append(f"a valid post was answered with {answer.status}: {await answer.text()}")
                 self.truth.events[f"answers {answer.status}"] += 1
         except (aiohttp.ClientError, TimeoutError):
@@ -267,6 +267,9 @@ async def run(
                 async with session.get(fabric._url("/batch"), headers={"X-Trainer-Id": f"h{index}"}) as answer:
                     assert (await answer.json())["batch"] is None
             fabric.truth.events["lost replies"] = fabric.proxy.dropped
+            for process in fabric.shims:
+                if (start := (said := process.log.read_text()).find("Traceback")) >= 0:
+                    fabric.truth.wrong.append(f"{process.name} says: {said[start : start + 8000]}")
             return await judge(broker, fabric.truth, time.monotonic() - began)
         finally:
             await broker.aclose()
