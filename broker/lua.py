@@ -7,7 +7,6 @@ may send one again; and those that free memory run even when Redis is full (`all
 from __future__ import annotations
 
 from importlib.resources import files
-
 from typing import Any
 
 from redis.commands.core import AsyncScript
