@@ -1,14 +1,15 @@
-"""Is every accepted group in exactly one committed step, or still on its way to one? Read from Redis alone."""
+"""Is every accepted group in exactly one place? In a committed step, on its way to one, or a dead letter. From Redis alone."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct, field
 
 from lachesis.broker.client import Broker
 from lachesis.broker.codec import from_entry
-from lachesis.broker.records import BatchEntry, GroupEntry, LedgerEntry
+from lachesis.broker.records import BatchEntry, DeadEntry, GroupEntry, LedgerEntry
 
 SHOWN = 5  # examples named in a finding
 
@@ -21,6 +22,9 @@ class AuditReport(Struct):
     trained: int  # groups in committed steps
     open: int  # groups in formed, uncommitted batches
     queued: int
+    dead: int  # dead letters
+    purged: int  # dead letters that somebody gave up
+    skipped: int  # groups of batches that this policy gave up and others may train
     steps: int
     newest_version: int
     findings: list[str] = field(default_factory=list)
@@ -42,13 +46,19 @@ async def audit(broker: Broker, policy: str = "main") -> AuditReport:
         pipe.xrange(keys.groups)
         pipe.xrange(keys.batches)
         pipe.xrange(keys.ledger(policy), cursor)
+        pipe.xrange(keys.dead)
+        pipe.hgetall(keys.skipped)
         pipe.hgetall(keys.state)
-        raw_groups, raw_batches, raw_tail, raw_state = await pipe.execute()
+        raw_groups, raw_batches, raw_tail, raw_dead, raw_skipped, raw_state = await pipe.execute()
     ledger += [from_entry(LedgerEntry, fields) for _, fields in raw_tail]
     queued = [from_entry(GroupEntry, fields) for _, fields in raw_groups]
     committed = {entry.step: entry for entry in ledger}
     batches = [from_entry(BatchEntry, fields) for _, fields in raw_batches]
-    open_batches = [batch for batch in batches if batch.step not in committed]
+    skipped = _steps_of(policy, raw_skipped)
+    open_batches = [batch for batch in batches if batch.step not in committed and batch.step not in skipped]
+    dead = [from_entry(DeadEntry, fields).gid for _, fields in raw_dead]
+    without = [gid for gids in skipped.values() for gid in gids]
+    purged = int(raw_state.get(b"purged", 0))
     version = await broker.weights.newest(policy)
 
     report = AuditReport(
@@ -57,6 +67,9 @@ async def audit(broker: Broker, policy: str = "main") -> AuditReport:
         trained=sum(len(entry.gids) for entry in ledger),
         open=sum(len(batch.gids) for batch in open_batches),
         queued=len(queued),
+        dead=len(dead),
+        purged=purged,
+        skipped=len(without),
         steps=len(ledger),
         newest_version=version.version if version else -1,
     )
@@ -67,21 +80,28 @@ async def audit(broker: Broker, policy: str = "main") -> AuditReport:
         find(f"steps committed more than once: {_some(twice)}")
     formed = int(raw_state.get(b"formed", 0))
     kept = {batch.step for batch in batches}
-    if missing := [step for step in range(1, formed + 1) if step not in committed and step not in kept]:
+    gone = [step for step in range(1, formed + 1) if step not in kept]
+    if missing := [step for step in gone if step not in committed and step not in skipped]:
         find(f"batches formed and neither committed nor kept: {_some(missing)}")
+    if both := [step for step in skipped if step in committed]:
+        find(f"steps both committed and given up: {_some(both)}")
 
     places = Counter(gid for entry in ledger for gid in entry.gids)
     places.update(gid for batch in open_batches for gid in batch.gids)
     places.update(entry.gid for entry in queued)
+    places.update(dead)
+    places.update(without)
     if repeated := [gid for gid, count in places.items() if count > 1]:
         find(f"groups in more than one place: {_some(repeated)}")
-    if len(places) != report.accepted:
-        find(f"{report.accepted} groups were accepted, {len(places)} are accounted for")
+    if len(places) + purged != report.accepted:
+        find(f"{report.accepted} groups were accepted, {len(places) + purged} are accounted for")
+    if wrong := _wrong_counters(raw_state, queued, dead):
+        find(f"counters that are not what they count: {_some(wrong)}")
     for batch in batches:
         if batch.step in committed and batch.gids != committed[batch.step].gids:
             find(f"step {batch.step} was committed with other groups than its batch holds")
 
-    waiting = [gid for batch in open_batches for gid in batch.gids] + [entry.gid for entry in queued]
+    waiting = [gid for batch in open_batches for gid in batch.gids] + [entry.gid for entry in queued] + dead
     if lost := [gid for gid in waiting if not await redis.exists(keys.blob(gid)) and await _still_waiting(broker, gid)]:
         find(f"groups waiting without their data: {_some(lost)}")
     return report
@@ -91,7 +111,34 @@ async def _still_waiting(broker: Broker, gid: str) -> bool:
     """Whether the group is still unretired: on a live run it may have been trained and freed since the snapshot."""
     queued = {entry.gid for _, entry in await broker.queue.queued()}
     batched = {gid for batch in await broker.queue.batches() for gid in batch.gids}
-    return gid in queued or gid in batched
+    return gid in queued or gid in batched or gid in {letter.entry.gid for letter in await broker.dead.accepted()}
+
+
+def _steps_of(policy: str, raw: Mapping[bytes, bytes]) -> dict[int, list[str]]:
+    """Steps that the policy gave up, and their groups; none where they became dead letters."""
+    prefix = f"{policy}:".encode()
+    return {
+        int(field.removeprefix(prefix)): gids.decode().split()
+        for field, gids in raw.items()
+        if field.startswith(prefix)
+    }
+
+
+def _wrong_counters(state: Mapping[bytes, bytes], queued: Sequence[GroupEntry], dead: Sequence[str]) -> list[str]:
+    """Those of the counters `state` that disagree with what is there, in words."""
+    true: Counter[str] = Counter({"groups": len(queued), "sequences": 0, "bytes": 0, "dead": len(dead)})
+    for entry in queued:
+        for place in ("", f":{entry.env}"):
+            prefix = "env_" if place else ""
+            true[f"{prefix}sequences{place}"] += entry.n
+            true[f"{prefix}bytes{place}"] += entry.bytes
+    told = {
+        name.decode(): int(value)
+        for name, value in state.items()
+        if name.decode() in true or name.startswith((b"env_bytes:", b"env_sequences:"))
+    }
+    names = sorted(true.keys() | told.keys())
+    return [f"{name} is {told.get(name, 0)}, not {true[name]}" for name in names if told.get(name, 0) != true[name]]
 
 
 def _some(values: list[int] | list[str]) -> str:

@@ -12,6 +12,7 @@ from anyio.from_thread import BlockingPortal
 from redis.exceptions import ResponseError
 
 from lachesis.broker.connection import check_server, open_redis
+from lachesis.broker.dead import DeadLetters
 from lachesis.broker.journal import Journal
 from lachesis.broker.keys import RUNS, Keys
 from lachesis.broker.lineage import LineageStore
@@ -42,17 +43,21 @@ class Connections:
 
 
 class Broker:
-    """Everything a room may do with one run, by concern: `queue`, `weights`, `parties`, `lineage`, `journal`, `tokens`."""
+    """Everything a room may do with one run, by concern.
+
+    `queue`, `dead`, `weights`, `parties`, `lineage`, `journal`, `tokens`.
+    """
 
     def __init__(self, connections: Connections, run: str = "default") -> None:
         redis, blocking, scripts = connections.commands, connections.blocking, connections.scripts
         self._connections = connections
         self.url, self.keys, self.redis, self.scripts = connections.url, Keys(run), redis, scripts
         self.queue = Queue(redis, blocking, scripts, self.keys)
-        self.weights = Weights(redis, blocking, self.keys)
+        self.dead = DeadLetters(redis, scripts, self.keys)
+        self.weights = Weights(redis, blocking, scripts, self.keys)
         self.parties = Parties(redis, scripts, self.keys)
         self.lineage = LineageStore(redis, self.keys)
-        self.journal = Journal(redis, blocking, self.keys)
+        self.journal = Journal(redis, blocking, scripts, self.keys)
         self.tokens = Tokens(redis, self.keys)
 
     @classmethod
@@ -93,7 +98,7 @@ class Broker:
         await self.redis.hdel(RUNS, self.keys.run)
 
     async def reset(self) -> None:
-        """Forget the run's queue, batches, ledgers and registrations; weights and logs stay.
+        """Forget the run's queue, batches, ledgers, dead letters and registrations; weights, logs, refused posts stay.
 
         What was posted before may be posted again.
         """
@@ -104,13 +109,15 @@ class Broker:
         policies = [reader["name"].decode() for reader in readers]
         gids = {entry.gid for _, entry in await self.queue.queued()}
         gids.update(gid for batch in await self.queue.batches() for gid in batch.gids)
+        gids.update(letter.entry.gid for letter in await self.dead.accepted())
         for policy in policies:
             gids.update([gid async for entry in self.queue.ledger(policy) for gid in entry.gids])
         groups = [key for gid in gids for key in (self.keys.blob(gid), self.keys.seen(gid))]
         for start in range(0, len(groups), RESET_SLICE):
             await self.scripts.reset(keys=groups[start : start + RESET_SLICE])
-        named = [self.keys.groups, self.keys.batches, self.keys.state, self.keys.envs, self.keys.trainers]
-        await self.scripts.reset(keys=[*named, *map(self.keys.ledger, policies)])
+        keys = self.keys
+        named = [keys.groups, keys.batches, keys.dead, keys.skipped, keys.state, keys.envs, keys.trainers]
+        await self.scripts.reset(keys=[*named, *map(keys.ledger, policies)])
 
 
 class BlockingBroker:

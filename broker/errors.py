@@ -24,6 +24,10 @@ class LeaseLost(LachesisError, RuntimeError):
     """The batch is no longer ours to commit: its lease lapsed or another writer took the policy over."""
 
 
+class NotFound(LachesisError, LookupError):
+    """There is nothing of that name."""
+
+
 class Conflict(LachesisError, RuntimeError):
     """Something else of the same name is alive; what it is and how to get past it stands in the message."""
 

@@ -44,7 +44,18 @@ class Keys:
 
     @property
     def dead(self) -> str:
+        """Accepted groups that could not be trained."""
         return self._key("dead")
+
+    @property
+    def refused(self) -> str:
+        """Posts that were not accepted."""
+        return self._key("refused")
+
+    @property
+    def skipped(self) -> str:
+        """Steps that a policy gave up."""
+        return self._key("skipped")
 
     def blob(self, gid: str) -> str:
         return self._key("blob", gid)

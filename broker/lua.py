@@ -14,7 +14,10 @@ from redis.exceptions import NoScriptError
 
 from lachesis.broker.connection import Redis
 
-NAMES = ("put", "form", "lease", "commit", "retire", "register_env", "note", "reset")
+NAMES = (
+    "put", "bury", "form", "drop", "lease", "commit", "retire", "requeue", "purge", "subscribe", "acquire", "adopt",
+    "register_env", "note", "append", "reset",
+)  # fmt: skip
 
 
 LOADS = 5
@@ -38,12 +41,20 @@ class Scripts:
     """The registered scripts of one connection: `await scripts.put(keys=…, args=…)`."""
 
     put: Script
+    bury: Script
     form: Script
+    drop: Script
     lease: Script
     commit: Script
     retire: Script
+    requeue: Script
+    purge: Script
+    subscribe: Script
+    acquire: Script
+    adopt: Script
     register_env: Script
     note: Script
+    append: Script
     reset: Script
 
     def __init__(self, redis: Redis) -> None:

@@ -13,6 +13,17 @@ from lachesis.broker.lua import Scripts
 from lachesis.broker.records import EnvConfig, EnvRecord, ServerStatus, TrainerConfig
 
 
+class WriterLock(Lock):
+    """redis-py's lock, which can also be taken while Redis is full."""
+
+    def __init__(self, redis: Redis, scripts: Scripts, name: str, ttl_s: float) -> None:
+        super().__init__(redis, name, timeout=ttl_s, sleep=min(1.0, ttl_s / 5), thread_local=False)
+        self._scripts, self._ttl_ms = scripts, int(ttl_s * 1000)
+
+    async def do_acquire(self, token: str | bytes) -> bool:
+        return bool(await self._scripts.acquire(keys=[self.name], args=[token, self._ttl_ms]))
+
+
 class Parties:
     """Registrations and heartbeats of one run; they outlive the processes that serve them."""
 
@@ -23,7 +34,13 @@ class Parties:
 
     async def register_trainer(self, config: TrainerConfig) -> None:
         """Set the run's registration. Who may replace whose is the caller's to decide."""
-        await self._redis.hset(self._keys.trainers, "config", msgspec.json.encode(config))
+        await self._scripts.note(keys=[self._keys.trainers], args=["config", msgspec.json.encode(config)])
+
+    async def adopt(self, earlier: TrainerConfig | None, config: TrainerConfig, *, step_offset: int) -> bool:
+        """Register `config` if `earlier` is still the registration; False if another took its place meanwhile."""
+        judged = "" if earlier is None else msgspec.json.encode(earlier)
+        args = [judged, msgspec.json.encode(config), step_offset]
+        return bool(await self._scripts.adopt(keys=[self._keys.trainers], args=args))
 
     async def trainer_config(self) -> TrainerConfig | None:
         raw = await self._redis.hget(self._keys.trainers, "config")
@@ -42,9 +59,7 @@ class Parties:
 
     def writer(self, policy: str, *, ttl_s: float) -> Lock:
         """The lock whose holder alone may commit and publish for `policy`; its token fences a predecessor off."""
-        return Lock(
-            self._redis, self._keys.writer(policy), timeout=ttl_s, sleep=min(1.0, ttl_s / 5), thread_local=False
-        )
+        return WriterLock(self._redis, self._scripts, self._keys.writer(policy), ttl_s)
 
     # -- environments ---------------------------------------------------------------------------------------------
 
@@ -70,13 +85,13 @@ class Parties:
         return sorted(records, key=lambda record: record.env_id)
 
     async def update_env(self, record: EnvRecord) -> None:
-        await self._redis.hset(self._keys.envs, str(record.env_id), msgspec.json.encode(record))
+        await self._scripts.note(keys=[self._keys.envs], args=[str(record.env_id), msgspec.json.encode(record)])
 
     # -- inference servers ----------------------------------------------------------------------------------------
 
     async def report(self, status: ServerStatus) -> None:
         """Heartbeat of an inference server."""
-        await self._redis.hset(self._keys.pools, status.server, msgspec.json.encode(status))
+        await self._scripts.note(keys=[self._keys.pools], args=[status.server, msgspec.json.encode(status)])
 
     async def withdraw(self, server: str) -> None:
         await self._redis.hdel(self._keys.pools, server)

@@ -14,12 +14,28 @@ from lachesis.broker.connection import Redis
 from lachesis.broker.errors import LeaseLost
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
-from lachesis.broker.records import BatchEntry, Group, GroupEntry, Lease, LedgerEntry, QueueStatus, ScoredGroup
+from lachesis.broker.records import (
+    MAX_DELIVERIES,
+    BatchEntry,
+    DeadEntry,
+    Group,
+    GroupEntry,
+    Lease,
+    LedgerEntry,
+    Limits,
+    QueueStatus,
+    ScoredGroup,
+)
+from lachesis.broker.staleness import Staleness
 
 BLOB_TTL_S = 600  # a blob not yet in the queue expires after this
 SEEN_TTL_S = 24 * 3600  # how long a repeated POST is recognised
 SLICE_BYTES = 8 << 20  # blobs are fetched in replies of about this size
 SCAN = 4096  # queued groups looked at to form a batch
+REFUSED_KEPT = 10_000  # refused posts, approximately
+REFUSED_TTL_S = 7 * 24 * 3600
+
+NO_LIMITS = Limits()
 
 
 class Queue:
@@ -27,11 +43,14 @@ class Queue:
 
     def __init__(self, redis: Redis, blocking: Redis, scripts: Scripts, keys: Keys) -> None:
         self._redis, self._blocking, self._scripts, self._keys = redis, blocking, scripts, keys
+        self.staleness = Staleness(redis, scripts, keys)
 
     # -- PUT ------------------------------------------------------------------------------------------------------
 
-    async def put(self, gid: str, group: ScoredGroup, *, v_min: int, v_max: int, quota: int = 0) -> str:
-        """Store a valid group durably. Returns "stored", "duplicate", or "full" (over `quota` bytes queued)."""
+    async def put(self, gid: str, group: ScoredGroup, *, v_min: int, v_max: int, limits: Limits = NO_LIMITS) -> str:
+        """Store a valid group durably. Returns "stored" or "duplicate"; or, and then nothing is stored, what it is over:
+        "late" (max_lag), "full" (a quota of the queue), "env_full" (a quota of its environment).
+        """
         blob = pack(group, gid, v_min=v_min, v_max=v_max)
         tokens = sum(map(len, group.tokens))
         mean = sum(group.scores) / len(group.scores)
@@ -47,29 +66,38 @@ class Queue:
             bytes=len(blob),
             codec=CODEC,
         )
-        keys = [self._keys.groups, self._keys.blob(gid), self._keys.seen(gid), self._keys.state]
+        keys = [self._keys.groups, self._keys.blob(gid), self._keys.seen(gid), self._keys.state, self._keys.trainers]
+        quotas = [limits.bytes, limits.sequences, limits.env_bytes, limits.env_sequences]
+        lag = ["" if limits.max_lag is None else limits.max_lag, limits.policy]
         fields = [text for pair in to_entry(entry).items() for text in pair]
         while True:
             await self._redis.set(self._keys.blob(gid), blob, nx=True, ex=BLOB_TTL_S)
             reply = await self._scripts.put(
-                keys=keys, args=[SEEN_TTL_S, quota, entry.env, entry.n, entry.bytes, *fields]
+                keys=keys, args=[SEEN_TTL_S, *quotas, *lag, entry.env, entry.n, entry.bytes, *fields]
             )
             if reply != b"noblob":  # the blob's TTL ran out in between: set it again
                 return bytes(reply).decode()
 
     async def bury(self, gid: str, body: bytes, reason: str, detail: str) -> None:
-        """Keep what was refused for triage: stream `dead`, the body as its blob for a week."""
-        await self._redis.set(self._keys.blob(gid), body, nx=True, ex=7 * 24 * 3600)
-        entry = {"gid": gid, "reason": reason, "deliveries": "0", "detail": detail}
-        await self._redis.xadd(self._keys.dead, entry, maxlen=10_000, approximate=True)
+        """Keep what was refused for triage: stream `refused`, the body as its blob for a week."""
+        entry = to_entry(DeadEntry(gid=gid, reason=reason, deliveries=0, detail=detail))
+        fields = [text for pair in entry.items() for text in pair]
+        await self._scripts.bury(
+            keys=[self._keys.refused, self._keys.blob(gid)], args=[body, REFUSED_TTL_S, REFUSED_KEPT, *fields]
+        )
 
     # -- FORM -----------------------------------------------------------------------------------------------------
 
     async def form(self, batch_size: int) -> int | None:
-        """Form the next batch from the oldest groups that add up. Returns its step, or None if there are too few."""
+        """Form the next batch from the oldest groups that add up. Returns its step, or None if there are too few.
+
+        Groups that are too stale by now are dropped on the way.
+        """
         while True:
             formed = int(await self._redis.hget(self._keys.state, "formed") or 0)
             queued = await self.queued(SCAN)
+            if await self.staleness.drop([(id_, entry.v_min) for id_, entry in queued]):
+                continue
             chosen = allot.choose([entry.n for _, entry in queued], batch_size)
             if chosen is None:
                 return None
@@ -92,6 +120,12 @@ class Queue:
             if reply == b"formed":
                 return batch.step
 
+    async def batch_waits(self, batch_size: int) -> bool:
+        """Whether a trainer that asks now gets a batch that none has had yet. From the counters."""
+        status = await self.status()
+        sizes = [size for size, count in sorted(status.sizes.items()) for _ in range(min(count, batch_size // size))]
+        return status.formed > status.delivered or allot.choose(sizes, batch_size) is not None
+
     async def queued(self, count: int | None = None) -> list[tuple[str, GroupEntry]]:
         """(entry id, entry) of queued groups, oldest first."""
         found = await self._redis.xrange(self._keys.groups, count=count)
@@ -112,16 +146,18 @@ class Queue:
 
     async def subscribe(self, policy: str) -> None:
         """Make `policy` a reader of all batches that are still there. Harmless to repeat."""
-        try:
-            await self._redis.xgroup_create(self._keys.batches, policy, id="0", mkstream=True)
-        except ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
+        await self._scripts.subscribe(keys=[self._keys.batches], args=[policy])
 
-    async def lease(self, policy: str, consumer: str, *, lapse_s: float) -> Lease | None:
-        """Borrow a formed batch: one's own unfinished one, one whose lease lapsed, or the next. None if there is none."""
+    async def lease(
+        self, policy: str, consumer: str, *, lapse_s: float, max_deliveries: int = MAX_DELIVERIES
+    ) -> Lease | None:
+        """Borrow a formed batch: one's own unfinished one, one whose lease lapsed, or the next. None if there is none.
+
+        A batch that was lent `max_deliveries` times (0: any number) and never committed is given up instead.
+        """
         reply = await self._scripts.lease(
-            keys=[self._keys.batches, self._keys.state], args=[policy, consumer, int(lapse_s * 1000)]
+            keys=[self._keys.batches, self._keys.state, self._keys.dead, self._keys.skipped],
+            args=[policy, consumer, int(lapse_s * 1000), max_deliveries],
         )
         if reply is None:
             return None
@@ -129,11 +165,13 @@ class Queue:
         batch = from_entry(BatchEntry, dict(zip(flat[::2], flat[1::2], strict=True)))
         return Lease(batch=batch, consumer=consumer, deliveries=int(deliveries))
 
-    async def lease_or_form(self, policy: str, consumer: str, batch_size: int, *, lapse_s: float) -> Lease | None:
+    async def lease_or_form(
+        self, policy: str, consumer: str, batch_size: int, *, lapse_s: float, max_deliveries: int = MAX_DELIVERIES
+    ) -> Lease | None:
         """Like `lease`, forming a batch when none is waiting."""
-        lease = await self.lease(policy, consumer, lapse_s=lapse_s)
+        lease = await self.lease(policy, consumer, lapse_s=lapse_s, max_deliveries=max_deliveries)
         if lease is None and await self.form(batch_size) is not None:
-            lease = await self.lease(policy, consumer, lapse_s=lapse_s)
+            lease = await self.lease(policy, consumer, lapse_s=lapse_s, max_deliveries=max_deliveries)
         return lease
 
     async def renew(self, policy: str, lease: Lease) -> None:
@@ -209,16 +247,16 @@ class Queue:
         return from_entry(LedgerEntry, found[0][1]) if found else None
 
     async def settled(self, policy: str) -> int:
-        """The newest step such that it and every earlier one is committed by `policy`; 0 if there is none."""
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.xpending(self._keys.batches, policy)
-            pipe.xinfo_groups(self._keys.batches)
-            pending, readers = await pipe.execute()
+        """The newest step such that it and every earlier one is committed or given up by `policy`; 0 if there is none.
+
+        Not a transaction, which a full Redis refuses: what was delivered first is read first.
+        """
+        readers = await self._redis.xinfo_groups(self._keys.batches)
+        delivered = next(reader["last-delivered-id"] for reader in readers if reader["name"] == policy.encode())
+        pending = await self._redis.xpending(self._keys.batches, policy)
         if pending["pending"]:
             return int(pending["min"].split(b"-")[0]) - 1
-        return next(
-            int(reader["last-delivered-id"].split(b"-")[0]) for reader in readers if reader["name"] == policy.encode()
-        )
+        return int(delivered.split(b"-")[0])
 
     async def retire(self, policy: str, covered: int) -> int:
         """Free batches up to step `covered` once every subscribed policy covers them. Returns how many were freed."""
@@ -258,4 +296,23 @@ class Queue:
             sizes={int(size): count for size, count in numbered("size:").items()},
             env_groups=numbered("env_groups:"),
             env_sequences=numbered("env_sequences:"),
+            dead=int(raw.get("dead", 0)),
+            purged=int(raw.get("purged", 0)),
+            dropped=numbered("dropped:"),
         )
+
+
+def queue_entry(group: Group, stored_bytes: int) -> GroupEntry:
+    """The entry of a stored group, as PUT made it."""
+    return GroupEntry(
+        gid=group.gid,
+        env="-" if group.env is None else str(group.env),
+        n=len(group.tokens),
+        tok=sum(map(len, group.tokens)),
+        score_mean=float(group.scores.mean()),
+        score_std=float(group.scores.std()),
+        v_min=group.v_min,
+        v_max=group.v_max,
+        bytes=stored_bytes,
+        codec=CODEC,
+    )

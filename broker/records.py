@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from msgspec import Struct, field
 
+MAX_DELIVERIES = 10  # a batch lent more often than this without being committed is given up
+
 
 class ScoredGroup(Struct):
     """One rollout group as Atropos environments post it: exactly upstream's 14 keys, absent ones null.
@@ -64,6 +66,26 @@ class GroupEntry(Struct, frozen=True):
     v_max: int
     bytes: int  # of the stored blob
     codec: str
+
+
+class Limits(Struct, frozen=True):
+    """How much may wait in the queue when a group is put; 0: no limit."""
+
+    bytes: int = 0  # stored bytes
+    sequences: int = 0
+    env_bytes: int = 0  # the same for each environment
+    env_sequences: int = 0
+    max_lag: int | None = None  # steps between a group's oldest version and its training; None: as last time
+    policy: str = "main"  # whose steps and versions those are
+
+
+class DeadEntry(Struct, frozen=True):
+    """An accepted group that could not be trained (stream `dead`), or a post that was not accepted (`refused`)."""
+
+    gid: str
+    reason: str  # stale | deliveries; of a post: invalid
+    deliveries: int  # how often its batch was lent
+    detail: str
 
 
 class BatchEntry(Struct, frozen=True):
@@ -195,6 +217,9 @@ class QueueStatus(Struct, frozen=True):
     sizes: dict[int, int]  # queued groups by number of sequences
     env_groups: dict[str, int]
     env_sequences: dict[str, int]
+    dead: int = 0  # accepted groups among the dead letters now
+    purged: int = 0  # dead letters given up, ever
+    dropped: dict[str, int] = field(default_factory=dict)  # groups that ever became dead letters, by reason
 
 
 class Lineage(Struct, frozen=True):

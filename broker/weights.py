@@ -12,19 +12,21 @@ from lachesis.broker.codec import from_entry, to_entry
 from lachesis.broker.connection import Redis
 from lachesis.broker.errors import Conflict
 from lachesis.broker.keys import Keys
+from lachesis.broker.lua import Scripts
 from lachesis.broker.records import WeightsEntry
 
 
 class Weights:
     """The `weights:<policy>` streams of one run."""
 
-    def __init__(self, redis: Redis, blocking: Redis, keys: Keys) -> None:
-        self._redis, self._blocking, self._keys = redis, blocking, keys
+    def __init__(self, redis: Redis, blocking: Redis, scripts: Scripts, keys: Keys) -> None:
+        self._redis, self._blocking, self._scripts, self._keys = redis, blocking, scripts, keys
 
     async def publish(self, policy: str, entry: WeightsEntry) -> bool:
         """Append a version. False if this version was published before; Conflict if a newer one was, and not this."""
         try:
-            await self._redis.xadd(self._keys.weights(policy), to_entry(entry), id=f"{entry.version}-1")
+            fields = [text for pair in to_entry(entry).items() for text in pair]
+            await self._scripts.append(keys=[self._keys.weights(policy)], args=[f"{entry.version}-1", 0, *fields])
         except ResponseError as error:
             if "equal or smaller" not in str(error):
                 raise

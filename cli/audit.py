@@ -15,7 +15,7 @@ from lachesis.cli.options import parse
 
 
 class AuditSettings(RedisSettings):
-    """Check that every accepted group is in exactly one committed step, or still queued. Exit code 1 if not."""
+    """Check that every accepted group is in exactly one committed step, still queued, or a dead letter. Exit code 1 if not."""
 
     policy: str = Field("main", description="policy whose ledger to check")
     json_output: bool = Field(False, alias="json", description="print one JSON object")
@@ -46,6 +46,8 @@ def render(report: AuditReport) -> str:
         f"{report.accepted} groups accepted: {report.trained} in {report.steps} committed steps, "
         f"{report.open} in open batches, {report.queued} queued"
     )
+    more = {"dead letters": report.dead, "given up": report.purged, "left to other policies": report.skipped}
+    counts += "".join(f", {count} {what}" for what, count in more.items() if count)
     if report.clean:
         return f"clean: {counts}; none lost, none trained twice"
     return "\n".join((f"NOT clean: {counts}", *(f"  - {finding}" for finding in report.findings)))

@@ -55,8 +55,8 @@ def _routes(
     """One run's parts, made and joined, under its routes. `own`: the run of the bare paths, whose admins list all runs."""
     limit = settings.max_body_bytes
     versions = Versions(broker, settings.policy)
-    trainers = HttpTrainers(broker, versions, settings.policy, settings.lease_s)
-    groups = GroupsIn(broker, versions, lambda: Hold(broker, settings.queue_quota_bytes, draining, hold_s), limit)
+    trainers = HttpTrainers(broker, versions, settings)
+    groups = GroupsIn(broker, versions, lambda: Hold(broker, settings.limits, draining, hold_s), limit)
     parties = PartyRoutes(broker, trainers, limit)
     access = Access(broker, required=settings.require_tokens)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -102,6 +103,10 @@ async def no_redis(_: Request, error: Exception) -> Response:
     return JSONResponse({"detail": f"Redis does not answer: {error}"}, 503, headers={"Retry-After": "1"})
 
 
+async def full_redis(_: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": f"Redis is full: {error}"}, 503, headers={"Retry-After": "10"})
+
+
 async def client_gone(_: Request, __: Exception) -> Response:
     return Response(status_code=400)  # for the log of a proxy: nobody else reads it
 
@@ -115,5 +120,6 @@ HANDLERS: dict[Any, Any] = {
     ConfigurationError: bad_request,
     RedisConnectionError: no_redis,
     RedisTimeoutError: no_redis,
+    OutOfMemoryError: full_redis,
     ClientDisconnect: client_gone,
 }

@@ -32,11 +32,9 @@ class GroupsIn:
         hold = self._hold()
         await hold.room()
         body = await read_body(request, self._max_body_bytes)
-        groups, lax = decode_group(body)
-        config = await self._broker.parties.trainer_config()
         gid = _gid(request, body)
         try:
-            await self._accept(gid, groups[0], config, lax=lax, hold=hold)
+            await self.accept(gid, body, hold)
         except InvalidGroup as error:
             await self._bury(gid, body, error)
             raise
@@ -62,9 +60,14 @@ class GroupsIn:
         more = {"refused": len(refused), "detail": refused} if refused else {}
         return JSONResponse({"status": "received", "groups_processed": len(groups), **more})
 
+    async def accept(self, gid: str, body: bytes, hold: Hold) -> str:
+        """Store the group that a body holds: "stored" or "duplicate". Raises Malformed; InvalidGroup if it can't be trained."""
+        groups, lax = decode_group(body)
+        return await self._accept(gid, groups[0], await self._broker.parties.trainer_config(), lax=lax, hold=hold)
+
     async def _accept(
         self, gid: str, group: ScoredGroup, config: TrainerConfig | None, *, lax: bool, hold: Hold
-    ) -> None:
+    ) -> str:
         limits = {"max_token_len": config.max_token_len, "batch_size": config.batch_size} if config else {}
         if lax and (found := non_finite(msgspec.to_builtins(group))):
             raise InvalidGroup(path(found[0]), found[1], "must be finite")
@@ -72,11 +75,12 @@ class GroupsIn:
         try:
             v_min, v_max = await self._versions.span(group.tokens)
             reply = await hold.store(
-                lambda: self._broker.queue.put(gid, group, v_min=v_min, v_max=v_max, quota=hold.quota)
+                lambda limits: self._broker.queue.put(gid, group, v_min=v_min, v_max=v_max, limits=limits)
             )
         except (OverflowError, UnicodeEncodeError):
             raise _unstorable(group) from None
         self.counts[reply] += 1
+        return reply
 
     async def _bury(self, gid: str, body: bytes, error: InvalidGroup) -> None:
         """Keep it under another id: the same post may be fine for the next trainer."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
 
 import msgspec
 from msgspec import structs
@@ -34,12 +33,8 @@ class PartyRoutes:
 
     async def _adopt(self, config: TrainerConfig) -> None:
         """Make this the run's registration, unless an active trainer has registered other settings."""
-        keys = self._broker.keys
-
-        async def replace(pipe: Any) -> None:
-            earlier = await self._broker.parties.trainer_config()
-            if earlier == config:
-                return
+        parties = self._broker.parties
+        while (earlier := await parties.trainer_config()) != config:
             if earlier and (differing := _differing(earlier, config)) and (who := await self._trainers.active()):
                 raise Conflict(
                     f"this run is registered with {differing}, and {who}: register the same settings, use another run, "
@@ -47,10 +42,8 @@ class PartyRoutes:
                 )
             status = await self._broker.queue.status()
             offset = max(0, config.starting_step - status.delivered)
-            pipe.multi()
-            pipe.hset(keys.trainers, mapping={"config": msgspec.json.encode(config), "step_offset": offset})
-
-        await self._broker.redis.transaction(replace, keys.trainers)
+            if await parties.adopt(earlier, config, step_offset=offset):
+                return
 
     async def register_env(self, request: Request) -> Response:
         config = decode(EnvConfig, await read_body(request, self._max_body_bytes))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from lachesis.broker.records import MAX_DELIVERIES, Limits
 from lachesis.broker.settings import RedisSettings
 
 
@@ -30,6 +31,35 @@ class ShimSettings(RedisSettings):
     queue_quota_bytes: int = Field(
         0, ge=0, description="stored bytes of queued groups above which posts wait for up to 240 s (0: no limit)"
     )
+    queue_quota_sequences: int = Field(0, ge=0, description="the same in sequences")
+    env_quota_bytes: int = Field(
+        0, ge=0, description="stored bytes of one environment's queued groups above which its posts wait (0: no limit)"
+    )
+    env_quota_sequences: int = Field(0, ge=0, description="the same in sequences")
+    max_lag: int = Field(
+        0,
+        ge=0,
+        description="steps that a group may be late for: posts wait while max_lag batches are queued, and groups more "
+        "than max_lag versions old are not trained (0: no limit)",
+    )
+    max_deliveries: int = Field(
+        MAX_DELIVERIES,
+        ge=0,
+        description="times that a batch is lent to trainers; one that none of them commits then is given up (0: never)",
+    )
+
     require_tokens: bool = Field(False, description="ask for a token also where a run has none, so that no run is open")
     tls_cert: Path | None = Field(None, description="certificate chain (PEM) to serve HTTPS with; needs --tls-key")
     tls_key: Path | None = Field(None, description="private key (PEM) of --tls-cert")
+
+    @property
+    def limits(self) -> Limits:
+        """What may wait in the queue."""
+        return Limits(
+            bytes=self.queue_quota_bytes,
+            sequences=self.queue_quota_sequences,
+            env_bytes=self.env_quota_bytes,
+            env_sequences=self.env_quota_sequences,
+            max_lag=self.max_lag,
+            policy=self.policy,
+        )

@@ -88,11 +88,10 @@ class StatusRoutes:
         return JSONResponse({"current_step": await current_step(self._broker, queue), **told})
 
     async def healthz(self, _: Request) -> Response:
-        """200 while Redis answers, else 503; with the counts of this process since it started."""
+        """200 while Redis answers, else 503; with what the run dropped, and the counts of this process since it started."""
+        told = {"run": self._broker.keys.run, **self._counts()}
         try:
-            await asyncio.wait_for(self._broker.ping(), REDIS_S)
-            answers = True
+            queue = await asyncio.wait_for(self._broker.queue.status(), REDIS_S)
         except (TimeoutError, RedisError, OSError):
-            answers = False
-        told = {"status": "ok" if answers else "no redis", "run": self._broker.keys.run, **self._counts()}
-        return JSONResponse(told, 200 if answers else 503)
+            return JSONResponse({"status": "no redis", **told}, 503)
+        return JSONResponse({"status": "ok", **told, "dead": queue.dead, "dropped": queue.dropped})

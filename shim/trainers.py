@@ -21,6 +21,7 @@ from lachesis.broker import Broker, LeaseLost
 from lachesis.broker.keys import check_name
 from lachesis.broker.records import Lease, LedgerEntry
 from lachesis.shim.runs import TRAINER
+from lachesis.shim.settings import ShimSettings
 from lachesis.shim.versions import Versions
 
 ACTIVE_S = 60.0  # a trainer that called within this time is alive
@@ -50,8 +51,9 @@ def consumer_of(request: Request) -> str:
 class HttpTrainers:
     """Consumers of one policy that are served over HTTP."""
 
-    def __init__(self, broker: Broker, versions: Versions, policy: str, lease_s: float) -> None:
-        self._broker, self._versions, self._policy, self._lease_s = broker, versions, policy, lease_s
+    def __init__(self, broker: Broker, versions: Versions, settings: ShimSettings) -> None:
+        self._broker, self._versions, self._policy = broker, versions, settings.policy
+        self._lease_s, self._max_deliveries = settings.lease_s, settings.max_deliveries
 
     def _field(self, consumer: str) -> str:
         return f"sent:{self._policy}:{consumer}"
@@ -67,13 +69,13 @@ class HttpTrainers:
         except ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
-        await self._broker.queue.subscribe(
-            self._policy
-        )  # only now: a full Redis refuses it even where it changes nothing
+        await self._broker.queue.subscribe(self._policy)
         return await self._lease(consumer, batch_size)
 
     async def _lease(self, consumer: str, batch_size: int) -> Lease | None:
-        return await self._broker.queue.lease_or_form(self._policy, consumer, batch_size, lapse_s=self._lease_s)
+        return await self._broker.queue.lease_or_form(
+            self._policy, consumer, batch_size, lapse_s=self._lease_s, max_deliveries=self._max_deliveries
+        )
 
     async def sending(self, consumer: str, step: int, reward: float) -> None:
         """The last byte follows now. A trainer that has it may call another replica before that one can know."""

@@ -54,6 +54,7 @@ class Plan:
     weights_dtype: str
     checkpoint_dir: Path  # of this run and policy
     lease_s: float
+    max_deliveries: int
     temperature: float
     wandb_project: str
     wandb_group: str
@@ -90,6 +91,10 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
             raise ConfigurationError(f"lachesis.{name} = {ours[name]!r}: must be a whole number of at least 1")
     if not ours.lease_s >= 1:
         raise ConfigurationError(f"lachesis.lease_s = {ours.lease_s!r}: must be at least 1 second")
+    if not isinstance(ours.max_deliveries, int) or ours.max_deliveries < 0:
+        raise ConfigurationError(
+            f"lachesis.max_deliveries = {ours.max_deliveries!r}: must be a whole number; 0 for no limit"
+        )
     if ours.weights_dtype not in DTYPES:
         raise ConfigurationError(f"lachesis.weights_dtype = {ours.weights_dtype!r}: must be one of {', '.join(DTYPES)}")
     _check_algorithm(config)
@@ -132,6 +137,7 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         weights_dtype=ours.weights_dtype,
         checkpoint_dir=Path(ours.checkpoint_dir or settings.state_dir / "checkpoints").absolute() / place,
         lease_s=float(ours.lease_s),
+        max_deliveries=ours.max_deliveries,
         temperature=float(temperature),
         wandb_project=ours.wandb_project,
         wandb_group=ours.wandb_group or settings.run,

@@ -159,7 +159,14 @@ class Replica:
             newest = self._broker.call(queue.newest_group)
             # as holder of the writer lock, whoever else holds a lease of this policy is gone: no need to let it lapse
             try:
-                lease = self._broker.call(queue.lease_or_form, plan.policy, plan.replica, plan.batch_size, lapse_s=0)
+                lease = self._broker.call(
+                    queue.lease_or_form,
+                    plan.policy,
+                    plan.replica,
+                    plan.batch_size,
+                    lapse_s=0,
+                    max_deliveries=plan.max_deliveries,
+                )
             except ResponseError as error:
                 if "NOGROUP" not in str(error):
                     raise
@@ -236,7 +243,7 @@ class Replica:
     # -- what others see ------------------------------------------------------------------------------------------
 
     def _due(self) -> bool:
-        wanted = self.step % self._plan.publish_every == 0 or self.step == self._plan.num_steps
+        wanted = self.step % self._plan.publish_every == 0 or self.step >= self._plan.num_steps
         return wanted and self.step > self._published
 
     def _publish(self) -> None:

@@ -27,6 +27,7 @@ for i = 1, k do
   redis.call('HINCRBY', KEYS[3], 'size:' .. entry.n, -1)
   redis.call('HINCRBY', KEYS[3], 'env_groups:' .. entry.env, -1)
   redis.call('HINCRBY', KEYS[3], 'env_sequences:' .. entry.env, '-' .. entry.n)
+  redis.call('HINCRBY', KEYS[3], 'env_bytes:' .. entry.env, '-' .. entry.bytes)
 end
 redis.call('HSET', KEYS[3], 'formed', ARGV[1])
 return 'formed'

@@ -1,23 +1,49 @@
 #!lua flags=allow-oom
 -- LEASE: lend the consumer one batch: its own unfinished one, else one whose lease lapsed, else the next new one.
--- KEYS  1 batches (stream)  2 state (hash)
+-- KEYS  1 batches (stream)  2 state (hash)  3 dead (stream)  4 skipped (hash)
 -- ARGV  1 policy (consumer group)  2 consumer  3 milliseconds after which another consumer's lease has lapsed (0: at once)
+--       4 how often a batch may be lent, 0 for any number
 -- reply nil | {id, fields, deliveries}
 -- Idempotent: a caller that lost the reply gets the same batch again. Reading it again renews the lease and counts as a
--- delivery.
-local stream, policy, consumer = KEYS[1], ARGV[1], ARGV[2]
-local function lent(id, fields)
-  local pending = redis.call('XPENDING', stream, policy, id, id, 1)
-  return {id, fields, pending[1][4]}
+-- delivery. A batch that was lent too often is given up, and the next one lent: the policy goes on without it; and if
+-- no other policy has trained it or still may, its groups become dead letters.
+local stream, policy, consumer, limit = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[4])
+
+local function give_up(id, fields, deliveries)
+  local step, batch, policies, wanted = string.match(id, '^%d+'), {}, {}, false
+  for j = 1, #fields, 2 do batch[fields[j]] = fields[j + 1] end
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    local name = group[2]
+    policies[#policies + 1] = name
+    if name ~= policy and redis.call('HEXISTS', KEYS[4], name .. ':' .. step) == 0 then wanted = true end
+  end
+  redis.call('XACK', stream, policy, id)
+  redis.call('HSET', KEYS[4], policy .. ':' .. step, batch.gids)
+  if wanted then return end
+  local detail = 'step ' .. step .. ' was lent ' .. deliveries .. ' times and never committed'
+  for gid in string.gmatch(batch.gids, '%S+') do
+    redis.call('XADD', KEYS[3], '*', 'gid', gid, 'reason', 'deliveries', 'deliveries', deliveries, 'detail', detail)
+    redis.call('HINCRBY', KEYS[2], 'dead', 1)
+    redis.call('HINCRBY', KEYS[2], 'dropped:deliveries', 1)
+  end
+  for _, name in ipairs(policies) do redis.call('HSET', KEYS[4], name .. ':' .. step, '') end
+  redis.call('XDEL', stream, id)
 end
 
-local own = redis.call('XREADGROUP', 'GROUP', policy, consumer, 'COUNT', 1, 'STREAMS', stream, '0')
-if own and #own[1][2] > 0 then
-  local id, fields = own[1][2][1][1], own[1][2][1][2]
-  return lent(id, fields)
+while true do
+  local again
+  local own = redis.call('XREADGROUP', 'GROUP', policy, consumer, 'COUNT', 1, 'STREAMS', stream, '0')
+  if own and #own[1][2] > 0 then
+    again = own[1][2][1]
+  else
+    again = redis.call('XAUTOCLAIM', stream, policy, consumer, ARGV[3], '0', 'COUNT', 1)[2][1]
+  end
+  if not again then break end
+  local deliveries = redis.call('XPENDING', stream, policy, again[1], again[1], 1)[1][4]
+  if limit == 0 or deliveries <= limit then return {again[1], again[2], deliveries} end
+  give_up(again[1], again[2], deliveries - 1)
 end
-local lapsed = redis.call('XAUTOCLAIM', stream, policy, consumer, ARGV[3], '0', 'COUNT', 1)
-if #lapsed[2] > 0 then return lent(lapsed[2][1][1], lapsed[2][1][2]) end
+
 local new = redis.call('XREADGROUP', 'GROUP', policy, consumer, 'COUNT', 1, 'STREAMS', stream, '>')
 if not new then return nil end
 local id, fields = new[1][2][1][1], new[1][2][1][2]
@@ -25,4 +51,4 @@ local step = tonumber(string.match(id, '^%d+'))
 if step > tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0') then
   redis.call('HSET', KEYS[2], 'delivered', step)
 end
-return lent(id, fields)
+return {id, fields, 1}

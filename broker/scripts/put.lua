@@ -1,24 +1,44 @@
 #!lua
--- PUT: make a stored blob part of the queue, once.
--- KEYS  1 groups (stream)  2 blob:<gid> (string)  3 seen:<gid> (string)  4 state (hash)
--- ARGV  1 seconds to remember the gid  2 byte quota of the queue, 0 for none  3 env  4 n  5 bytes  6… the entry's fields and values
--- reply "stored" | "duplicate" | "full" | "noblob" (it expired: set it again)
+-- PUT: make a stored blob part of the queue, once, if there is room for it.
+-- KEYS  1 groups (stream)  2 blob:<gid> (string)  3 seen:<gid> (string)  4 state (hash)  5 trainers (hash)
+-- ARGV  1 seconds to remember the gid
+--       2 bytes and 3 sequences that may be queued  4 bytes and 5 sequences of one environment (each 0: no limit)
+--       6 steps that a group may be late, 0 for any, '' to leave it as it is  7 policy whose steps they are
+--       8 env  9 n  10 bytes  11… the entry's fields and values
+-- reply "stored" | "duplicate" | "noblob" (it expired: set it again) | "late" (it would be trained too late)
+--       | "full" | "env_full" (over a quota of the queue, of its environment)
 -- The blob arrives with a TTL, so that a crash before this script leaves nothing behind; here it loses it.
+-- What waits alone always fits. The newest max_lag is kept for FORM's sake: every former knows it, whoever it is.
 if redis.call('EXISTS', KEYS[3]) == 1 then return 'duplicate' end
 if redis.call('EXISTS', KEYS[2]) == 0 then return 'noblob' end
-local env, n, bytes = ARGV[3], ARGV[4], tonumber(ARGV[5])
-local quota = tonumber(ARGV[2])
-local queued = tonumber(redis.call('HGET', KEYS[4], 'bytes') or '0')
-if quota > 0 and queued > 0 and queued + bytes > quota then return 'full' end
+local max_lag, env, n, bytes = ARGV[6], ARGV[8], tonumber(ARGV[9]), tonumber(ARGV[10])
+local function counter(name) return tonumber(redis.call('HGET', KEYS[4], name) or '0') end
+local function over(name, added, limit)
+  local held = counter(name)
+  return limit > 0 and held > 0 and held + added > limit
+end
+
+local config = max_lag ~= '' and max_lag ~= '0' and redis.call('HGET', KEYS[5], 'config')
+if config then
+  local batch_size = cjson.decode(config).batch_size
+  local waiting = counter('sequences') + (counter('formed') - counter('delivered')) * batch_size
+  if waiting >= max_lag * batch_size then return 'late' end
+end
+if over('bytes', bytes, tonumber(ARGV[2])) or over('sequences', n, tonumber(ARGV[3])) then return 'full' end
+if over('env_bytes:' .. env, bytes, tonumber(ARGV[4])) or over('env_sequences:' .. env, n, tonumber(ARGV[5])) then
+  return 'env_full'
+end
 
 redis.call('SET', KEYS[3], '1', 'EX', ARGV[1])
 redis.call('PERSIST', KEYS[2])
-redis.call('XADD', KEYS[1], '*', unpack(ARGV, 6))
+redis.call('XADD', KEYS[1], '*', unpack(ARGV, 11))
 redis.call('HINCRBY', KEYS[4], 'accepted', 1)
 redis.call('HINCRBY', KEYS[4], 'groups', 1)
 redis.call('HINCRBY', KEYS[4], 'sequences', n)
-redis.call('HINCRBY', KEYS[4], 'bytes', bytes)
+redis.call('HINCRBY', KEYS[4], 'bytes', ARGV[10])
 redis.call('HINCRBY', KEYS[4], 'size:' .. n, 1)
 redis.call('HINCRBY', KEYS[4], 'env_groups:' .. env, 1)
 redis.call('HINCRBY', KEYS[4], 'env_sequences:' .. env, n)
+redis.call('HINCRBY', KEYS[4], 'env_bytes:' .. env, ARGV[10])
+if max_lag ~= '' then redis.call('HSET', KEYS[4], 'max_lag', max_lag, 'lag_of', ARGV[7]) end
 return 'stored'

@@ -1,4 +1,4 @@
-#!lua
+#!lua flags=allow-oom
 -- REGISTER_ENV: give an environment the next id; the same nonce gets the same id again.
 -- KEYS  1 envs (hash: <id> -> record, nonce:<nonce> -> id, count -> n, name:<name> -> number of that name)
 -- ARGV  1 nonce  2 desired name  3 the record as JSON with env_id and name left as the words @id and @name

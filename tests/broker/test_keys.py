@@ -45,9 +45,11 @@ async def test_a_run_makes_only_listed_keys_of_the_listed_types(broker: Broker) 
     await parties.writer("main", ttl_s=60).acquire()
     await broker.tokens.create("admin")
     await queue.bury("bad", b"{}", "invalid", "test")
-    for number in range(2):
+    for number in range(4):
         await queue.put(f"g{number}", group(number), v_min=0, v_max=0)
     await queue.subscribe("main")
+    for _ in range(2):
+        await queue.lease_or_form("main", "c", 2, lapse_s=60, max_deliveries=1)
     lease = await queue.lease_or_form("main", "c", 2, lapse_s=60)
     assert lease is not None
     await queue.commit("main", lease, trained(lease.batch))

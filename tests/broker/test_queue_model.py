@@ -1,8 +1,13 @@
-"""The queue against a model of itself: any order of posts, leases, commits, lapses and retirements by several consumers."""
+"""The queue against a model of itself: any order of what posts, consumers and people do with it.
+
+Posts within and over limits, leases, commits, lapses, batches lent too often, groups grown stale, retirements, dead
+letters put back and given up; by several consumers of two policies.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,9 +28,17 @@ from scored import group, trained
 from lachesis.broker import EmbeddedRedis, LeaseLost, connect_blocking
 from lachesis.broker.allot import choose
 from lachesis.broker.audit import audit
-from lachesis.broker.records import Lease
+from lachesis.broker.records import Lease, Limits, TrainerConfig, WeightsEntry
 
-BATCH = 4
+BATCH, MAX_DELIVERIES = 4, 2
+LIMITS = st.just(Limits()) | st.builds(
+    Limits,
+    bytes=st.sampled_from((0, 0, 400, 2000)),
+    sequences=st.sampled_from((0, 0, 4, 9)),
+    env_bytes=st.sampled_from((0, 0, 400, 1000)),
+    env_sequences=st.sampled_from((0, 0, 3, 6)),
+    max_lag=st.sampled_from((None, 0, 1, 3)),
+)
 POLICIES = st.sampled_from(("main", "shadow"))
 CONSUMERS = st.sampled_from(("a", "b"))
 runs = itertools.count()
@@ -37,6 +50,8 @@ class Reader:
 
     delivered: int = 0
     holder: dict[int, str] = field(default_factory=dict)  # step -> consumer
+    lent: Counter[int] = field(default_factory=Counter)  # step -> how often
+    given_up: dict[int, list[str]] = field(default_factory=dict)  # step -> groups done without; none if they died
     committed: list[int] = field(default_factory=list)
     covered: int = 0
 
@@ -49,28 +64,61 @@ class QueueModel(RuleBasedStateMachine):
         self.stack = ExitStack()
         self.blocking = self.stack.enter_context(connect_blocking(self.url, f"model{next(runs)}"))
         self.broker, self.call = self.blocking.broker, self.blocking.call
-        self.size: dict[str, int] = {}
+        self.numbers = itertools.count()
+        self.size: dict[str, int] = {}  # of every accepted group
+        self.env: dict[str, int | None] = {}
+        self.bytes: dict[str, int] = {}
+        self.v_min: dict[str, int] = {}
+        self.version = self.max_lag = 0
         self.waiting: list[str] = []
+        self.dead: list[str] = []
+        self.purged: list[str] = []
         self.batches: dict[int, list[str]] = {}  # still kept
         self.formed = 0
         self.leases: list[tuple[str, Lease]] = []
         self.readers = {"main": Reader(), "shadow": Reader()}
         for policy in self.readers:
             self.call(self.broker.queue.subscribe, policy)
+        self.call(self.broker.parties.register_trainer, TrainerConfig("g", "p", BATCH, 16, "", 1, 0, 1))
         for size in sizes:
-            self.put_one(size, None)
+            self.put_one(size, None, Limits())
 
-    @rule(sizes=st.lists(st.integers(1, BATCH + 1), min_size=1, max_size=6), env=st.sampled_from((None, 0, 1)))
-    def put(self, sizes: list[int], env: int | None) -> None:
+    @rule(
+        sizes=st.lists(st.integers(1, BATCH + 1), min_size=1, max_size=6),
+        env=st.sampled_from((None, 0, 1)),
+        limits=LIMITS,
+        age=st.integers(0, 3),
+    )
+    def put(self, sizes: list[int], env: int | None, limits: Limits, age: int) -> None:
         for size in sizes:
-            self.put_one(size, env)
+            self.put_one(size, env, limits, age)
 
-    def put_one(self, size: int, env: int | None) -> None:
-        gid = f"g{len(self.size)}"
-        scored = group(len(self.size), size, env)
-        assert self.call(self.broker.queue.put, gid, scored, v_min=0, v_max=0) == "stored"
-        self.size[gid] = size
-        self.waiting.append(gid)
+    def put_one(self, size: int, env: int | None, limits: Limits, age: int = 0) -> None:
+        number = next(self.numbers)
+        gid, v_min = f"g{number}", max(0, self.version - age)
+        scored = group(number, size, env)
+        reply = self.call(self.broker.queue.put, gid, scored, v_min=v_min, v_max=self.version, limits=limits)
+        stored = self.call(self.broker.redis.strlen, self.broker.keys.blob(gid))
+        assert reply == self.expected_reply(size, env, stored, limits)
+        if reply == "stored":
+            self.size[gid], self.env[gid], self.bytes[gid], self.v_min[gid] = size, env, stored, v_min
+            self.waiting.append(gid)
+            self.max_lag = self.max_lag if limits.max_lag is None else limits.max_lag
+
+    def expected_reply(self, size: int, env: int | None, stored: int, limits: Limits) -> str:
+        delivered = max(reader.delivered for reader in self.readers.values())
+        waiting = sum(self.size[gid] for gid in self.waiting) + (self.formed - delivered) * BATCH
+        if limits.max_lag and waiting >= limits.max_lag * BATCH:
+            return "late"
+        own = [gid for gid in self.waiting if self.env[gid] == env]
+        for gids, bytes_, sequences, reply in (
+            (self.waiting, limits.bytes, limits.sequences, "full"),
+            (own, limits.env_bytes, limits.env_sequences, "env_full"),
+        ):
+            held_bytes, held = sum(self.bytes[gid] for gid in gids), sum(self.size[gid] for gid in gids)
+            if gids and (0 < bytes_ < held_bytes + stored or 0 < sequences < held + size):
+                return reply
+        return "stored"
 
     @precondition(lambda self: self.size)
     @rule(data=st.data())
@@ -79,23 +127,37 @@ class QueueModel(RuleBasedStateMachine):
         scored = group(int(gid[1:]), self.size[gid])
         assert self.call(self.broker.queue.put, gid, scored, v_min=0, v_max=0) == "duplicate"
 
+    @rule(steps=st.integers(1, 2))
+    def publish(self, steps: int) -> None:
+        self.version += steps
+        entry = WeightsEntry(self.version, self.version, "file:///v", "0", 1, "BF16", self.version - steps)
+        self.call(self.broker.weights.publish, "main", entry)
+
     @rule(policy=POLICIES, consumer=CONSUMERS, lapsed=st.booleans())
     def lease(self, policy: str, consumer: str, lapsed: bool) -> None:
         queue, lapse_s = self.broker.queue, 0 if lapsed else 600
-        found = self.call(queue.lease_or_form, policy, consumer, BATCH, lapse_s=lapse_s)
+        found = self.call(queue.lease_or_form, policy, consumer, BATCH, lapse_s=lapse_s, max_deliveries=MAX_DELIVERIES)
         step = self.expected_lease(self.readers[policy], consumer, lapsed)
         assert (found.batch.step if found else None) == step
         if found is not None:
             assert list(found.batch.gids) == self.batches[found.batch.step]
+            assert found.deliveries == self.readers[policy].lent[found.batch.step]
             self.leases.append((policy, found))
 
     def expected_lease(self, reader: Reader, consumer: str, lapsed: bool) -> int | None:
-        own = sorted(step for step, holder in reader.holder.items() if holder == consumer)
-        others = sorted(reader.holder) if lapsed else []
-        if own or others:
+        while True:
+            own = sorted(step for step, holder in reader.holder.items() if holder == consumer)
+            others = sorted(reader.holder) if lapsed else []
+            if not own and not others:
+                break
             step = (own or others)[0]
-        else:
+            if reader.lent[step] == MAX_DELIVERIES:
+                self.give_up(reader, step)
+            else:
+                break
+        if not own and not others:
             if reader.delivered == self.formed:
+                self.drop_stale()
                 chosen = choose([self.size[gid] for gid in self.waiting], BATCH)
                 if chosen is None:
                     return None
@@ -104,7 +166,35 @@ class QueueModel(RuleBasedStateMachine):
                 self.waiting = [gid for index, gid in enumerate(self.waiting) if index not in chosen]
             step = reader.delivered = reader.delivered + 1
         reader.holder[step] = consumer
+        reader.lent[step] += 1
         return step
+
+    def give_up(self, reader: Reader, step: int) -> None:
+        del reader.holder[step]
+        reader.given_up[step] = self.batches[step]
+        if all(step in each.given_up for each in self.readers.values()):
+            self.dead += self.batches.pop(step)
+            for each in self.readers.values():
+                each.given_up[step] = []
+
+    def drop_stale(self) -> None:
+        stale = [gid for gid in self.waiting if 0 < self.max_lag < self.version - self.v_min[gid]]
+        self.waiting = [gid for gid in self.waiting if gid not in stale]
+        self.dead += stale
+
+    @precondition(lambda self: self.dead)
+    @rule(data=st.data(), again=st.booleans())
+    def decide_about_a_dead_letter(self, data: st.DataObject, again: bool) -> None:
+        gid = data.draw(st.sampled_from(self.dead))
+        (letter,) = self.call(self.broker.dead.find, [gid])
+        (kept,) = self.call(self.broker.queue.fetch, [gid])
+        for expected in (True, False):
+            if again:
+                assert self.call(self.broker.dead.requeue, letter, kept, self.bytes[gid]) is expected
+            else:
+                assert self.call(self.broker.dead.purge, letter, who="test") is expected
+        self.dead.remove(gid)
+        (self.waiting if again else self.purged).append(gid)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -115,7 +205,7 @@ class QueueModel(RuleBasedStateMachine):
         try:
             self.call(self.broker.queue.commit, policy, lease, trained(lease.batch, lease.consumer))
         except LeaseLost:
-            assert step in reader.holder
+            assert step in reader.holder or step in reader.given_up
             assert not mine
         else:
             assert mine or step in reader.committed
@@ -160,18 +250,23 @@ class QueueModel(RuleBasedStateMachine):
         assert (status.accepted, status.groups) == (len(self.size), len(queued))
         assert status.sequences == sum(self.size[gid] for gid in queued)
         assert (status.formed, status.delivered) == (self.formed, delivered)
+        assert (status.dead, status.purged) == (len(self.dead), len(self.purged))
         assert sum(size * count for size, count in status.sizes.items()) == sum(self.size[gid] for gid in self.waiting)
 
     def teardown(self) -> None:
         if not hasattr(self, "stack"):
             return
         with self.stack:
-            held = [gid for gids in self.batches.values() for gid in gids] + self.waiting
+            held = [gid for gids in self.batches.values() for gid in gids] + self.waiting + self.dead
             assert [found.gid for found in self.call(self.broker.queue.fetch, held)] == held
             for policy, reader in self.readers.items():
                 report = self.call(audit, self.broker, policy)
                 assert report.findings == []
                 assert (report.accepted, report.steps) == (len(self.size), len(reader.committed))
+                assert (report.dead, report.purged) == (len(self.dead), len(self.purged))
+                assert report.skipped == sum(map(len, reader.given_up.values()))
+                told = report.trained + report.open + report.queued + report.dead + report.purged + report.skipped
+                assert told == report.accepted
 
 
 @pytest.fixture
@@ -183,5 +278,5 @@ def url(shared_redis: EmbeddedRedis) -> Iterator[str]:
 
 @pytest.mark.usefixtures("url")
 def test_the_queue_does_what_its_model_does() -> None:
-    limits = settings(max_examples=20, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+    limits = settings(max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(QueueModel, settings=limits)  # type: ignore[no-untyped-call]

@@ -9,9 +9,12 @@ import pytest
 from scored import group, trained
 
 from lachesis.broker import Broker, LeaseLost
+from lachesis.broker.audit import audit
 from lachesis.broker.codec import pack, to_entry
+from lachesis.broker.dead import Letter
+from lachesis.broker.errors import NotFound
 from lachesis.broker.queue import BLOB_TTL_S, SEEN_TTL_S
-from lachesis.broker.records import BatchEntry, EnvConfig, Lease
+from lachesis.broker.records import BatchEntry, EnvConfig, Lease, Limits, TrainerConfig, WeightsEntry
 
 pytestmark = pytest.mark.anyio
 ENV = EnvConfig(max_token_length=16, desired_name="sums", weight=1.0, group_size=2)
@@ -61,17 +64,48 @@ async def test_a_post_repeated_after_its_group_was_freed_leaves_only_what_expire
 async def test_put_without_its_blob_changes_nothing(broker: Broker) -> None:
     keys = broker.keys
     reply = await broker.scripts.put(
-        keys=[keys.groups, keys.blob("g1"), keys.seen("g1"), keys.state], args=[60, 0, "0", 2, 100, "gid", "g1"]
+        keys=[keys.groups, keys.blob("g1"), keys.seen("g1"), keys.state, keys.trainers],
+        args=[60, 0, 0, 0, 0, "", "main", "0", 2, 100, "gid", "g1"],
     )
     assert reply == b"noblob"
     assert not await broker.redis.exists(keys.groups, keys.seen("g1"), keys.state)
 
 
-async def test_the_quota_refuses_what_does_not_fit_but_never_the_only_group(broker: Broker) -> None:
-    assert await broker.queue.put("g1", group(1), v_min=0, v_max=0, quota=1) == "stored"
-    assert await broker.queue.put("g2", group(2), v_min=0, v_max=0, quota=1) == "full"
-    assert (await broker.queue.status()).accepted == 1
+@pytest.mark.parametrize(
+    ("limits", "reply"),
+    [
+        (Limits(bytes=1), "full"),
+        (Limits(sequences=1), "full"),
+        (Limits(env_bytes=1), "env_full"),
+        (Limits(env_sequences=1), "env_full"),
+    ],
+)
+async def test_a_quota_refuses_what_does_not_fit_but_never_the_only_group(
+    broker: Broker, limits: Limits, reply: str
+) -> None:
+    assert await broker.queue.put("g1", group(1), v_min=0, v_max=0, limits=limits) == "stored"
+    assert await broker.queue.put("g2", group(2), v_min=0, v_max=0, limits=limits) == reply
+    other = await broker.queue.put("g3", group(3, env_id=1), v_min=0, v_max=0, limits=limits)
+    assert other == ("stored" if reply == "env_full" else "full")
+    assert (await broker.queue.status()).accepted == (2 if reply == "env_full" else 1)
     assert await broker.redis.ttl(broker.keys.blob("g2")) > 0
+
+
+async def test_a_group_waits_while_max_lag_batches_are_queued_or_undelivered(broker: Broker) -> None:
+    limits = Limits(max_lag=1)
+    await broker.queue.subscribe("main")
+
+    async def reply(number: int) -> str:
+        return await broker.queue.put(f"g{number}", group(number), v_min=0, v_max=0, limits=limits)
+
+    assert [await reply(number) for number in range(3)] == ["stored"] * 3  # nobody has registered: no batch size
+    await broker.parties.register_trainer(TrainerConfig("g", "p", 4, 16, "", 1, 0, 1))
+    assert await reply(3) == "late"
+    assert await broker.queue.form(4) == 1
+    assert await reply(3) == "late"  # 2 sequences are queued, and 4 in a batch that nobody has
+    assert await broker.queue.lease("main", "a", lapse_s=600)
+    assert await reply(3) == "stored"
+    assert await reply(4) == "late"
 
 
 # -- FORM ---------------------------------------------------------------------------------------------------------
@@ -106,6 +140,34 @@ async def test_form_moves_all_or_none_and_only_once(broker: Broker) -> None:
     assert (status.sizes, status.env_sequences) == ({2: 1}, {"0": 2})
 
 
+# -- DROP ---------------------------------------------------------------------------------------------------------
+
+
+async def dead(broker: Broker) -> list[tuple[str, str, int, str]]:
+    letters = [letter.entry for letter in await broker.dead.accepted()]
+    return [(entry.gid, entry.reason, entry.deliveries, entry.detail) for entry in letters]
+
+
+async def test_what_is_too_stale_is_dropped_once_and_never_batched(broker: Broker) -> None:
+    for number, v_min in ((1, 0), (2, 3), (3, 4), (4, 9)):
+        await broker.queue.put(f"g{number}", group(number), v_min=v_min, v_max=9, limits=Limits(max_lag=5))
+    await broker.weights.publish("shadow", WeightsEntry(99, 99, "file:///v", "0", 1, "BF16", -1))
+    await broker.weights.publish("main", WeightsEntry(9, 9, "file:///v", "0", 1, "BF16", -1))
+    queued = [(id_, entry.v_min) for id_, entry in await broker.queue.queued()]
+    assert await broker.queue.form(4) == 1
+    batch = await broker.queue.batch(1)
+    assert batch is not None
+    assert batch.gids == ("g3", "g4")
+    detail = "its oldest tokens are of version {}, the newest version is 9, and max_lag is 5"
+    assert await dead(broker) == [(f"g{n}", "stale", 0, detail.format(v)) for n, v in ((1, 0), (2, 3))]
+    keys = broker.keys
+    ids = [id_ for id_, _ in queued]
+    assert await broker.scripts.drop(keys=[keys.groups, keys.dead, keys.state], args=[9, 5, *ids]) == 0
+    status = await broker.queue.status()
+    assert (status.dead, status.dropped, status.sizes, status.bytes) == (2, {"stale": 2}, {}, 0)
+    assert (await audit(broker)).findings == []
+
+
 # -- LEASE --------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +199,131 @@ async def test_each_policy_gets_every_batch(broker: Broker) -> None:
     shadow = await broker.queue.lease("shadow", "s", lapse_s=600)
     assert shadow is not None
     assert shadow.batch == main.batch
+
+
+async def test_a_batch_lent_too_often_is_given_up_with_its_groups(broker: Broker) -> None:
+    await put(broker, 1, 2, 3, 4)
+    first = await lease(broker)
+    for deliveries in (2, 3):
+        again = await broker.queue.lease("main", "b", lapse_s=0, max_deliveries=3)
+        assert again is not None
+        assert (again.batch, again.deliveries) == (first.batch, deliveries)
+    found = await broker.queue.lease_or_form("main", "b", 4, lapse_s=0, max_deliveries=3)
+    assert found is not None
+    assert (found.batch.step, found.deliveries) == (2, 1)
+    detail = "step 1 was lent 3 times and never committed"
+    assert await dead(broker) == [("g1", "deliveries", 3, detail), ("g2", "deliveries", 3, detail)]
+    assert await broker.queue.batch(1) is None
+    with pytest.raises(LeaseLost, match="nobody holds it"):
+        await broker.queue.commit("main", first, trained(first.batch))
+    assert (await broker.queue.status()).dropped == {"deliveries": 2}
+    await broker.queue.commit("main", found, trained(found.batch, "b"))
+    assert await broker.queue.settled("main") == 2
+    report = await audit(broker)
+    assert report.findings == []
+    assert (report.trained, report.dead, report.steps) == (2, 2, 1)
+
+
+async def test_a_batch_that_another_policy_trains_is_only_skipped(broker: Broker) -> None:
+    await put(broker, 1, 2)
+    await broker.queue.subscribe("shadow")
+    main = await lease(broker)
+    for _ in range(3):
+        await broker.queue.lease("shadow", "s", lapse_s=0, max_deliveries=2)
+    assert await broker.queue.batch(1) == main.batch
+    assert (await audit(broker, "shadow")).skipped == 2
+    await broker.queue.commit("main", main, trained(main.batch))
+    for policy in ("main", "shadow"):
+        report = await audit(broker, policy)
+        assert report.findings == []
+        assert (report.dead, report.trained, report.skipped) == (0, *((2, 0) if policy == "main" else (0, 2)))
+    assert [await broker.queue.retire(policy, 1) for policy in ("main", "shadow")] == [0, 1]
+    assert (await audit(broker, "shadow")).findings == []
+
+
+async def test_the_last_policy_to_give_a_batch_up_buries_it(broker: Broker) -> None:
+    await put(broker, 1, 2)
+    await lease(broker)
+    await broker.queue.subscribe("shadow")
+    for policy in ("shadow", "main"):
+        assert await dead(broker) == []
+        for _ in range(3):
+            await broker.queue.lease(policy, "a", lapse_s=0, max_deliveries=2)
+    assert [entry[:3] for entry in await dead(broker)] == [("g1", "deliveries", 2), ("g2", "deliveries", 2)]
+    for policy in ("main", "shadow"):
+        report = await audit(broker, policy)
+        assert report.findings == []
+        assert (report.dead, report.skipped) == (2, 0)
+
+
+async def test_zero_deliveries_means_never(broker: Broker) -> None:
+    await put(broker, 1, 2)
+    await lease(broker)
+    for _ in range(20):
+        assert await broker.queue.lease("main", "a", lapse_s=600, max_deliveries=0)
+
+
+# -- REQUEUE, PURGE, BURY -----------------------------------------------------------------------------------------
+
+
+async def a_dead_letter(broker: Broker) -> Letter:
+    """g1 (of g1 and g2) of a batch that was lent too often."""
+    await put(broker, 1, 2)
+    for _ in range(2):
+        await broker.queue.subscribe("main")
+        await broker.queue.lease_or_form("main", "a", 4, lapse_s=0, max_deliveries=1)
+    return (await broker.dead.accepted())[0]
+
+
+async def test_a_requeued_group_is_at_the_end_of_the_queue_as_it_was_and_counts_anew(broker: Broker) -> None:
+    await put(broker, 1, 2)
+    before = [entry for _, entry in await broker.queue.queued()]
+    await lease(broker)
+    assert await broker.queue.lease("main", "a", lapse_s=0, max_deliveries=1) is None
+    await put(broker, 3)
+    for letter in await broker.dead.find(["g1", "g2"]):
+        (kept,) = await broker.queue.fetch([letter.entry.gid])
+        stored = len(await broker.dead.body(letter))
+        assert [await broker.dead.requeue(letter, kept, stored) for _ in range(2)] == [True, False]
+    assert [entry for _, entry in await broker.queue.queued()][1:] == before
+    assert await broker.dead.accepted() == []
+    assert (await audit(broker)).findings == []
+    again = await lease(broker)
+    assert (again.batch.step, again.batch.gids, again.deliveries) == (2, ("g3", "g1"), 1)
+    assert (await audit(broker)).findings == []
+
+
+async def test_a_group_is_not_requeued_without_its_data(broker: Broker) -> None:
+    letter = await a_dead_letter(broker)
+    (kept,) = await broker.queue.fetch(["g1"])
+    await broker.redis.delete(broker.keys.blob("g1"))
+    assert not await broker.dead.requeue(letter, kept, 1)
+    assert letter in await broker.dead.accepted()
+    assert (await audit(broker)).findings == ["groups waiting without their data: g1"]
+
+
+async def test_what_is_purged_is_freed_counted_and_logged_once(broker: Broker) -> None:
+    letter = await a_dead_letter(broker)
+    assert [await broker.dead.purge(letter, who="me") for _ in range(2)] == [True, False]
+    assert not await broker.redis.exists(broker.keys.blob("g1"))
+    (logged,) = await broker.redis.xrange(broker.keys.control)
+    assert logged[1][b"detail"] == b"g1 (deliveries): step 1 was lent 1 times and never committed"
+    report = await audit(broker)
+    assert report.findings == []
+    assert (report.accepted, report.dead, report.purged) == (2, 1, 1)
+    assert await broker.queue.put("g1", group(1), v_min=0, v_max=0) == "duplicate"
+
+
+async def test_a_refused_post_is_kept_once_and_never_counted(broker: Broker) -> None:
+    for _ in range(2):
+        await broker.queue.bury("refused-x", b"body", "invalid", "why")
+    (letter,) = await broker.dead.all()
+    assert (letter.accepted, letter.entry.detail, await broker.dead.body(letter)) == (False, "why", b"body")
+    assert 0 < await broker.redis.ttl(broker.keys.blob("refused-x")) <= 7 * 24 * 3600
+    assert await broker.dead.purge(letter, who="me")
+    assert (await broker.queue.status()).purged == 0
+    with pytest.raises(NotFound, match="'refused-x' is no dead letter of run"):
+        await broker.dead.find(["refused-x"])
 
 
 # -- COMMIT -------------------------------------------------------------------------------------------------------
@@ -209,6 +396,15 @@ async def test_a_batch_is_freed_when_every_policy_covers_it(broker: Broker) -> N
     assert await broker.queue.batch(1) is None
     with pytest.raises(LookupError, match="group g1 has no blob"):
         await broker.queue.fetch(["g1"])
+
+
+async def test_reset_forgets_dead_letters_of_accepted_groups(broker: Broker) -> None:
+    await a_dead_letter(broker)
+    await broker.queue.bury("refused-x", b"body", "invalid", "why")
+    await broker.reset()
+    assert [letter.entry.gid for letter in await broker.dead.all()] == ["refused-x"]
+    await put(broker, 1, 2)
+    assert (await audit(broker)).findings == []
 
 
 async def test_reset_forgets_the_queue_and_lets_posts_be_repeated(broker: Broker) -> None:

@@ -302,6 +302,7 @@ async def judge(broker: Broker, truth: Truth, seconds: float) -> dict[str, Any]:
             wrong.append(f"step {entry.step} has {entry.n} sequences")
     queued = [entry for _, entry in await broker.queue.queued()]
     places.update(entry.gid for entry in queued)
+    places.update(letter.entry.gid for letter in await broker.dead.accepted())
     for batch in await broker.queue.batches():
         if batch.step > (await broker.queue.settled("main")):
             places.update(batch.gids)

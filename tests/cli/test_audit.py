@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
 from lachesis.broker.codec import to_entry
-from lachesis.broker.records import LedgerEntry, ScoredGroup
+from lachesis.broker.records import DeadEntry, LedgerEntry, ScoredGroup
+from lachesis.cli.audit import render
 
 pytestmark = pytest.mark.anyio
 
@@ -49,7 +51,7 @@ async def test_it_stays_clean_when_trained_batches_are_freed(run: Broker) -> Non
 
 async def test_a_lost_group_is_found(run: Broker) -> None:
     await run.redis.delete(run.keys.groups)
-    assert (await audit(run)).findings == ["5 groups were accepted, 4 are accounted for"]
+    assert (await audit(run)).findings[0] == "5 groups were accepted, 4 are accounted for"
 
 
 async def test_a_lost_blob_is_found(run: Broker) -> None:
@@ -67,6 +69,59 @@ async def test_a_group_trained_twice_is_found(run: Broker) -> None:
 async def test_a_step_committed_twice_is_found(run: Broker) -> None:
     await run.redis.xadd(run.keys.ledger("main"), to_entry(trained(1, ("g0", "g1"))), id="1-1")
     assert "steps committed more than once: 1" in (await audit(run)).findings
+
+
+async def test_a_group_in_the_queue_and_in_a_batch_is_found(run: Broker) -> None:
+    batch = await run.queue.batch(2)
+    assert batch is not None
+    (_, entry), *_ = await run.queue.queued()
+    await run.redis.xadd(run.keys.groups, to_entry(structs.replace(entry, gid=batch.gids[0])))
+    findings = (await audit(run)).findings
+    assert f"groups in more than one place: {batch.gids[0]}" in findings
+    assert any(finding.startswith("counters that are not what they count: bytes is ") for finding in findings)
+
+
+async def test_a_dead_letter_that_was_trained_is_found(run: Broker) -> None:
+    await run.redis.xadd(run.keys.dead, to_entry(DeadEntry("g0", "stale", 0, "")))
+    findings = (await audit(run)).findings
+    assert "groups in more than one place: g0" in findings
+    assert "counters that are not what they count: dead is 0, not 1" in findings
+
+
+async def test_a_lost_dead_letter_is_found(run: Broker) -> None:
+    assert await run.queue.lease("main", "r", lapse_s=0, max_deliveries=1) is None
+    report = await audit(run)
+    assert report.clean, report.findings
+    assert (report.open, report.dead) == (0, 2)
+    assert "2 dead letters" in render(report)
+    (first, _), *_ = await run.redis.xrange(run.keys.dead)
+    await run.redis.xdel(run.keys.dead, first)
+    findings = (await audit(run)).findings
+    assert "5 groups were accepted, 4 are accounted for" in findings
+    assert "counters that are not what they count: dead is 2, not 1" in findings
+
+
+async def test_a_dead_letter_without_its_data_is_found(run: Broker) -> None:
+    await run.queue.lease("main", "r", lapse_s=0, max_deliveries=1)
+    gid = (await run.dead.accepted())[0].entry.gid
+    await run.redis.delete(run.keys.blob(gid))
+    assert (await audit(run)).findings == [f"groups waiting without their data: {gid}"]
+
+
+async def test_a_purged_group_that_is_still_somewhere_is_found(run: Broker) -> None:
+    await run.redis.hincrby(run.keys.state, "purged", 1)
+    assert (await audit(run)).findings == ["5 groups were accepted, 6 are accounted for"]
+
+
+async def test_a_step_both_committed_and_given_up_is_found(run: Broker) -> None:
+    await run.redis.hset(run.keys.skipped, "main:1", "")
+    assert "steps both committed and given up: 1" in (await audit(run)).findings
+
+
+async def test_counters_that_drifted_are_found(run: Broker) -> None:
+    await run.redis.hincrby(run.keys.state, "env_bytes:-", 7)
+    (finding,) = (await audit(run)).findings
+    assert finding.startswith("counters that are not what they count: env_bytes:- is ")
 
 
 async def test_a_lost_batch_is_found(run: Broker) -> None:

@@ -26,7 +26,7 @@ GZIP = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
 
 
 async def dead(broker: Broker) -> list[dict[str, str]]:
-    entries = await broker.redis.xrange(broker.keys.dead)
+    entries = await broker.redis.xrange(broker.keys.refused)
     return [{key.decode(): value.decode() for key, value in fields.items()} for _, fields in entries]
 
 

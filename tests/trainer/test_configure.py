@@ -61,6 +61,7 @@ def test_verl_accepts_the_configuration(configured: Configured) -> None:
         ("lachesis.publish_every", 0, "lachesis.publish_every = 0"),
         ("lachesis.num_steps", "many", "lachesis.num_steps = 'many'"),
         ("lachesis.lease_s", 0.1, "lachesis.lease_s = 0.1"),
+        ("lachesis.max_deliveries", -1, "lachesis.max_deliveries = -1"),
         ("lachesis.policy", "a b", "lachesis.policy = 'a b'"),
         ("lachesis.weights_dtype", "int4", "must be one of fp32, bf16, fp16"),
         ("lachesis.max_token_len", 129, "must be from 1 to 128"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from trainer_kit import fill, start_trainer
 
 from lachesis.broker import BlockingBroker, Broker, EmbeddedRedis, connect_blocking
+from lachesis.broker.audit import audit
 from lachesis.broker.records import LedgerEntry
 
 pytestmark = pytest.mark.verl
@@ -139,6 +140,23 @@ def test_killed_again_and_again(a_run: Run, undisturbed: tuple[Run, list[LedgerE
     left = [path.name for path in (a_run.state_dir / f"weights/{a_run.name}/main").glob(".[to]*")]
     left += [path.name for path in (a_run.state_dir / f"checkpoints/{a_run.name}/main").glob("*.tmp")]
     assert left == []  # nothing half-written stays
+
+
+def test_a_batch_that_kills_the_trainer_leaves_a_hole_in_the_steps(a_run: Run) -> None:
+    options = ("lachesis.max_deliveries=2", "lachesis.publish_every=4")
+    with a_run.broker() as blocking:
+        blocking.call(fill, blocking.broker, groups=(STEPS + 1) * BATCH // GROUP)
+        for point in ("trained:2", "trained:2", "trained:6", "trained:6"):
+            assert a_run.finish(a_run.start(*options, crash_at=point)) == -signal.SIGKILL
+        assert a_run.finish(a_run.start(*options)) == 0
+        ledger = blocking.call(_ledger, blocking.broker)
+        assert [entry.step for entry in ledger] == [1, 3, 4, 5, 7]
+        assert [(entry.v_before, entry.v_after) for entry in ledger] == [(0, 1), (1, 3), (3, 4), (4, 5), (5, 7)]
+        assert blocking.call(_versions, blocking.broker) == [0, 4, 7]  # the last step is published, whatever its number
+        report = blocking.call(audit, blocking.broker)
+        assert report.findings == []
+        assert report.dead == 2 * BATCH // GROUP
+        assert blocking.call(blocking.broker.queue.batches) == []
 
 
 def test_sigterm_finishes_the_step_and_leaves_a_checkpoint(a_run: Run) -> None:

@@ -1,0 +1,90 @@
+"""Dead letters: accepted groups that could not be trained, and posts that were refused. To be read, put back, given up.
+
+Accepted groups are accounted for until somebody gives them up: their stream is never trimmed and their data stays.
+Refused posts are kept for whoever wants to know why, for a week.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from msgspec import Struct
+
+from lachesis.broker.codec import from_entry, to_entry
+from lachesis.broker.connection import Redis
+from lachesis.broker.errors import NotFound
+from lachesis.broker.keys import Keys
+from lachesis.broker.lua import Scripts
+from lachesis.broker.queue import queue_entry
+from lachesis.broker.records import DeadEntry, Group
+
+SLICE = 1000
+
+
+class Letter(Struct, frozen=True):
+    """One dead letter and where it is."""
+
+    id: str  # in its stream
+    at: float  # seconds since the epoch
+    accepted: bool  # else it is a refused post
+    entry: DeadEntry
+
+
+class DeadLetters:
+    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys) -> None:
+        self._redis, self._scripts, self._keys = redis, scripts, keys
+
+    async def all(self) -> list[Letter]:
+        """Every dead letter, oldest first."""
+        found = await self.accepted() + await self._read(self._keys.refused, accepted=False)
+        return sorted(found, key=lambda letter: letter.at)
+
+    async def accepted(self) -> list[Letter]:
+        return await self._read(self._keys.dead, accepted=True)
+
+    async def find(self, gids: Sequence[str]) -> list[Letter]:
+        """The dead letters with these ids, in that order. Raises NotFound, naming one that there is not."""
+        letters = {letter.entry.gid: letter for letter in await self.all()}
+        for gid in gids:
+            if gid not in letters:
+                raise NotFound(f"{gid!r} is no dead letter of run {self._keys.run!r}: `lachesis dead list` shows them")
+        return [letters[gid] for gid in gids]
+
+    async def body(self, letter: Letter) -> bytes:
+        """What is kept of it: a blob, or the body as it was posted. Raises NotFound if that has expired."""
+        body = await self._redis.get(self._keys.blob(letter.entry.gid))
+        if body is None:
+            raise NotFound(f"the data of {letter.entry.gid!r} is gone: refused posts are kept for a week")
+        return bytes(body)
+
+    async def requeue(self, letter: Letter, group: Group, stored_bytes: int) -> bool:
+        """Put an accepted group (`group`: what its blob holds) back at the end of the queue. False if it is gone."""
+        entry = queue_entry(group, stored_bytes)
+        keys = [self._keys.dead, self._keys.groups, self._keys.blob(entry.gid), self._keys.state]
+        fields = [text for pair in to_entry(entry).items() for text in pair]
+        reply = await self._scripts.requeue(keys=keys, args=[letter.id, entry.env, entry.n, entry.bytes, *fields])
+        return bool(reply == b"requeued")
+
+    async def purge(self, letter: Letter, *, who: str, event: str = "purge") -> bool:
+        """Take a dead letter away, for good, and say so in `control`. False if it is gone."""
+        keys = self._keys
+        stream, counter = (keys.dead, "dead") if letter.accepted else (keys.refused, "")
+        detail = f"{letter.entry.gid} ({letter.entry.reason}): {letter.entry.detail}"
+        reply = await self._scripts.purge(
+            keys=[stream, keys.blob(letter.entry.gid), keys.state, keys.control],
+            args=[letter.id, counter, "event", event, "who", who, "detail", detail],
+        )
+        return bool(reply == b"purged")
+
+    async def _read(self, key: str, *, accepted: bool) -> list[Letter]:
+        letters: list[Letter] = []
+        start = "-"
+        while found := await self._redis.xrange(key, start, count=SLICE):
+            letters += [read_letter(id_, fields, accepted=accepted) for id_, fields in found]
+            start = f"({letters[-1].id}"
+        return letters
+
+
+def read_letter(id_: bytes, fields: Mapping[bytes, bytes], *, accepted: bool) -> Letter:
+    id_text = id_.decode()
+    return Letter(id_text, int(id_text.split("-")[0]) / 1000, accepted, from_entry(DeadEntry, fields))
