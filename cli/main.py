@@ -23,6 +23,7 @@ COMMANDS = {
     "status": Command("what a run is doing now", "lachesis.cli.status"),
     "audit": Command("is every accepted group in exactly one committed step, or still queued?", "lachesis.cli.audit"),
     "token": Command("make, list and revoke the tokens that a run's callers need", "lachesis.cli.token"),
+    "dead": Command("what could not be trained: list, show, requeue, purge", "lachesis.cli.dead"),
     "evaluate": Command("held-out accuracy of what the servers serve now", "lachesis.cli.evaluate"),
     "shim": Command("the Atropos Trajectory API over Redis Streams", "lachesis.cli.roles:shim"),
     "trainer": Command(

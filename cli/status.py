@@ -75,6 +75,9 @@ def _show(snapshot: dict[str, Any]) -> None:
         "queue",
         f"{queue.groups} groups, {queue.sequences} sequences, {queue.bytes:,} bytes; {queue.accepted} accepted in all",
     )
+    if queue.dead or queue.dropped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(queue.dropped.items()))
+        table.add_row("dead", f"{queue.dead} groups (lachesis dead list); dropped so far: {reasons}")
     for server in snapshot["servers"]:
         age = snapshot["at"] - server.heartbeat
         state = server.state if age < STALE_S else f"silent since {_ago(age)}"

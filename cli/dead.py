@@ -1,0 +1,268 @@
+"""`lachesis dead list | show | requeue | purge`: what could not be trained, and what is to become of it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import msgspec
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+from rich.console import Console
+from rich.table import Table
+
+from lachesis.broker.client import Broker
+from lachesis.broker.codec import to_scored, unpack
+from lachesis.broker.dead import Letter
+from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.records import Group
+from lachesis.broker.settings import RedisSettings
+from lachesis.cli.options import parse
+
+USAGE = """\
+usage: lachesis dead list [--reason REASON] [--json]
+       lachesis dead show ID [--tokens] [--json]
+       lachesis dead requeue ID… | --all [--reason REASON] [--older-than 3d]
+       lachesis dead purge ID… | --all [--reason REASON] [--older-than 3d]
+
+Dead letters are groups that could not be trained. Reasons:
+  stale       accepted; by the time there was a batch for it, it lay more than --max-lag versions behind
+  deliveries  accepted; its batch was lent to trainers too often without being committed
+  invalid     a post that was refused: NaN, ragged, over-long, …; kept for a week
+requeue puts them back at the end of the queue, refused posts if they are valid now; purge gives them up for good.
+Every action takes --redis-url and --run; `lachesis dead list --help` explains them. docs/guarantees.md says more."""
+
+SHOWN_BODY = 500  # characters of a refused post
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+WHO = "lachesis dead"
+
+
+class ListSettings(RedisSettings):
+    """Show the dead letters of a run, oldest first."""
+
+    reason: str = Field("", description="only those with this reason: stale, deliveries, invalid")
+    json_output: bool = Field(False, alias="json", description="print one JSON array")
+
+
+class ShowSettings(RedisSettings):
+    """Show one dead letter: why it is one, and what it holds."""
+
+    id: CliPositionalArg[str] = Field(description="its id, as `lachesis dead list` shows it")
+    tokens: bool = Field(False, description="print every token id, or the whole of a refused post")
+    json_output: bool = Field(
+        False, alias="json", description="print one JSON object, the group as it was posted in it"
+    )
+
+
+class Selection(RedisSettings):
+    """Which dead letters: those with the given ids, or all that match."""
+
+    ids: CliPositionalArg[list[str]] = Field([], description="ids, as `lachesis dead list` shows them")
+    all: bool = Field(False, description="all of them, or with the options below all that match")
+    reason: str = Field("", description="with --all: only those with this reason")
+    older_than: str = Field("", description="with --all: only those that died longer ago than e.g. 90s, 15m, 12h, 3d")
+
+
+class RequeueSettings(Selection):
+    """Put dead letters back at the end of the queue; refused posts if they are valid now. Exit code 1 if one stays."""
+
+    policy: str = Field("main", description="the policy whose versions a refused post is stamped with")
+
+
+class PurgeSettings(Selection):
+    """Give dead letters up, for good: their data is freed, and the audit counts them as given up."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    action, *rest = arguments or ["--help"]
+    if action in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if action not in ACTIONS:
+        raise ConfigurationError(f"no such action: {action!r}; one of {', '.join(ACTIONS)}")
+    return ACTIONS[action](rest)
+
+
+def list_(arguments: Sequence[str]) -> int:
+    settings = parse(ListSettings, "dead list", arguments)
+
+    async def run(broker: Broker) -> int:
+        letters = [letter for letter in await broker.dead.all() if settings.reason in ("", letter.entry.reason)]
+        if settings.json_output:
+            print(msgspec.json.encode(list(map(_plain, letters))).decode())
+        elif letters:
+            _table(letters)
+        else:
+            print(f"run {settings.run!r} has no dead letters{' with that reason' if settings.reason else ''}")
+        return 0
+
+    return _with_broker(settings, run)
+
+
+def show(arguments: Sequence[str]) -> int:
+    settings = parse(ShowSettings, "dead show", arguments)
+
+    async def run(broker: Broker) -> int:
+        (letter,) = await broker.dead.find([settings.id])
+        body = await broker.dead.body(letter)
+        group = unpack(body) if letter.accepted else None
+        if settings.json_output:
+            kept = {"group": to_scored(group)} if group else {"body": body.decode(errors="replace")}
+            print(msgspec.json.encode({**_plain(letter), **kept}).decode())
+            return 0
+        for name, value in _plain(letter).items():
+            print(f"{name:<10}  {value}")
+        print("\n".join(_summary(group, settings.tokens) if group else _excerpt(body, settings.tokens)))
+        return 0
+
+    return _with_broker(settings, run)
+
+
+def requeue(arguments: Sequence[str]) -> int:
+    settings = parse(RequeueSettings, "dead requeue", arguments)
+
+    async def run(broker: Broker) -> int:
+        stayed = 0
+        for letter in await _chosen(broker, settings):
+            why = await _requeue(broker, letter, settings.policy)
+            stayed += bool(why)
+            print(f"{letter.entry.gid}: {f'not requeued: {why}' if why else 'requeued'}")
+        return 1 if stayed else 0
+
+    return _with_broker(settings, run)
+
+
+def purge(arguments: Sequence[str]) -> int:
+    settings = parse(PurgeSettings, "dead purge", arguments)
+
+    async def run(broker: Broker) -> int:
+        letters = await _chosen(broker, settings)
+        purged = [letter for letter in letters if await broker.dead.purge(letter, who=WHO)]
+        counts = Counter("accepted groups" if letter.accepted else "refused posts" for letter in purged)
+        print(f"purged {' and '.join(f'{count} {what}' for what, count in sorted(counts.items())) or 'nothing'}")
+        return 0
+
+    return _with_broker(settings, run)
+
+
+ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"list": list_, "show": show, "requeue": requeue, "purge": purge}
+
+
+async def _chosen(broker: Broker, settings: Selection) -> list[Letter]:
+    if bool(settings.ids) == settings.all:
+        raise ConfigurationError("which ones? Give their ids, or --all (not both)")
+    if settings.ids and (settings.reason or settings.older_than):
+        raise ConfigurationError("--reason and --older-than choose among --all; ids are chosen already")
+    if settings.ids:
+        return await broker.dead.find(settings.ids)
+    before = time.time() - _seconds(settings.older_than)
+    return [
+        letter
+        for letter in await broker.dead.all()
+        if letter.at <= before and settings.reason in ("", letter.entry.reason)
+    ]
+
+
+async def _requeue(broker: Broker, letter: Letter, policy: str) -> str:
+    """Put it back; else say why it stays."""
+    body = await broker.dead.body(letter)
+    if not letter.accepted:
+        return await _post_again(broker, letter, body, policy)
+    group = unpack(body)
+    max_lag, newest = await broker.queue.staleness.rule()
+    if 0 < max_lag < newest - group.v_min:
+        return (
+            f"version {group.v_min} is {newest - group.v_min} behind, and max_lag is {max_lag}, so it would be dropped "
+            "again. Start the shim with a larger --max-lag, and try again after the next post"
+        )
+    if not await broker.dead.requeue(letter, group, len(body)):
+        return "it is gone: somebody else was faster"
+    await broker.journal.control("requeue", WHO, letter.entry.gid)
+    return ""
+
+
+async def _post_again(broker: Broker, letter: Letter, body: bytes, policy: str) -> str:
+    # what the shim does with a post; imported here because the other actions do without its web framework
+    from starlette.exceptions import HTTPException
+
+    from lachesis.broker.errors import InvalidGroup
+    from lachesis.broker.records import Limits
+    from lachesis.shim.errors import Malformed
+    from lachesis.shim.groups_in import GroupsIn
+    from lachesis.shim.pressure import Hold
+    from lachesis.shim.versions import Versions
+
+    hold = Hold(broker, Limits(), lambda: False)
+    groups = GroupsIn(broker, Versions(broker, policy), lambda: hold, len(body))
+    try:
+        await groups.accept(letter.entry.gid.removeprefix("refused-"), body, hold)
+    except (InvalidGroup, Malformed) as error:
+        return f"still refused: {error}"
+    except HTTPException as error:
+        return str(error.detail)
+    await broker.dead.purge(letter, who=WHO, event="requeue")
+    return ""
+
+
+def _with_broker(settings: RedisSettings, operation: Callable[[Broker], Awaitable[int]]) -> int:
+    async def run(url: str) -> int:
+        broker = await Broker.connect(url, settings.run)
+        try:
+            return await operation(broker)
+        finally:
+            await broker.aclose()
+
+    with settings.redis() as url:
+        return asyncio.run(run(url))
+
+
+def _seconds(duration: str) -> float:
+    if not duration:
+        return 0
+    if not (found := re.fullmatch(r"(\d+)([smhd])", duration)):
+        raise ConfigurationError(f"--older-than = {duration!r}: a number and a unit, such as 90s, 15m, 12h or 3d")
+    return int(found[1]) * UNITS[found[2]]
+
+
+def _plain(letter: Letter) -> dict[str, Any]:
+    entry = letter.entry
+    return {
+        "id": entry.gid,
+        "reason": entry.reason,
+        "accepted": letter.accepted,
+        "died": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(letter.at)),
+        "deliveries": entry.deliveries,
+        "detail": entry.detail,
+    }
+
+
+def _table(letters: Sequence[Letter]) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    for letter in letters:
+        died = time.strftime("%Y-%m-%d %H:%M", time.localtime(letter.at))
+        table.add_row(letter.entry.gid, letter.entry.reason, died, letter.entry.detail)
+    Console(highlight=False, markup=False).print(table)
+
+
+def _summary(group: Group, tokens: bool) -> list[str]:
+    lines = [
+        f"group       environment {'-' if group.env is None else group.env}, versions {group.v_min} to {group.v_max}"
+    ]
+    for index, (row, mask, score) in enumerate(zip(group.tokens, group.masks, group.scores, strict=True)):
+        lines.append(
+            f"sequence {index}  score {score:g}, {len(row)} tokens, {int((mask != -100).sum())} of them trained"
+        )
+        if tokens:
+            lines.append(f"  {' '.join(map(str, row.tolist()))}")
+    return lines
+
+
+def _excerpt(body: bytes, whole: bool) -> list[str]:
+    text = body.decode(errors="replace")
+    cut = "" if whole or len(text) <= SHOWN_BODY else f"… ({len(body):,} bytes; --tokens shows all)"
+    return [f"post        {text if whole else text[:SHOWN_BODY]}{cut}"]
