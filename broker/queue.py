@@ -6,14 +6,15 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from msgspec import structs
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
 from lachesis.broker import allot
-from lachesis.broker.codec import CODEC, from_entry, pack, to_entry, unpack
+from lachesis.broker.codec import from_entry, to_entry
 from lachesis.broker.connection import Redis
 from lachesis.broker.errors import LeaseLost
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
+from lachesis.broker.packing import CODEC, from_blob, pack, to_arrays, to_blob
 from lachesis.broker.records import (
     MAX_DELIVERIES,
     BatchEntry,
@@ -47,34 +48,39 @@ class Queue:
 
     # -- PUT ------------------------------------------------------------------------------------------------------
 
-    async def put(self, gid: str, group: ScoredGroup, *, v_min: int, v_max: int, limits: Limits = NO_LIMITS) -> str:
+    async def put(
+        self,
+        gid: str,
+        group: Group | ScoredGroup,
+        *,
+        v_min: int,
+        v_max: int,
+        limits: Limits = NO_LIMITS,
+        packed: bytes = b"",
+    ) -> str:
         """Store a valid group durably. Returns "stored" or "duplicate"; or, and then nothing is stored, what it is over:
         "late" (max_lag), "full" (a quota of the queue), "env_full" (a quota of its environment).
+
+        `packed` is the group's packed form where the caller has it already: it is stored as it is.
         """
-        blob = pack(group, gid, v_min=v_min, v_max=v_max)
-        tokens = sum(map(len, group.tokens))
-        mean = sum(group.scores) / len(group.scores)
-        entry = GroupEntry(
-            gid=gid,
-            env="-" if group.env_id is None else str(group.env_id),
-            n=len(group.tokens),
-            tok=tokens,
-            score_mean=mean,
-            score_std=(sum((score - mean) ** 2 for score in group.scores) / len(group.scores)) ** 0.5,
-            v_min=v_min,
-            v_max=v_max,
-            bytes=len(blob),
-            codec=CODEC,
-        )
+        if isinstance(group, ScoredGroup):
+            group = to_arrays(group)
+        blob = to_blob(packed or pack(group), gid, v_min=v_min, v_max=v_max)
+        entry = queue_entry(structs.replace(group, gid=gid, v_min=v_min, v_max=v_max), len(blob))
         keys = [self._keys.groups, self._keys.blob(gid), self._keys.seen(gid), self._keys.state, self._keys.trainers]
         quotas = [limits.bytes, limits.sequences, limits.env_bytes, limits.env_sequences]
         lag = ["" if limits.max_lag is None else limits.max_lag, limits.policy]
         fields = [text for pair in to_entry(entry).items() for text in pair]
+        args = [SEEN_TTL_S, *quotas, *lag, entry.env, entry.n, entry.bytes, *fields]
         while True:
-            await self._redis.set(self._keys.blob(gid), blob, nx=True, ex=BLOB_TTL_S)
-            reply = await self._scripts.put(
-                keys=keys, args=[SEEN_TTL_S, *quotas, *lag, entry.env, entry.n, entry.bytes, *fields]
-            )
+            try:
+                async with self._redis.pipeline(transaction=False) as pipe:  # one trip
+                    pipe.set(self._keys.blob(gid), blob, nx=True, ex=BLOB_TTL_S)
+                    pipe.evalsha(self._scripts.put.sha, len(keys), *keys, *args)
+                    _, reply = await pipe.execute()
+            except NoScriptError:  # Redis was restarted
+                await self._redis.script_load(self._scripts.put.script)
+                continue
             if reply != b"noblob":  # the blob's TTL ran out in between: set it again
                 return bytes(reply).decode()
 
@@ -182,27 +188,23 @@ class Queue:
 
     async def fetch(self, gids: Sequence[str]) -> list[Group]:
         """The groups themselves, in order. Raises LookupError naming a missing one."""
-        groups: list[Group] = []
-        size = 0
-        slice_: list[str] = []
-        per_group = await self._blob_size(gids)
-        for gid in gids:
-            slice_.append(gid)
-            size += per_group
-            if size >= SLICE_BYTES:
-                groups += await self._fetch_slice(slice_)
-                slice_, size = [], 0
-        return groups + (await self._fetch_slice(slice_) if slice_ else [])
+        return [from_blob(blob) for blob in await self.blobs(gids)]
 
-    async def _blob_size(self, gids: Sequence[str]) -> int:
-        return int(await self._redis.strlen(self._keys.blob(gids[0]))) if gids else 0
-
-    async def _fetch_slice(self, gids: Sequence[str]) -> list[Group]:
-        blobs = await self._redis.mget([self._keys.blob(gid) for gid in gids])
-        for gid, blob in zip(gids, blobs, strict=True):
-            if blob is None:
-                raise LookupError(f"group {gid} has no blob: it was retired, or its run was reset")
-        return [unpack(blob) for blob in blobs]
+    async def blobs(self, gids: Sequence[str]) -> list[bytes]:
+        """The groups as they are stored, in order: `packing.from_blob` reads one. The same LookupError."""
+        if not gids:
+            return []
+        size = int(await self._redis.strlen(self._keys.blob(gids[0])))
+        step = max(1, SLICE_BYTES // max(1, size))
+        blobs: list[bytes] = []
+        for start in range(0, len(gids), step):
+            part = gids[start : start + step]
+            found = await self._redis.mget([self._keys.blob(gid) for gid in part])
+            for gid, blob in zip(part, found, strict=True):
+                if blob is None:
+                    raise LookupError(f"group {gid} has no blob: it was retired, or its run was reset")
+            blobs += found
+        return blobs
 
     async def commit(self, policy: str, lease: Lease, entry: LedgerEntry, *, token: str = "") -> None:
         """Acknowledge a trained batch and write it to the ledger; repeating it changes nothing.
@@ -304,15 +306,24 @@ class Queue:
 
 def queue_entry(group: Group, stored_bytes: int) -> GroupEntry:
     """The entry of a stored group, as PUT made it."""
+    mean, deviation = _spread(group.scores.tolist())
     return GroupEntry(
         gid=group.gid,
         env="-" if group.env is None else str(group.env),
         n=len(group.tokens),
         tok=sum(map(len, group.tokens)),
-        score_mean=float(group.scores.mean()),
-        score_std=float(group.scores.std()),
+        score_mean=mean,
+        score_std=deviation,
         v_min=group.v_min,
         v_max=group.v_max,
         bytes=stored_bytes,
         codec=CODEC,
     )
+
+
+def _spread(scores: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; scaled, so that no square of a large score overflows."""
+    scale = max(map(abs, scores)) or 1.0
+    mean = sum(score / scale for score in scores) / len(scores)
+    deviation = (sum((score / scale - mean) ** 2 for score in scores) / len(scores)) ** 0.5
+    return mean * scale, deviation * scale

@@ -37,13 +37,13 @@ class ScoredGroup(Struct):
     distill_logprobs: list[list[list[float]]] | None = None
 
 
-class Group(Struct):
-    """A stored group as a trainer reads it: ragged fields are lists of G one-dimensional arrays."""
+class Group(Struct, kw_only=True):
+    """A group as arrays, as a trainer reads it: ragged fields are lists of G one-dimensional arrays."""
 
-    gid: str
+    gid: str = ""
     env: int | None
-    v_min: int  # oldest and newest version that produced tokens of this group
-    v_max: int
+    v_min: int = -1  # oldest and newest version that produced tokens of this group; -1 until it is stored
+    v_max: int = -1
     tokens: list[np.ndarray]  # int32 or int64
     masks: list[np.ndarray]  # int32 or int64
     scores: np.ndarray  # float64, shape (G,)

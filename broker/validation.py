@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from itertools import chain
+
+import numpy as np
 
 from lachesis.broker.errors import InvalidGroup
-from lachesis.broker.records import ScoredGroup
+from lachesis.broker.records import Group
 
 TOKEN_FIELDS = ("masks", "advantages", "ref_logprobs", "inference_logprobs")
 
 
-def check_group(group: ScoredGroup, *, max_token_len: int = -1, batch_size: int = -1) -> None:
+def check_group(group: Group, *, max_token_len: int = -1, batch_size: int = -1) -> None:
     """Raise InvalidGroup, naming field, value and rule, unless every sequence can be trained.
 
     Args:
@@ -26,11 +26,9 @@ def check_group(group: ScoredGroup, *, max_token_len: int = -1, batch_size: int 
         raise InvalidGroup("tokens", f"{count} sequences", f"must not exceed the trainer's batch_size of {batch_size}")
     if len(group.scores) != count:
         raise InvalidGroup("scores", f"{len(group.scores)} values", f"must have one per sequence, {count}")
-    for index, score in enumerate(group.scores):
-        if not math.isfinite(score):
-            raise InvalidGroup(f"scores[{index}]", score, "must be finite")
+    _check_finite("scores", group.scores)
     for index, tokens in enumerate(group.tokens):
-        if not tokens:
+        if not len(tokens):
             raise InvalidGroup(f"tokens[{index}]", [], "must hold at least one token")
         if 0 < max_token_len < len(tokens):
             raise InvalidGroup(
@@ -38,13 +36,13 @@ def check_group(group: ScoredGroup, *, max_token_len: int = -1, batch_size: int 
                 f"{len(tokens)} tokens",
                 f"must not exceed the trainer's max_token_len of {max_token_len}",
             )
-        if min(tokens) < 0:
-            raise InvalidGroup(f"tokens[{index}]", min(tokens), "token ids must not be negative")
+        if (lowest := int(tokens.min())) < 0:
+            raise InvalidGroup(f"tokens[{index}]", lowest, "token ids must not be negative")
     for name in TOKEN_FIELDS:
         _check_rows(name, getattr(group, name), group.tokens)
 
 
-def _check_rows(name: str, rows: Sequence[Sequence[float]] | None, tokens: Sequence[Sequence[int]]) -> None:
+def _check_rows(name: str, rows: Sequence[np.ndarray] | None, tokens: Sequence[np.ndarray]) -> None:
     if not rows and name != "masks":  # None, or the empty list some environments send for "none"
         return
     rows = rows or []
@@ -55,8 +53,11 @@ def _check_rows(name: str, rows: Sequence[Sequence[float]] | None, tokens: Seque
             raise InvalidGroup(
                 f"{name}[{index}]", f"{len(row)} values", f"must be as long as its tokens, {len(sequence)}"
             )
-    if not math.isfinite(sum(chain.from_iterable(rows))):  # one pass where all is well
-        for index, row in enumerate(rows):
-            for position, value in enumerate(row):
-                if not math.isfinite(value):
-                    raise InvalidGroup(f"{name}[{index}][{position}]", value, "must be finite")
+    for index, row in enumerate(rows):
+        _check_finite(f"{name}[{index}]", row)
+
+
+def _check_finite(name: str, values: np.ndarray) -> None:
+    if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
+        position = int(finite.argmin())
+        raise InvalidGroup(f"{name}[{position}]", float(values[position]), "must be finite")

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lachesis.broker.client import Broker
-from lachesis.broker.codec import to_scored, unpack
 from lachesis.broker.dead import Letter
 from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.packing import from_blob, is_packed, to_scored
 from lachesis.broker.records import Group
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli.options import parse
@@ -109,7 +109,7 @@ def show(arguments: Sequence[str]) -> int:
     async def run(broker: Broker) -> int:
         (letter,) = await broker.dead.find([settings.id])
         body = await broker.dead.body(letter)
-        group = unpack(body) if letter.accepted else None
+        group = from_blob(body) if letter.accepted else None
         if settings.json_output:
             kept = {"group": to_scored(group)} if group else {"body": body.decode(errors="replace")}
             print(msgspec.json.encode({**_plain(letter), **kept}).decode())
@@ -172,7 +172,7 @@ async def _requeue(broker: Broker, letter: Letter, policy: str) -> str:
     body = await broker.dead.body(letter)
     if not letter.accepted:
         return await _post_again(broker, letter, body, policy)
-    group = unpack(body)
+    group = from_blob(body)
     max_lag, newest = await broker.queue.staleness.rule()
     if 0 < max_lag < newest - group.v_min:
         return (
@@ -183,6 +183,9 @@ async def _requeue(broker: Broker, letter: Letter, policy: str) -> str:
         return "it is gone: somebody else was faster"
     await broker.journal.control("requeue", WHO, letter.entry.gid)
     return ""
+
+
+ANY_SIZE = 1 << 31  # bytes; the shim took the post
 
 
 async def _post_again(broker: Broker, letter: Letter, body: bytes, policy: str) -> str:
@@ -197,9 +200,9 @@ async def _post_again(broker: Broker, letter: Letter, body: bytes, policy: str) 
     from lachesis.shim.versions import Versions
 
     hold = Hold(broker, Limits(), lambda: False)
-    groups = GroupsIn(broker, Versions(broker, policy), lambda: hold, len(body))
+    groups = GroupsIn(broker, Versions(broker, policy), lambda: hold, ANY_SIZE)
     try:
-        await groups.accept(letter.entry.gid.removeprefix("refused-"), body, hold)
+        await groups.accept(letter.entry.gid.removeprefix("refused-"), body, hold, packed=is_packed(body))
     except (InvalidGroup, Malformed) as error:
         return f"still refused: {error}"
     except HTTPException as error:

@@ -6,20 +6,25 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 
-import msgspec
 import numpy as np
+import orjson
+from isal import isal_zlib
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from lachesis.broker import Broker
-from lachesis.broker.codec import from_entry, to_scored
-from lachesis.broker.records import BatchEntry, Group, GroupEntry
+from lachesis.broker.codec import from_entry
+from lachesis.broker.packing import from_blob
+from lachesis.broker.records import BatchEntry, Group, GroupEntry, ScoredGroup
 from lachesis.shim.connection import Peer, on_cut
 from lachesis.shim.trainers import HttpTrainers, consumer_of
 
 TURN_S = 30.0  # a trainer's second call waits this long for its first one to be served
-CHUNK_BYTES = 64 << 10
+CHUNK_BYTES = 512 << 10  # of JSON; a millisecond of compression
+
+KEYS = ScoredGroup.__struct_fields__
 
 UNREGISTERED = {"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []}
 NO_EXAMPLE: dict[str, list[object]] = {
@@ -70,14 +75,15 @@ class BatchEndpoint:
             if lease is None:
                 await JSONResponse({"batch": None})(scope, receive, send)
                 return
-            groups = await self._broker.queue.fetch(lease.batch.gids)
+            blobs = await self._broker.queue.blobs(lease.batch.gids)
             step = lease.batch.step
-            reward = float(np.concatenate([group.scores for group in groups]).mean())
             on_cut(scope, lambda: self._take_back(consumer, step))
             async with Peer(receive, send) as peer:
-                end = await _stream(groups, peer)
+                writer = _Writer(peer, gzip="gzip" in Headers(scope=scope).get("accept-encoding", ""))
+                reward = await writer.groups(blobs)
                 if peer.gone:
                     return
+                end = writer.end()
                 await self._trainers.sending(consumer, step, reward)
                 if await peer.write(end, more=False):
                     await self._trainers.sent(consumer, step, reward)
@@ -97,18 +103,56 @@ class BatchEndpoint:
             await self._trainers.not_sent(consumer, step)
 
 
-async def _stream(groups: Sequence[Group], peer: Peer) -> bytes:
-    """`{"batch":[…]}` to the peer, less its end, which is returned. Other requests are served between two groups."""
-    await peer.start([(b"content-type", b"application/json")])
-    pending = bytearray(b'{"batch":[')
-    for index, group in enumerate(groups):
-        pending += b"," if index else b""
-        pending += msgspec.json.encode(to_scored(group))
-        await asyncio.sleep(0)
-        if len(pending) >= CHUNK_BYTES:
-            await peer.write(bytes(pending), more=True)
-            pending.clear()
-    return bytes(pending) + b"]}"
+class _Writer:
+    """`{"batch":[…]}` to the peer, less its end. Other requests are served after every CHUNK_BYTES of it."""
+
+    def __init__(self, peer: Peer, *, gzip: bool) -> None:
+        self._peer = peer
+        self._gzip = isal_zlib.compressobj(level=1, wbits=16 + isal_zlib.MAX_WBITS) if gzip else None
+
+    async def groups(self, blobs: Sequence[bytes]) -> float:
+        """Write all groups; returns the mean score of their sequences."""
+        headers = [(b"content-type", b"application/json"), (b"vary", b"Accept-Encoding")]
+        await self._peer.start([*headers, (b"content-encoding", b"gzip")] if self._gzip else headers)
+        scores = []
+        before = b'{"batch":['
+        for blob in blobs:
+            group = from_blob(blob)
+            scores.append(group.scores)
+            await self._write(before + to_json(group))
+            before = b","
+        return float(np.concatenate(scores).mean())
+
+    async def _write(self, body: bytes) -> None:
+        for start in range(0, len(body), CHUNK_BYTES):
+            chunk = body[start : start + CHUNK_BYTES]
+            if chunk := self._gzip.compress(chunk) if self._gzip else chunk:
+                await self._peer.write(chunk, more=True)
+            await asyncio.sleep(0)
+
+    def end(self) -> bytes:
+        """What is left to write: the batch is whole with it, and not without it."""
+        return self._gzip.compress(b"]}") + self._gzip.flush() if self._gzip else b"]}"
+
+
+def to_json(group: Group) -> bytes:
+    """The group with the 14 keys it was posted with, absent ones null."""
+    values = {
+        "tokens": group.tokens,
+        "masks": group.masks,
+        "scores": group.scores,
+        "advantages": _doubles(group.advantages),
+        "ref_logprobs": _doubles(group.ref_logprobs),
+        "inference_logprobs": _doubles(group.inference_logprobs),
+        "env_id": group.env,
+        **group.rest,
+    }
+    return orjson.dumps({name: values.get(name) for name in KEYS}, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _doubles(rows: Sequence[np.ndarray] | None) -> list[np.ndarray] | None:
+    """As float64: the shortest text of a float32 is another number than was posted."""
+    return None if rows is None else [row.astype("<f8", copy=False) for row in rows]
 
 
 class LatestExample:
@@ -125,7 +169,7 @@ class LatestExample:
             groups = []
         if not groups:
             return JSONResponse(NO_EXAMPLE)
-        return Response(msgspec.json.encode(to_scored(groups[0])), media_type="application/json")
+        return Response(to_json(groups[0]), media_type="application/json")
 
     async def _newest(self) -> str | None:
         redis, keys = self._broker.redis, self._broker.keys

@@ -1,48 +1,54 @@
 """Request bodies: bounded reading, gzip, and JSON into records.
 
-msgspec decodes what is strictly of the right types, which is nearly everything. The rest (a number sent as a string,
-1.0 for an integer, a NaN literal, a mistake) goes through pydantic, whose lax rules and error entries are those that
-clients of the Atropos API know.
+direct.py reads nearly every posted group. What it leaves, and the small records, msgspec decodes where they are strictly
+of the right types. The rest (a number sent as a string, 1.0 for an integer, a NaN literal, a mistake) goes through
+pydantic, whose lax rules and error entries are those that clients of the Atropos API know.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import zlib
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 import anyio.to_thread
 import msgspec
+from isal import igzip, isal_zlib
 from msgspec import Struct
 from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from lachesis.broker.records import ScoredGroup
+from lachesis.broker.records import Group, ScoredGroup
+from lachesis.shim.direct import read_group, read_groups
 from lachesis.shim.errors import SHOWN_ERRORS, InvalidGzip, Location, Malformed, detail
 
-INLINE_BYTES = 256 << 10  # compressed bodies above this are inflated in a thread
+_BadStream: type[Exception] = isal_zlib.error  # its stubs say that it is a function
+INLINE_BYTES = 1 << 20  # compressed bodies above this are inflated in a thread
+CHUNK_BYTES = 1 << 20
+_NOT_STRICT = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 T = TypeVar("T", bound=Struct)
 
 
-class Lax(NamedTuple):
-    """Where the lax path was taken, numbers may be NaN or infinite."""
+class Posted(NamedTuple):
+    """Well-formed groups. Where the lax rules were needed, numbers may be NaN or infinite."""
 
-    groups: list[ScoredGroup]
-    lax: bool
+    groups: Sequence[Group | ScoredGroup]
+    lax: bool = False
 
 
 async def read_body(request: Request, limit: int) -> bytes:
     """The decompressed body. Raises InvalidGzip, and HTTPException 413 where it has more than `limit` bytes."""
     if int(request.headers.get("content-length", 0)) > limit:
-        raise _too_large(limit)
+        raise too_large(limit)
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
         if size > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         chunks.append(chunk)
     body = b"".join(chunks)
     if "gzip" not in request.headers.get("content-encoding", "").lower():
@@ -54,19 +60,22 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 def inflate(body: bytes, limit: int) -> bytes:
     """Decompress gzip (several members, zero padding) to at most `limit` bytes; the same errors as `read_body`."""
-    parts, size = [], 0
-    while body := body.lstrip(b"\0"):
-        member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-        try:
-            parts.append(member.decompress(body, limit - size + 1))
-        except zlib.error:
-            raise InvalidGzip from None
-        size += len(parts[-1])
-        if size > limit:
-            raise _too_large(limit)
-        if not member.eof:
+    member = isal_zlib.decompressobj(wbits=16 + isal_zlib.MAX_WBITS)
+    body = body.lstrip(b"\0")
+    try:
+        parts = [member.decompress(body, limit + 1)]
+        if body and len(parts[0]) <= limit and not member.eof:
             raise InvalidGzip  # it ends too early
-        body = member.unused_data
+        size = len(parts[0])
+        if rest := member.unused_data.lstrip(b"\0"):  # rare; a file reads on where a member ends, without copying
+            members = igzip.IGzipFile(fileobj=io.BytesIO(rest))
+            while size <= limit and (part := members.read(min(CHUNK_BYTES, limit + 1 - size))):
+                parts.append(part)
+                size += len(part)
+    except (_BadStream, EOFError, OSError):
+        raise InvalidGzip from None
+    if size > limit:
+        raise too_large(limit)
     return b"".join(parts)
 
 
@@ -75,35 +84,41 @@ def decode(kind: type[T], body: bytes) -> T:
     try:
         found: T = _decoder(kind).decode(body)
         return found
-    except (msgspec.DecodeError, RecursionError):
+    except _NOT_STRICT:
         record = _structs(kind, _validate(kind, _loads(body)))
         _check_finite(record)
         return record
 
 
-def decode_group(body: bytes) -> Lax:
+def decode_group(body: bytes) -> Posted:
     """One scored group. Raises Malformed; what can't be trained is for others to find."""
-    try:
-        found = Lax([_decoder(ScoredGroup).decode(body)], lax=False)
-    except (msgspec.DecodeError, RecursionError):
-        found = Lax([_structs(ScoredGroup, _validate(ScoredGroup, _loads(body)))], lax=True)
-    _check_messages(found.groups[0])
-    return found
+    if (direct := read_group(body)) is not None:
+        posted = Posted([direct])
+    else:
+        try:
+            posted = Posted([_decoder(ScoredGroup).decode(body)])
+        except _NOT_STRICT:
+            posted = Posted([_structs(ScoredGroup, _validate(ScoredGroup, _loads(body)))], lax=True)
+    check_messages(posted.groups[0])
+    return posted
 
 
-def decode_groups(body: bytes) -> Lax:
+def decode_groups(body: bytes) -> Posted:
     """A list of scored groups. Raises Malformed if one of them is."""
-    try:
-        found = Lax(_decoder(list[ScoredGroup]).decode(body), lax=False)
-    except (msgspec.DecodeError, RecursionError):
-        models = _validate(list[ScoredGroup], _loads(body))
-        found = Lax([_structs(ScoredGroup, model) for model in models], lax=True)
-    for index, group in enumerate(found.groups):
-        _check_messages(group, (index,))
-    return found
+    if (direct := read_groups(body)) is not None:
+        posted = Posted(direct)
+    else:
+        try:
+            posted = Posted(_decoder(list[ScoredGroup]).decode(body))
+        except _NOT_STRICT:
+            models = _validate(list[ScoredGroup], _loads(body))
+            posted = Posted([_structs(ScoredGroup, model) for model in models], lax=True)
+    for index, group in enumerate(posted.groups):
+        check_messages(group, (index,))
+    return posted
 
 
-def _too_large(limit: int) -> HTTPException:
+def too_large(limit: int) -> HTTPException:
     return HTTPException(413, f"the body is larger than {limit} bytes (max_body_bytes)")
 
 
@@ -183,9 +198,11 @@ def non_finite(value: object, location: Location = ()) -> tuple[Location, float]
     return None
 
 
-def _check_messages(group: ScoredGroup, prefix: Location = ()) -> None:
-    for row, messages in enumerate(group.messages or ()):
-        for column, message in enumerate(messages):
+def check_messages(group: Group | ScoredGroup, prefix: Location = ()) -> None:
+    """Raise Malformed unless every message has what upstream asks of it."""
+    messages = group.rest.get("messages") if isinstance(group, Group) else group.messages
+    for row, conversation in enumerate(messages or ()):
+        for column, message in enumerate(conversation):
             if "role" not in message or "content" not in message:
                 rule = "Message must have 'role' and 'content' fields"
                 raise Malformed([detail("value_error", [*prefix, "messages", row, column], message, rule)])

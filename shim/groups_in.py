@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
+import orjson
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.codec import gid_of
-from lachesis.broker.records import ScoredGroup, TrainerConfig
+from lachesis.broker.packing import PACKED_TYPE, pack, to_arrays, to_scored, unpack, unpacked_bytes
+from lachesis.broker.records import Group, ScoredGroup
 from lachesis.broker.validation import check_group
-from lachesis.shim.bodies import decode_group, decode_groups, non_finite, read_body
+from lachesis.shim.bodies import check_messages, decode_group, decode_groups, non_finite, read_body, too_large
 from lachesis.shim.errors import Malformed, path, refusal
 from lachesis.shim.pressure import Hold
 from lachesis.shim.versions import Versions
@@ -34,53 +37,71 @@ class GroupsIn:
         body = await read_body(request, self._max_body_bytes)
         gid = _gid(request, body)
         try:
-            await self.accept(gid, body, hold)
+            await self.accept(gid, body, hold, packed=_is_packed(request))
         except InvalidGroup as error:
             await self._bury(gid, body, error)
             raise
-        return JSONResponse({"status": "received"})
+        return Response(b'{"status":"received"}', media_type="application/json")
 
     async def scored_data_list(self, request: Request) -> Response:
         hold = self._hold()
         await hold.room()
         body = await read_body(request, self._max_body_bytes)
         groups, lax = decode_groups(body)
-        config = await self._broker.parties.trainer_config()
         post = _gid(request, body)
         refused = []
         for index, group in enumerate(groups):
             gid = gid_of(f"{post}[{index}]".encode())  # equal groups of one list are different groups
             try:
-                await self._accept(gid, group, config, lax=lax, hold=hold)
+                await self._accept(gid, group, hold, lax=lax)
             except InvalidGroup as error:
-                await self._bury(gid, json.dumps(msgspec.to_builtins(group)).encode(), error)
+                scored = to_scored(group) if isinstance(group, Group) else group
+                await self._bury(gid, json.dumps(msgspec.to_builtins(scored)).encode(), error)
                 refused.append(refusal(error, (index,)))
         if refused and len(refused) == len(groups):
             raise Malformed(refused)
         more = {"refused": len(refused), "detail": refused} if refused else {}
         return JSONResponse({"status": "received", "groups_processed": len(groups), **more})
 
-    async def accept(self, gid: str, body: bytes, hold: Hold) -> str:
-        """Store the group that a body holds: "stored" or "duplicate". Raises Malformed; InvalidGroup if it can't be trained."""
+    async def accept(self, gid: str, body: bytes, hold: Hold, *, packed: bool) -> str:
+        """Store the group that a body holds, as JSON or packed: "stored" or "duplicate".
+
+        Raises Malformed; InvalidGroup if it can't be trained.
+        """
+        if packed:
+            return await self._accept(gid, self._unpack(body), hold, packed=body)
         groups, lax = decode_group(body)
-        return await self._accept(gid, groups[0], await self._broker.parties.trainer_config(), lax=lax, hold=hold)
+        return await self._accept(gid, groups[0], hold, lax=lax)
 
     async def _accept(
-        self, gid: str, group: ScoredGroup, config: TrainerConfig | None, *, lax: bool, hold: Hold
+        self, gid: str, group: Group | ScoredGroup, hold: Hold, *, lax: bool = False, packed: bytes = b""
     ) -> str:
-        limits = {"max_token_len": config.max_token_len, "batch_size": config.batch_size} if config else {}
         if lax and (found := non_finite(msgspec.to_builtins(group))):
             raise InvalidGroup(path(found[0]), found[1], "must be finite")
-        check_group(group, **limits)
+        arrays = to_arrays(group) if isinstance(group, ScoredGroup) else group
+        arrival = await self._versions.arrival(arrays.tokens)
+        config = arrival.trainer
+        limits = {"max_token_len": config.max_token_len, "batch_size": config.batch_size} if config else {}
+        check_group(arrays, **limits)
         try:
-            v_min, v_max = await self._versions.span(group.tokens)
-            reply = await hold.store(
-                lambda limits: self._broker.queue.put(gid, group, v_min=v_min, v_max=v_max, limits=limits)
-            )
+            packed = packed or pack(arrays)
         except (OverflowError, UnicodeEncodeError):
-            raise _unstorable(group) from None
+            raise _unstorable(arrays) from None
+        v_min, v_max = self._versions.span(arrival)
+        reply = await hold.store(
+            lambda limits: self._broker.queue.put(gid, arrays, v_min=v_min, v_max=v_max, limits=limits, packed=packed)
+        )
         self.counts[reply] += 1
         return reply
+
+    def _unpack(self, body: bytes) -> Group:
+        if unpacked_bytes(body) > self._max_body_bytes:
+            raise too_large(self._max_body_bytes)
+        group = unpack(body)
+        if group.rest:
+            _check_json(group.rest)
+            check_messages(group)
+        return group
 
     async def _bury(self, gid: str, body: bytes, error: InvalidGroup) -> None:
         """Keep it under another id: the same post may be fine for the next trainer."""
@@ -94,13 +115,28 @@ def _gid(request: Request, body: bytes) -> str:
     return gid_of(body) if key is None else gid_of(b"Idempotency-Key: " + key.encode())
 
 
-def _unstorable(group: ScoredGroup) -> InvalidGroup:
-    """Numbers beyond 64 bits and text that is not Unicode are JSON that no trainer could read back: which field?"""
-    for name in group.__struct_fields__:
+def _is_packed(request: Request) -> bool:
+    return request.headers.get("content-type", "").startswith(PACKED_TYPE)
+
+
+def _check_json(rest: dict[str, Any]) -> None:
+    """MessagePack holds more than JSON does; what is not JSON could not be handed out by `GET /batch`."""
+    for name, value in rest.items():
         try:
-            msgspec.msgpack.encode(getattr(group, name))
+            orjson.dumps(value, option=orjson.OPT_PASSTHROUGH_DATETIME)
+        except TypeError as error:
+            raise InvalidGroup(name, "a value", f"must be what JSON can express ({error})") from None
+        if found := non_finite(value, (name,)):
+            raise InvalidGroup(path(found[0]), found[1], "must be finite")
+
+
+def _unstorable(group: Group) -> InvalidGroup:
+    """Numbers beyond 64 bits and text that is not Unicode are JSON that no trainer could read back: which field?"""
+    for name, value in {"env_id": group.env, **group.rest}.items():
+        try:
+            msgspec.msgpack.encode(value)
         except UnicodeEncodeError as error:
             return InvalidGroup(name, error.object[:100], "must be Unicode text without lone surrogates")
         except OverflowError:
-            return InvalidGroup(name, "an integer", "must fit a signed 64-bit integer")
-    return InvalidGroup("tokens", "an integer", "must fit a signed 64-bit integer")
+            break
+    return InvalidGroup(name, "an integer", "must fit a signed 64-bit integer")

@@ -5,12 +5,26 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
 
 from lachesis.broker import Broker
-from lachesis.broker.codec import tokens_digest
+from lachesis.broker.codec import from_entry, tokens_digest
+from lachesis.broker.records import Lineage, ServerStatus, TrainerConfig, WeightsEntry
 
 HEARTBEAT_S = 60.0  # a server not heard of for longer serves nobody
 REMEMBERED_S = 60.0  # a generation may have begun on a version that its server has replaced since
+
+
+class Arrival(NamedTuple):
+    """What the run knew when a group arrived."""
+
+    trainer: TrainerConfig | None
+    lineages: list[Lineage | None]  # per sequence
+    newest: int  # version of the policy
+    servers: list[bytes]  # ServerStatus each, JSON: only needed where a lineage is missing
 
 
 class Versions:
@@ -21,17 +35,35 @@ class Versions:
         self._broker, self._policy = broker, policy
         self._served: deque[tuple[float, int]] = deque()  # (when seen, oldest version served then)
 
-    async def span(self, sequences: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """(oldest, newest) version that produced tokens of these sequences; bounds where lineage is not known.
+    async def arrival(self, sequences: Sequence[np.ndarray]) -> Arrival:
+        """What Redis says of these sequences and of the run, in one trip."""
+        keys = self._broker.keys
+        digests = [keys.lineage(tokens_digest(tokens)) for tokens in sequences]
+        async with self._broker.redis.pipeline(transaction=False) as pipe:
+            pipe.hget(keys.trainers, "config")
+            pipe.xrevrange(keys.weights(self._policy), count=1)
+            pipe.hvals(keys.pools)
+            if digests:
+                pipe.mget(digests)
+            config, newest, servers, *found = await pipe.execute()
+        return Arrival(
+            msgspec.json.decode(config, type=TrainerConfig) if config else None,
+            [msgspec.json.decode(raw, type=Lineage) if raw else None for raw in (found[0] if found else ())],
+            from_entry(WeightsEntry, newest[0][1]).version if newest else 0,
+            servers,
+        )
+
+    def span(self, arrival: Arrival) -> tuple[int, int]:
+        """(oldest, newest) version that produced tokens of what arrived; bounds where lineage is not known.
 
         Bounds: newest is the policy's newest version, oldest what the slowest server served of late.
         """
-        known = await self._broker.lineage.look_up([tokens_digest(tokens) for tokens in sequences])
-        spans = [(lineage.v_min, lineage.v_max) for lineage in known if lineage]
+        spans = [(lineage.v_min, lineage.v_max) for lineage in arrival.lineages if lineage]
+        missing = len(arrival.lineages) - len(spans)
         self.joined += len(spans)
-        self.unknown += len(known) - len(spans)
-        if len(spans) < len(known):
-            spans.append(await self._bounds())
+        self.unknown += missing
+        if missing:
+            spans.append(self._bounds(arrival))
         return min(oldest for oldest, _ in spans), max(newest for _, newest in spans)
 
     async def newest(self) -> int:
@@ -39,12 +71,11 @@ class Versions:
         found = await self._broker.weights.newest(self._policy)
         return found.version if found else 0
 
-    async def _bounds(self) -> tuple[int, int]:
-        newest, now = await self.newest(), time.time()
+    def _bounds(self, arrival: Arrival) -> tuple[int, int]:
+        newest, now = arrival.newest, time.time()
+        servers = [msgspec.json.decode(raw, type=ServerStatus) for raw in arrival.servers]
         versions = [
-            server.version
-            for server in await self._broker.parties.servers()
-            if server.version >= 0 and now - server.heartbeat < HEARTBEAT_S
+            server.version for server in servers if server.version >= 0 and now - server.heartbeat < HEARTBEAT_S
         ]
         if versions:
             self._served.append((now, min(versions)))

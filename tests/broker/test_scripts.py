@@ -10,9 +10,10 @@ from scored import group, trained
 
 from lachesis.broker import Broker, LeaseLost
 from lachesis.broker.audit import audit
-from lachesis.broker.codec import pack, to_entry
+from lachesis.broker.codec import to_entry
 from lachesis.broker.dead import Letter
 from lachesis.broker.errors import NotFound
+from lachesis.broker.packing import pack, to_blob
 from lachesis.broker.queue import BLOB_TTL_S, SEEN_TTL_S
 from lachesis.broker.records import BatchEntry, EnvConfig, Lease, Limits, TrainerConfig, WeightsEntry
 
@@ -45,7 +46,7 @@ async def test_put_twice_stores_once(broker: Broker) -> None:
 
 
 async def test_a_blob_loses_its_ttl_when_it_is_queued_and_not_before(broker: Broker) -> None:
-    keys, blob = broker.keys, pack(group(1), "g1", v_min=0, v_max=0)
+    keys, blob = broker.keys, to_blob(pack(group(1)), "g1", v_min=0, v_max=0)
     await broker.redis.set(keys.blob("g1"), blob, ex=BLOB_TTL_S)  # as a shim that dies before PUT leaves it
     assert 0 < await broker.redis.ttl(keys.blob("g1")) <= BLOB_TTL_S
     await put(broker, 1)

@@ -8,6 +8,7 @@ import pytest
 from scored import group
 
 from lachesis.broker import InvalidGroup
+from lachesis.broker.packing import to_arrays
 from lachesis.broker.records import ScoredGroup
 from lachesis.broker.validation import check_group
 
@@ -30,22 +31,24 @@ def test_a_spoilt_group_is_refused_in_words(change: dict[str, object], message: 
     for name, value in change.items():
         setattr(scored, name, value)
     with pytest.raises(InvalidGroup) as refused:
-        check_group(scored)
+        check_group(to_arrays(scored))
     assert str(refused.value) == message
 
 
 def test_limits_are_inclusive_and_optional() -> None:
-    check_group(group(1), max_token_len=3, batch_size=2)
-    check_group(group(1), max_token_len=-1, batch_size=-1)
+    check_group(to_arrays(group(1)), max_token_len=3, batch_size=2)
+    check_group(to_arrays(group(1)), max_token_len=-1, batch_size=-1)
     with pytest.raises(InvalidGroup, match="max_token_len of 2"):
-        check_group(group(1), max_token_len=2)
+        check_group(to_arrays(group(1)), max_token_len=2)
     with pytest.raises(InvalidGroup, match="batch_size of 1"):
-        check_group(group(1), batch_size=1)
+        check_group(to_arrays(group(1)), batch_size=1)
 
 
 def test_sums_that_overflow_are_not_infinite_values() -> None:
-    check_group(ScoredGroup(tokens=[[1, 2]], masks=[[1, 2]], scores=[0.0], advantages=[[1.5e308, 1.5e308]]))
+    large = ScoredGroup(tokens=[[1, 2]], masks=[[1, 2]], scores=[0.0], advantages=[[1.5e308, 1.5e308]])
+    check_group(to_arrays(large))
 
 
 def test_empty_lists_mean_none() -> None:
-    check_group(ScoredGroup(tokens=[[1]], masks=[[1]], scores=[0.0], advantages=[], inference_logprobs=[]))
+    scored = ScoredGroup(tokens=[[1]], masks=[[1]], scores=[0.0], advantages=[], inference_logprobs=[])
+    check_group(to_arrays(scored))

@@ -101,7 +101,7 @@ SPOILT: dict[str, tuple[dict[str, Any], list[object], str]] = {
     "ragged": ({"masks": [[1], [1, 2, 3]]}, ["masks", 0], "masks[0] = '1 values': must be as long as its tokens, 3"),
     "too long": (group(1, length=65), ["tokens", 0], "tokens[0] = '65 tokens': must not exceed the trainer's max_token_len of 64"),
     "too many": (group(1, size=5), ["tokens"], "tokens = '5 sequences': must not exceed the trainer's batch_size of 4"),
-    "too big": ({"tokens": [[1, 2, 2**63], [1, 2, 3]]}, ["tokens"], "tokens = 'an integer': must fit a signed 64-bit integer"),
+    "too big": ({"tokens": [[1, 2, 2**63], [1, 2, 3]]}, ["tokens"], "tokens = 9223372036854775808: must fit a signed 64-bit integer"),
     "too big, deep": ({"images": [10**30]}, ["images"], "images = 'an integer': must fit a signed 64-bit integer"),
     "not Unicode": ({"images": "\ud800"}, ["images"], "images = '\\ud800': must be Unicode text without lone surrogates"),
 }  # fmt: skip

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from lachesis.broker import Broker
-from lachesis.broker.codec import gid_of, pack, unpack
+from lachesis.broker.codec import gid_of
+from lachesis.broker.packing import from_blob, pack, to_blob
 from lachesis.broker.records import Group, ScoredGroup
 
 VOCABULARY = 250
@@ -75,7 +76,7 @@ def scored_group(rng: random.Random, *, sequences: int = 4, turns: int = 1) -> S
 
 def stored(group: ScoredGroup, *, v_min: int = 0) -> Group:
     """The group as a trainer reads it from Redis."""
-    return unpack(pack(group, gid_of(repr(group).encode()), v_min=v_min, v_max=v_min))
+    return from_blob(to_blob(pack(group), gid_of(repr(group).encode()), v_min=v_min, v_max=v_min))
 
 
 async def fill(broker: Broker, *, groups: int, first: int = 0) -> None:

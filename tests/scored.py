@@ -1,4 +1,4 @@
-"""Groups for the broker's tests: one by hand, and every valid one by hypothesis."""
+"""Groups for every room's tests: one by hand, and every valid one by hypothesis."""
 
 from __future__ import annotations
 
