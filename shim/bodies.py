@@ -25,7 +25,7 @@ from lachesis.broker.records import Group, ScoredGroup
 from lachesis.shim.direct import read_group, read_groups
 from lachesis.shim.errors import SHOWN_ERRORS, InvalidGzip, Location, Malformed, detail
 
-_BadStream: type[Exception] = isal_zlib.error  # its stubs say that it is a function
+_BadStream: Any = isal_zlib.error  # its stubs make an instance of it
 INLINE_BYTES = 1 << 20  # compressed bodies above this are inflated in a thread
 CHUNK_BYTES = 1 << 20
 _NOT_STRICT = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
