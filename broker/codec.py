@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -30,12 +31,18 @@ def to_entry(record: Struct) -> dict[str, str]:
     return {name: _text(getattr(record, name)) for name in record.__struct_fields__}
 
 
+@cache
+def _word_lists(kind: type[Struct]) -> tuple[str, ...]:
+    """The fields that are tuples of words; to look that up takes longer than all the rest."""
+    return tuple(field.name for field in msgspec.structs.fields(kind) if field.type == tuple[str, ...])
+
+
 def from_entry(kind: type[T], fields: Mapping[bytes, bytes], **more: Any) -> T:
     """The record of a stream entry; `more` adds what the entry's id says."""
     values: dict[str, Any] = {key.decode(): value.decode() for key, value in fields.items()} | more
-    for field in msgspec.structs.fields(kind):
-        if field.type == tuple[str, ...] and isinstance(values.get(field.name), str):
-            values[field.name] = tuple(values[field.name].split())
+    for name in _word_lists(kind):
+        if isinstance(values.get(name), str):
+            values[name] = tuple(values[name].split())
     return msgspec.convert(values, kind, strict=False)
 
 
