@@ -9,7 +9,8 @@ from msgspec import Struct, field
 
 from lachesis.broker.client import Broker
 from lachesis.broker.codec import from_entry
-from lachesis.broker.records import BatchEntry, DeadEntry, GroupEntry, LedgerEntry
+from lachesis.broker.forming import read_status
+from lachesis.broker.records import BatchEntry, DeadEntry, GroupEntry, LedgerEntry, QueueStatus
 
 SHOWN = 5  # examples named in a finding
 
@@ -86,6 +87,11 @@ async def audit(broker: Broker, policy: str = "main") -> AuditReport:
     if both := [step for step in skipped if step in committed]:
         find(f"steps both committed and given up: {_some(both)}")
 
+    undelivered = [batch for batch in batches if batch.step > int(raw_state.get(b"delivered", 0))]
+    wrong = _miscounted(read_status(raw_state), queued, undelivered, dead) + _miscounted_envs(raw_state, queued)
+    if wrong:
+        find(f"counters that contradict the queue: {', '.join(wrong)}")
+
     places = Counter(gid for entry in ledger for gid in entry.gids)
     places.update(gid for batch in open_batches for gid in batch.gids)
     places.update(entry.gid for entry in queued)
@@ -95,8 +101,6 @@ async def audit(broker: Broker, policy: str = "main") -> AuditReport:
         find(f"groups in more than one place: {_some(repeated)}")
     if len(places) + purged != report.accepted:
         find(f"{report.accepted} groups were accepted, {len(places) + purged} are accounted for")
-    if wrong := _wrong_counters(raw_state, queued, dead):
-        find(f"counters that are not what they count: {_some(wrong)}")
     for batch in batches:
         if batch.step in committed and batch.gids != committed[batch.step].gids:
             find(f"step {batch.step} was committed with other groups than its batch holds")
@@ -105,6 +109,27 @@ async def audit(broker: Broker, policy: str = "main") -> AuditReport:
     if lost := [gid for gid in waiting if not await redis.exists(keys.blob(gid)) and await _still_waiting(broker, gid)]:
         find(f"groups waiting without their data: {_some(lost)}")
     return report
+
+
+def _miscounted(
+    status: QueueStatus, queued: Sequence[GroupEntry], undelivered: Sequence[BatchEntry], dead: Sequence[str]
+) -> list[str]:
+    """The counters that FORM and status answers rely on, where they are not what a recount gives."""
+    waiting: dict[str, Counter[int]] = {}
+    for entry in queued:
+        waiting.setdefault(entry.env, Counter())[entry.n] += 1
+    recounted = {
+        "groups": len(queued) + sum(len(batch.gids) for batch in undelivered),
+        "sequences": sum(entry.n for entry in queued) + sum(batch.n for batch in undelivered),
+        "bytes": sum(entry.bytes for entry in queued),
+        "waiting": waiting,
+        "dead": len(dead),
+    }
+    return [
+        f"{name} {getattr(status, name)}, recounted {value}"
+        for name, value in recounted.items()
+        if getattr(status, name) != value
+    ]
 
 
 async def _still_waiting(broker: Broker, gid: str) -> bool:
@@ -124,21 +149,22 @@ def _steps_of(policy: str, raw: Mapping[bytes, bytes]) -> dict[int, list[str]]:
     }
 
 
-def _wrong_counters(state: Mapping[bytes, bytes], queued: Sequence[GroupEntry], dead: Sequence[str]) -> list[str]:
-    """Those of the counters `state` that disagree with what is there, in words."""
-    true: Counter[str] = Counter({"groups": len(queued), "sequences": 0, "bytes": 0, "dead": len(dead)})
+def _miscounted_envs(state: Mapping[bytes, bytes], queued: Sequence[GroupEntry]) -> list[str]:
+    """The same of the counters that quotas rely on."""
+    recounted: Counter[str] = Counter()
     for entry in queued:
-        for place in ("", f":{entry.env}"):
-            prefix = "env_" if place else ""
-            true[f"{prefix}sequences{place}"] += entry.n
-            true[f"{prefix}bytes{place}"] += entry.bytes
+        recounted[f"env_sequences:{entry.env}"] += entry.n
+        recounted[f"env_bytes:{entry.env}"] += entry.bytes
     told = {
         name.decode(): int(value)
         for name, value in state.items()
-        if name.decode() in true or name.startswith((b"env_bytes:", b"env_sequences:"))
+        if name.startswith((b"env_sequences:", b"env_bytes:"))
     }
-    names = sorted(true.keys() | told.keys())
-    return [f"{name} is {told.get(name, 0)}, not {true[name]}" for name in names if told.get(name, 0) != true[name]]
+    return [
+        f"{name} {told.get(name, 0)}, recounted {recounted[name]}"
+        for name in sorted(recounted.keys() | told.keys())
+        if told.get(name, 0) != recounted[name]
+    ]
 
 
 def _some(values: list[int] | list[str]) -> str:

@@ -118,6 +118,7 @@ class Broker:
         keys = self.keys
         named = [keys.groups, keys.batches, keys.dead, keys.skipped, keys.state, keys.envs, keys.trainers]
         await self.scripts.reset(keys=[*named, *map(keys.ledger, policies)])
+        self.parties.forget_envs()
 
 
 class BlockingBroker:

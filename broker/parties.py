@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import msgspec
+from msgspec import structs
 from redis.asyncio.lock import Lock
 
 from lachesis.broker.connection import Redis
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.records import EnvConfig, EnvRecord, ServerStatus, TrainerConfig
+
+ALIVE_S = 60.0  # an environment silent for longer counts for nothing; environments call ten times a second
+HEARD_EVERY_S = 5.0  # that an environment called is noted at most so often
 
 
 class WriterLock(Lock):
@@ -29,6 +34,7 @@ class Parties:
 
     def __init__(self, redis: Redis, scripts: Scripts, keys: Keys) -> None:
         self._redis, self._scripts, self._keys = redis, scripts, keys
+        self._heard: dict[int, EnvRecord] = {}
 
     # -- trainer --------------------------------------------------------------------------------------------------
 
@@ -69,23 +75,37 @@ class Parties:
         env_id = await self._scripts.register_env(
             keys=[self._keys.envs], args=[nonce, config.desired_name, msgspec.json.encode(record)]
         )
+        self._heard.pop(int(env_id), None)
         found = await self.env(int(env_id))
         if found is None:
             raise LookupError(f"environment {env_id} vanished while it registered: the run was reset")
         return found
 
     async def env(self, env_id: int) -> EnvRecord | None:
-        raw = await self._redis.hget(self._keys.envs, str(env_id))
-        return msgspec.json.decode(raw, type=EnvRecord) if raw else None
+        values = await self._redis.hmget(self._keys.envs, [str(env_id), f"heard:{env_id}"])
+        return _env(*values) if values[0] else None
 
     async def envs(self) -> list[EnvRecord]:
-        """All environments ever registered, by id."""
-        raw = await self._redis.hgetall(self._keys.envs)
-        records = [msgspec.json.decode(value, type=EnvRecord) for key, value in raw.items() if key.isdigit()]
-        return sorted(records, key=lambda record: record.env_id)
+        """All environments ever registered, by id; judge them by `is_alive`."""
+        return read_envs(await self._redis.hgetall(self._keys.envs))
+
+    async def hear(self, env_id: int) -> EnvRecord | None:
+        """An environment called: note when, and say who it is, as of a few seconds ago; None if it is not registered."""
+        now = time.time()
+        known = self._heard.get(env_id)
+        if known and 0 <= now - known.heard_at < HEARD_EVERY_S:
+            return known
+        if (found := await self.env(env_id)) is not None:
+            await self._scripts.note(keys=[self._keys.envs], args=[f"heard:{env_id}", f"{now:.3f}"])
+            self._heard[env_id] = structs.replace(found, heard_at=now)
+        return found
 
     async def update_env(self, record: EnvRecord) -> None:
         await self._scripts.note(keys=[self._keys.envs], args=[str(record.env_id), msgspec.json.encode(record)])
+
+    def forget_envs(self) -> None:
+        """The run was reset: ids are given out anew."""
+        self._heard.clear()
 
     # -- inference servers ----------------------------------------------------------------------------------------
 
@@ -101,3 +121,19 @@ class Parties:
         raw = await self._redis.hvals(self._keys.pools)
         found = [msgspec.json.decode(value, type=ServerStatus) for value in raw]
         return [status for status in found if pool is None or status.pool == pool]
+
+
+def is_alive(env: EnvRecord, now: float) -> bool:
+    """Whether the environment has a share in weights and batches: it is connected, and called within ALIVE_S."""
+    return env.connected and now - env.heard_at < ALIVE_S
+
+
+def read_envs(raw: Mapping[bytes, bytes]) -> list[EnvRecord]:
+    """The environments in the hash `envs`, by id."""
+    records = [_env(value, raw.get(b"heard:" + key)) for key, value in raw.items() if key.isdigit()]
+    return sorted(records, key=lambda record: record.env_id)
+
+
+def _env(record: bytes, heard: bytes | None) -> EnvRecord:
+    env = msgspec.json.decode(record, type=EnvRecord)
+    return structs.replace(env, heard_at=float(heard) if heard else env.registered_at)

@@ -12,6 +12,7 @@ from lachesis.broker import allot
 from lachesis.broker.codec import from_entry, to_entry
 from lachesis.broker.connection import Redis
 from lachesis.broker.errors import LeaseLost
+from lachesis.broker.forming import Forming, read_status
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.packing import CODEC, from_blob, pack, to_arrays, to_blob
@@ -19,6 +20,7 @@ from lachesis.broker.records import (
     MAX_DELIVERIES,
     BatchEntry,
     DeadEntry,
+    EnvRecord,
     Group,
     GroupEntry,
     Lease,
@@ -32,7 +34,6 @@ from lachesis.broker.staleness import Staleness
 BLOB_TTL_S = 600  # a blob not yet in the queue expires after this
 SEEN_TTL_S = 24 * 3600  # how long a repeated POST is recognised
 SLICE_BYTES = 8 << 20  # blobs are fetched in replies of about this size
-SCAN = 4096  # queued groups looked at to form a batch
 REFUSED_KEPT = 10_000  # refused posts, approximately
 REFUSED_TTL_S = 7 * 24 * 3600
 
@@ -45,6 +46,7 @@ class Queue:
     def __init__(self, redis: Redis, blocking: Redis, scripts: Scripts, keys: Keys) -> None:
         self._redis, self._blocking, self._scripts, self._keys = redis, blocking, scripts, keys
         self.staleness = Staleness(redis, scripts, keys)
+        self._forming = Forming(redis, scripts, keys, self.staleness)
 
     # -- PUT ------------------------------------------------------------------------------------------------------
 
@@ -95,42 +97,16 @@ class Queue:
     # -- FORM -----------------------------------------------------------------------------------------------------
 
     async def form(self, batch_size: int) -> int | None:
-        """Form the next batch from the oldest groups that add up. Returns its step, or None if there are too few.
+        """Form the next batch (see forming.py). Returns its step, or None if the queue can't make one yet.
 
         Groups that are too stale by now are dropped on the way.
         """
-        while True:
-            formed = int(await self._redis.hget(self._keys.state, "formed") or 0)
-            queued = await self.queued(SCAN)
-            if await self.staleness.drop([(id_, entry.v_min) for id_, entry in queued]):
-                continue
-            chosen = allot.choose([entry.n for _, entry in queued], batch_size)
-            if chosen is None:
-                return None
-            ids = [queued[index][0] for index in chosen]
-            entries = [queued[index][1] for index in chosen]
-            batch = BatchEntry(
-                step=formed + 1,
-                gids=tuple(entry.gid for entry in entries),
-                n=batch_size,
-                tok=sum(entry.tok for entry in entries),
-                v_min=min(entry.v_min for entry in entries),
-                v_max=max(entry.v_max for entry in entries),
-                formed_at=time.time(),
-            )
-            fields = [text for pair in to_entry(batch).items() for text in pair]
-            reply = await self._scripts.form(
-                keys=[self._keys.groups, self._keys.batches, self._keys.state],
-                args=[batch.step, batch_size, len(ids), *ids, *fields],
-            )
-            if reply == b"formed":
-                return batch.step
+        return await self._forming.form(batch_size)
 
     async def batch_waits(self, batch_size: int) -> bool:
         """Whether a trainer that asks now gets a batch that none has had yet. From the counters."""
         status = await self.status()
-        sizes = [size for size, count in sorted(status.sizes.items()) for _ in range(min(count, batch_size // size))]
-        return status.formed > status.delivered or allot.choose(sizes, batch_size) is not None
+        return status.formed > status.delivered or allot.attainable(status.waiting, {}, batch_size) is not None
 
     async def queued(self, count: int | None = None) -> list[tuple[str, GroupEntry]]:
         """(entry id, entry) of queued groups, oldest first."""
@@ -276,32 +252,13 @@ class Queue:
 
     async def status(self) -> QueueStatus:
         """Counters only: constant time, whatever the queue holds. Formed but undelivered batches count as queued."""
-        raw = {key.decode(): value.decode() for key, value in (await self._redis.hgetall(self._keys.state)).items()}
+        return read_status(await self._redis.hgetall(self._keys.state))
 
-        def numbered(prefix: str) -> dict[str, int]:
-            return {
-                key[len(prefix) :]: int(value) for key, value in raw.items() if key.startswith(prefix) and int(value)
-            }
-
-        formed, delivered = int(raw.get("formed", 0)), int(raw.get("delivered", 0))
-        waiting = []
-        if formed > delivered:  # only between a FORM and the LEASE that asked for it, or if its caller died there
-            found = await self._redis.xrange(self._keys.batches, f"{delivered + 1}-0", f"{formed}-0")
-            waiting = [from_entry(BatchEntry, fields) for _, fields in found]
-        return QueueStatus(
-            groups=int(raw.get("groups", 0)) + sum(len(batch.gids) for batch in waiting),
-            sequences=int(raw.get("sequences", 0)) + sum(batch.n for batch in waiting),
-            bytes=int(raw.get("bytes", 0)),
-            accepted=int(raw.get("accepted", 0)),
-            formed=formed,
-            delivered=delivered,
-            sizes={int(size): count for size, count in numbered("size:").items()},
-            env_groups=numbered("env_groups:"),
-            env_sequences=numbered("env_sequences:"),
-            dead=int(raw.get("dead", 0)),
-            purged=int(raw.get("purged", 0)),
-            dropped=numbered("dropped:"),
-        )
+    async def odd_sequences(self, env: EnvRecord) -> int:
+        """Queued sequences of an environment in groups of other sizes than its own, less those that make up its size."""
+        counts = dict((await self.status()).waiting.get(str(env.env_id), {}))
+        counts.pop(env.config.group_size, None)
+        return allot.left_over(counts, env.config.group_size)
 
 
 def queue_entry(group: Group, stored_bytes: int) -> GroupEntry:

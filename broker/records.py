@@ -187,6 +187,7 @@ class EnvRecord(Struct, frozen=True):
     config: EnvConfig
     connected: bool = True
     registered_at: float = 0.0
+    heard_at: float = 0.0  # when it last called, to within a few seconds
 
 
 class ServerStatus(Struct, frozen=True):
@@ -214,9 +215,7 @@ class QueueStatus(Struct, frozen=True):
     accepted: int
     formed: int  # newest step formed
     delivered: int  # newest step a trainer was given
-    sizes: dict[int, int]  # queued groups by number of sequences
-    env_groups: dict[str, int]
-    env_sequences: dict[str, int]
+    waiting: dict[str, dict[int, int]]  # number of groups not yet in a batch, by environment ("-": none) and sequences
     dead: int = 0  # accepted groups among the dead letters now
     purged: int = 0  # dead letters given up, ever
     dropped: dict[str, int] = field(default_factory=dict)  # groups that ever became dead letters, by reason

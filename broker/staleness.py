@@ -25,7 +25,7 @@ class Staleness:
         newest = await self._redis.xrevrange(self._keys.weights(policy.decode()), count=1)
         return int(max_lag), int(newest[0][0].split(b"-")[0]) if newest else 0
 
-    async def drop(self, queued: Sequence[tuple[str, int]]) -> int:
+    async def drop(self, queued: Sequence[tuple[bytes, int]]) -> int:
         """Make dead letters of the stale ones among queued groups, (entry id, v_min) each. Returns how many were stale."""
         max_lag, newest = await self.rule()
         stale = [id_ for id_, v_min in queued if 0 < max_lag < newest - v_min]

@@ -20,6 +20,7 @@ from lachesis.broker.validation import check_group
 from lachesis.shim.bodies import check_messages, decode_group, decode_groups, non_finite, read_body, too_large
 from lachesis.shim.errors import Malformed, path, refusal
 from lachesis.shim.pressure import Hold
+from lachesis.shim.status import buffered
 from lachesis.shim.versions import Versions
 
 
@@ -37,10 +38,12 @@ class GroupsIn:
         body = await read_body(request, self._max_body_bytes)
         gid = _gid(request, body)
         try:
-            await self.accept(gid, body, hold, packed=_is_packed(request))
+            waiting = await self.accept(gid, body, hold, packed=_is_packed(request))
         except InvalidGroup as error:
             await self._bury(gid, body, error)
             raise
+        if waiting is not None:
+            return JSONResponse({"status": "buffered", "buffer_size": waiting})
         return Response(b'{"status":"received"}', media_type="application/json")
 
     async def scored_data_list(self, request: Request) -> Response:
@@ -49,22 +52,24 @@ class GroupsIn:
         body = await read_body(request, self._max_body_bytes)
         groups, lax = decode_groups(body)
         post = _gid(request, body)
-        refused = []
+        refused, odd = [], []
         for index, group in enumerate(groups):
             gid = gid_of(f"{post}[{index}]".encode())  # equal groups of one list are different groups
             try:
-                await self._accept(gid, group, hold, lax=lax)
+                if (waiting := await self._accept(gid, group, hold, lax=lax)) is not None:
+                    odd.append(waiting)
             except InvalidGroup as error:
                 scored = to_scored(group) if isinstance(group, Group) else group
                 await self._bury(gid, json.dumps(msgspec.to_builtins(scored)).encode(), error)
                 refused.append(refusal(error, (index,)))
         if refused and len(refused) == len(groups):
             raise Malformed(refused)
-        more = {"refused": len(refused), "detail": refused} if refused else {}
+        more: dict[str, Any] = {"buffered": len(odd), "last_buffer_size": odd[-1]} if odd else {}
+        more |= {"refused": len(refused), "detail": refused} if refused else {}
         return JSONResponse({"status": "received", "groups_processed": len(groups), **more})
 
-    async def accept(self, gid: str, body: bytes, hold: Hold, *, packed: bool) -> str:
-        """Store the group that a body holds, as JSON or packed: "stored" or "duplicate".
+    async def accept(self, gid: str, body: bytes, hold: Hold, *, packed: bool) -> int | None:
+        """Store the group that a body holds, as JSON or packed; the sequences that wait with it if its size is odd.
 
         Raises Malformed; InvalidGroup if it can't be trained.
         """
@@ -75,7 +80,7 @@ class GroupsIn:
 
     async def _accept(
         self, gid: str, group: Group | ScoredGroup, hold: Hold, *, lax: bool = False, packed: bytes = b""
-    ) -> str:
+    ) -> int | None:
         if lax and (found := non_finite(msgspec.to_builtins(group))):
             raise InvalidGroup(path(found[0]), found[1], "must be finite")
         arrays = to_arrays(group) if isinstance(group, ScoredGroup) else group
@@ -92,7 +97,7 @@ class GroupsIn:
             lambda limits: self._broker.queue.put(gid, arrays, v_min=v_min, v_max=v_max, limits=limits, packed=packed)
         )
         self.counts[reply] += 1
-        return reply
+        return await buffered(self._broker, arrays.env, len(arrays.tokens))
 
     def _unpack(self, body: bytes) -> Group:
         if unpacked_bytes(body) > self._max_body_bytes:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 from redis.exceptions import RedisError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lachesis.broker import Broker
+from lachesis.broker.forming import read_status
+from lachesis.broker.parties import is_alive, read_envs
 from lachesis.broker.records import EnvRecord, QueueStatus, TrainerConfig
 from lachesis.shim.bodies import decode, read_body
 
@@ -32,27 +36,37 @@ async def current_step(broker: Broker, status: QueueStatus | None = None) -> int
     return status.delivered + int(await broker.redis.hget(broker.keys.trainers, "step_offset") or 0)
 
 
+async def buffered(broker: Broker, env_id: int | None, sequences: int) -> int | None:
+    """What upstream calls `buffer_size`, where a group of `sequences` is of another size than its environment's.
+
+    That is how many sequences in such groups wait, less those that make up groups of its size: 0 if these just did.
+    """
+    env = None if env_id is None else await broker.parties.hear(env_id)
+    return None if env is None or env.config.group_size == sequences else await broker.queue.odd_sequences(env)
+
+
 def env_status(
-    env_id: int, envs: Sequence[EnvRecord], queue: QueueStatus, config: TrainerConfig | None
+    env_id: int, envs: Sequence[EnvRecord], queue: QueueStatus, config: TrainerConfig | None, now: float
 ) -> dict[str, Any]:
     """What `/status-env` tells one environment, less `current_step`; sizes in groups of that environment's size.
 
-    Upstream's formulas (atroposlib/api/server.py, get_status_env), on counters. An environment that is not known,
-    because its run was reset, gets an answer that lets it go on.
+    Upstream's formulas (atroposlib/api/server.py, get_status_env), on counters, and without environments that have
+    fallen silent. An environment that is not known, because its run was reset, gets an answer that lets it go on.
     """
     env = next((env for env in envs if env.env_id == env_id), None)
-    connected = [env for env in envs if env.connected]
-    minimums = {env.env_id: env.config.min_batch_allocation or 0.0 for env in connected}
-    largest = max(queue.sizes, default=1)
-    own = queue.env_sequences.get(str(env_id), 0)
+    alive = [env for env in envs if is_alive(env, now)]
+    minimums = {str(env.env_id): env.config.min_batch_allocation or 0.0 for env in alive}
+    largest = max((size for sizes in queue.waiting.values() for size in sizes), default=1)
+    waiting = {
+        name: sum(size * count for size, count in sizes.items()) for name, sizes in queue.waiting.items()
+    }  # sequences
 
     batch_size = config.batch_size if config else 0
-    others = queue.sequences - sum(queue.env_sequences.values())  # in formed batches that no trainer has yet
-    for name, sequences in queue.env_sequences.items():
-        if name != str(env_id):
-            packed = math.ceil(sequences / largest) * largest
-            reserved = int(batch_size * minimums.get(int(name), 0.0)) if name != "-" else 0
-            others += max(0, packed - reserved)
+    others = queue.sequences - sum(waiting.values())  # in formed batches that no trainer has yet
+    own = waiting.pop(str(env_id), 0)
+    for name, sequences in waiting.items():
+        packed = math.ceil(sequences / largest) * largest
+        others += max(0, packed - int(batch_size * minimums.get(name, 0.0)))
 
     group_size = max(1, env.config.group_size) if env else largest
     return {
@@ -60,15 +74,15 @@ def env_status(
         "unallocated_fraction": 1.0 - min(sum(minimums.values()), 1.0),
         "self_queue_size": own // group_size,
         "max_group_size": largest,
-        "env_weight": _weight(env, connected),
+        "env_weight": _weight(env, alive),
     }
 
 
-def _weight(env: EnvRecord | None, connected: Sequence[EnvRecord]) -> float:
+def _weight(env: EnvRecord | None, alive: Sequence[EnvRecord]) -> float:
     def share(env: EnvRecord) -> float:
         return env.config.max_token_length * max(0.0, env.config.weight)
 
-    total = sum(map(share, connected))
+    total = sum(map(share, alive))
     return max(MIN_ENV_WEIGHT, share(env) / total) if env and total > 0 else 1.0
 
 
@@ -82,10 +96,17 @@ class StatusRoutes:
 
     async def status_env(self, request: Request) -> Response:
         env_id = decode(EnvIdentifier, await read_body(request, self._max_body_bytes)).env_id
-        queue = await self._broker.queue.status()
-        parties = self._broker.parties
-        told = env_status(env_id, await parties.envs(), queue, await parties.trainer_config())
-        return JSONResponse({"current_step": await current_step(self._broker, queue), **told})
+        await self._broker.parties.hear(env_id)
+        keys = self._broker.keys
+        async with self._broker.redis.pipeline(transaction=False) as pipe:  # every environment asks ten times a second
+            pipe.hgetall(keys.state)
+            pipe.hgetall(keys.envs)
+            pipe.hmget(keys.trainers, ["config", "step_offset"])
+            state, envs, (config, offset) = await pipe.execute()
+        queue = read_status(state)
+        trainer = msgspec.json.decode(config, type=TrainerConfig) if config else None
+        told = env_status(env_id, read_envs(envs), queue, trainer, time.time())
+        return JSONResponse({"current_step": queue.delivered + int(offset or 0), **told})
 
     async def healthz(self, _: Request) -> Response:
         """200 while Redis answers, else 503; with what the run dropped, and the counts of this process since it started."""

@@ -21,8 +21,8 @@ for _, entry in ipairs(stale) do
   redis.call('HINCRBY', state, 'groups', -1)
   redis.call('HINCRBY', state, 'sequences', '-' .. entry.n)
   redis.call('HINCRBY', state, 'bytes', '-' .. entry.bytes)
-  redis.call('HINCRBY', state, 'size:' .. entry.n, -1)
-  redis.call('HINCRBY', state, 'env_groups:' .. entry.env, -1)
+  local waiting = 'waiting:' .. entry.env .. ':' .. entry.n
+  if redis.call('HINCRBY', state, waiting, -1) == 0 then redis.call('HDEL', state, waiting) end
   redis.call('HINCRBY', state, 'env_sequences:' .. entry.env, '-' .. entry.n)
   redis.call('HINCRBY', state, 'env_bytes:' .. entry.env, '-' .. entry.bytes)
   redis.call('HINCRBY', state, 'dead', 1)

@@ -6,28 +6,35 @@
 -- `gids` and the totals among the fields were read from the same entries, which never change.
 local k = tonumber(ARGV[3])
 if tonumber(redis.call('HGET', KEYS[3], 'formed') or '0') + 1 ~= tonumber(ARGV[1]) then return 'conflict' end
-local chosen, total = {}, 0
+local sequences, bytes, taken, quotas, present = 0, 0, {}, {}, {}
 for i = 1, k do
   local found = redis.call('XRANGE', KEYS[1], ARGV[3 + i], ARGV[3 + i])
   if #found == 0 then return 'conflict' end
   local entry, flat = {}, found[1][2]
   for j = 1, #flat, 2 do entry[flat[j]] = flat[j + 1] end
-  chosen[i] = entry
-  total = total + tonumber(entry.n)
+  sequences = sequences + tonumber(entry.n)
+  bytes = bytes + tonumber(entry.bytes)
+  local waiting = 'waiting:' .. entry.env .. ':' .. entry.n
+  taken[waiting] = (taken[waiting] or 0) + 1
+  for field, amount in pairs({env_sequences = entry.n, env_bytes = entry.bytes}) do
+    field = field .. ':' .. entry.env
+    quotas[field] = (quotas[field] or 0) + tonumber(amount)
+  end
+  present['missing:' .. entry.env] = true
 end
-if total ~= tonumber(ARGV[2]) then return 'conflict' end
+if sequences ~= tonumber(ARGV[2]) then return 'conflict' end
 
 redis.call('XADD', KEYS[2], ARGV[1] .. '-0', unpack(ARGV, 4 + k))
-for i = 1, k do
-  local entry = chosen[i]
-  redis.call('XDEL', KEYS[1], ARGV[3 + i])
-  redis.call('HINCRBY', KEYS[3], 'groups', -1)
-  redis.call('HINCRBY', KEYS[3], 'sequences', '-' .. entry.n)
-  redis.call('HINCRBY', KEYS[3], 'bytes', '-' .. entry.bytes)
-  redis.call('HINCRBY', KEYS[3], 'size:' .. entry.n, -1)
-  redis.call('HINCRBY', KEYS[3], 'env_groups:' .. entry.env, -1)
-  redis.call('HINCRBY', KEYS[3], 'env_sequences:' .. entry.env, '-' .. entry.n)
-  redis.call('HINCRBY', KEYS[3], 'env_bytes:' .. entry.env, '-' .. entry.bytes)
+for i = 1, k do redis.call('XDEL', KEYS[1], ARGV[3 + i]) end
+redis.call('HINCRBY', KEYS[3], 'groups', -k)
+redis.call('HINCRBY', KEYS[3], 'sequences', -sequences)
+redis.call('HINCRBY', KEYS[3], 'bytes', string.format('%.0f', -bytes))
+for field, amount in pairs(quotas) do redis.call('HINCRBY', KEYS[3], field, string.format('%.0f', -amount)) end
+for waiting, groups in pairs(taken) do
+  if redis.call('HINCRBY', KEYS[3], waiting, -groups) == 0 then redis.call('HDEL', KEYS[3], waiting) end
 end
+for missing in pairs(present) do redis.call('HDEL', KEYS[3], missing) end
+redis.call('HINCRBY', KEYS[3], 'undelivered_groups', k)
+redis.call('HINCRBY', KEYS[3], 'undelivered_sequences', sequences)
 redis.call('HSET', KEYS[3], 'formed', ARGV[1])
 return 'formed'

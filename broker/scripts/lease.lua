@@ -49,6 +49,11 @@ if not new then return nil end
 local id, fields = new[1][2][1][1], new[1][2][1][2]
 local step = tonumber(string.match(id, '^%d+'))
 if step > tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0') then
+  local batch = {}
+  for j = 1, #fields, 2 do batch[fields[j]] = fields[j + 1] end
+  local _, groups = string.gsub(batch.gids, '%S+', '')
   redis.call('HSET', KEYS[2], 'delivered', step)
+  redis.call('HINCRBY', KEYS[2], 'undelivered_groups', -groups)
+  redis.call('HINCRBY', KEYS[2], 'undelivered_sequences', '-' .. batch.n)
 end
 return {id, fields, 1}

@@ -36,9 +36,8 @@ redis.call('HINCRBY', KEYS[4], 'accepted', 1)
 redis.call('HINCRBY', KEYS[4], 'groups', 1)
 redis.call('HINCRBY', KEYS[4], 'sequences', n)
 redis.call('HINCRBY', KEYS[4], 'bytes', ARGV[10])
-redis.call('HINCRBY', KEYS[4], 'size:' .. n, 1)
-redis.call('HINCRBY', KEYS[4], 'env_groups:' .. env, 1)
 redis.call('HINCRBY', KEYS[4], 'env_sequences:' .. env, n)
 redis.call('HINCRBY', KEYS[4], 'env_bytes:' .. env, ARGV[10])
+redis.call('HINCRBY', KEYS[4], 'waiting:' .. env .. ':' .. n, 1)
 if max_lag ~= '' then redis.call('HSET', KEYS[4], 'max_lag', max_lag, 'lag_of', ARGV[7]) end
 return 'stored'

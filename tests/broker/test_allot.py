@@ -2,31 +2,68 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
-from atroposlib.api.utils import grab_exact_from_heterogeneous_queue
-from hypothesis import given, settings
+from atroposlib.api.utils import (
+    find_groups_summing_to_target,
+    grab_batch_with_minimum_allocations,
+    grab_exact_from_heterogeneous_queue,
+)
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from lachesis.broker.allot import choose
+from lachesis.broker.allot import attainable, choose, choose_with_minimums, left_over, minimums
+
+Groups = list[tuple[str, int]]  # (environment, sequences), oldest first
 
 sizes_of_queues = st.lists(st.integers(1, 9), max_size=10)
 batch_sizes = st.integers(1, 24)
+env_names = st.sampled_from(("0", "1", "2", "-"))
+queues = st.lists(st.tuples(env_names, st.integers(1, 6)), max_size=9)
+promises = st.dictionaries(st.sampled_from(("0", "1", "2")), st.integers(1, 12), max_size=3)
+shares = st.dictionaries(st.integers(0, 2), st.sampled_from((0.0, 0.1, 0.25, 0.3, 0.5, 0.75, 1.0)), max_size=3)
+powers_of_two = st.sampled_from((1, 2, 4))
 
 
-def oldest_subset(sizes: list[int], batch_size: int) -> list[int] | None:
-    """Of all subsets with the right total, the one whose newest group is oldest, then its next newest, and so on."""
-    found = [
-        subset
+def subsets(sizes: Sequence[int], batch_size: int) -> list[list[int]]:
+    """All that have the right total; oldest first: by their newest group, then their next newest, and so on."""
+    return [
+        [index for index in range(len(sizes)) if subset >> index & 1]
         for subset in range(1 << len(sizes))
         if sum(size for index, size in enumerate(sizes) if subset >> index & 1) == batch_size
     ]
-    return [index for index in range(len(sizes)) if min(found) >> index & 1] if found else None
+
+
+def taken(groups: Groups, chosen: Sequence[int], env: str) -> int:
+    return sum(groups[index][1] for index in chosen if groups[index][0] == env)
+
+
+def counted(groups: Groups) -> dict[str, Counter[int]]:
+    waiting: defaultdict[str, Counter[int]] = defaultdict(Counter)
+    for env, size in groups:
+        waiting[env][size] += 1
+    return waiting
+
+
+def next_batch(groups: Groups, batch_size: int, least: dict[str, int]) -> list[int] | None:
+    """As the queue does it: what the counters promise, then the choice."""
+    met = attainable(counted(groups), least, batch_size)
+    if met is None:
+        return None
+    return choose_with_minimums([size for _, size in groups], [env for env, _ in groups], batch_size, met)
+
+
+# -- without minimums ---------------------------------------------------------------------------------------------
 
 
 @given(sizes_of_queues, batch_sizes)
 @settings(max_examples=300, deadline=None)
 def test_the_oldest_exact_subset_or_none(sizes: list[int], batch_size: int) -> None:
-    assert choose(sizes, batch_size) == oldest_subset(sizes, batch_size)
+    found = subsets(sizes, batch_size)
+    assert choose(sizes, batch_size) == (found[0] if found else None)
 
 
 @given(sizes_of_queues, batch_sizes)
@@ -55,6 +92,16 @@ def test_equal_sizes_are_batched_as_upstream_does(size: int, count: int, batch_s
     assert chosen == (None if upstream is None else [group["tokens"][0][0] for group in upstream])
 
 
+@given(st.lists(st.one_of(powers_of_two, st.integers(1, 9)), max_size=40), st.integers(1, 32))
+def test_where_upstream_makes_a_batch_of_mixed_sizes_so_do_we(sizes: list[int], batch_size: int) -> None:
+    upstream, _ = grab_exact_from_heterogeneous_queue([{"tokens": [[]] * size} for size in sizes], batch_size)
+    chosen = choose(sizes, batch_size)
+    if upstream is not None:
+        assert chosen is not None
+    if chosen is not None:
+        assert sum(sizes[index] for index in chosen) == batch_size
+
+
 def test_what_deadlocks_upstream_does_not_here() -> None:
     assert choose([8, 3, 8, 1], 12) == [0, 1, 3]
     assert choose([4, 2, 2, 2], 8) == [0, 1, 2]
@@ -64,3 +111,144 @@ def test_what_deadlocks_upstream_does_not_here() -> None:
 def test_a_batch_has_at_least_one_sequence() -> None:
     with pytest.raises(ValueError, match="batch_size = 0"):
         choose([1], 0)
+    for batch_size in (0, -1):
+        assert attainable({"0": {1: 1}}, {}, batch_size) is None
+
+
+def test_sizes_of_any_magnitude_are_no_work_while_little_is_queued() -> None:
+    assert attainable({"0": {4: 2}}, {"0": 10**17}, 10**18) is None
+    assert left_over({4: 2}, 10**18) == 8
+
+
+# -- with minimums ------------------------------------------------------------------------------------------------
+
+
+@given(queues, promises, st.integers(1, 12))
+@settings(max_examples=500, deadline=None)
+def test_as_much_of_the_minimums_as_there_can_be(groups: Groups, least: dict[str, int], batch_size: int) -> None:
+    batches = subsets([size for _, size in groups], batch_size)
+    given_to = [tuple(min(least[env], taken(groups, batch, env)) for env in least) for batch in batches]
+    met = attainable(counted(groups), least, batch_size)
+    assert met == (dict(zip(least, max(given_to), strict=True)) if batches else None)
+
+
+@given(queues, promises, st.integers(1, 12))
+@settings(max_examples=500, deadline=None)
+def test_a_batch_is_exact_and_meets_what_can_be_met(groups: Groups, least: dict[str, int], batch_size: int) -> None:
+    chosen = next_batch(groups, batch_size, least)
+    oldest = choose([size for _, size in groups], batch_size)
+    assert (chosen is None) == (oldest is None)
+    if chosen is None or oldest is None:
+        return
+    assert chosen == sorted(set(chosen))
+    assert sum(groups[index][1] for index in chosen) == batch_size
+    met = attainable(counted(groups), least, batch_size) or {}
+    assert all(taken(groups, chosen, env) >= minimum for env, minimum in met.items())
+    if all(taken(groups, oldest, env) >= minimum for env, minimum in met.items()):
+        assert chosen == oldest
+
+
+@given(queues, promises, st.integers(1, 12))
+def test_none_only_if_no_batch_meets_the_minimums(groups: Groups, least: dict[str, int], batch_size: int) -> None:
+    sizes, envs = [size for _, size in groups], [env for env, _ in groups]
+    fine = [
+        batch
+        for batch in subsets(sizes, batch_size)
+        if all(taken(groups, batch, env) >= minimum for env, minimum in least.items())
+    ]
+    chosen = choose_with_minimums(sizes, envs, batch_size, least)
+    assert chosen in fine if fine else chosen is None
+
+
+def upstream_batch(groups: Groups, allocations: dict[int, float], batch_size: int) -> list[int] | None:
+    queue = [
+        {"tokens": [[]] * size, "env_id": None if env == "-" else int(env), "number": number}
+        for number, (env, size) in enumerate(groups)
+    ]
+    configs: list[dict[str, Any]] = [
+        {"connected": True, "registered_id": env, "min_batch_allocation": allocations.get(env)} for env in range(3)
+    ]
+    batch, _ = grab_batch_with_minimum_allocations(queue, batch_size, configs)
+    return None if batch is None else sorted(group["number"] for group in batch)
+
+
+@given(
+    st.lists(
+        st.tuples(env_names, st.one_of(powers_of_two, powers_of_two, st.integers(1, 4))), min_size=12, max_size=40
+    ),
+    shares,
+    st.sampled_from((4, 8, 12, 16)),
+)
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+def test_where_upstream_meets_the_minimums_so_do_we(
+    groups: Groups, allocations: dict[int, float], batch_size: int
+) -> None:
+    theirs = upstream_batch(groups, allocations, batch_size)
+    assume(theirs is not None)
+    assert theirs is not None
+    least = minimums({str(env): share for env, share in allocations.items()}, batch_size)
+    assert all(env in counted(groups) for env in least), "upstream makes no batch where we would wait"
+    ours = next_batch(groups, batch_size, least)
+    assert ours is not None
+    if all(taken(groups, theirs, env) >= minimum for env, minimum in least.items()):
+        assert all(taken(groups, ours, env) >= minimum for env, minimum in least.items())
+
+
+@given(st.lists(st.sampled_from("012"), max_size=40), st.integers(1, 4), shares, st.integers(1, 10))
+def test_equal_sizes_with_minimums_are_batched_as_upstream_does(
+    envs: list[str], size: int, allocations: dict[int, float], count: int
+) -> None:
+    groups = [(env, size) for env in envs]
+    theirs = upstream_batch(groups, allocations, size * count)
+    least = minimums({str(env): share for env, share in allocations.items()}, size * count)
+    assume(theirs is not None and sum(-(-minimum // size) for minimum in least.values()) <= count)
+    assert next_batch(groups, size * count, least) == theirs
+
+
+def test_what_deadlocks_upstream_with_minimums_does_not_here() -> None:
+    assert next_batch([("0", 4), ("0", 4)], 8, {"0": 2, "1": 4}) == [0, 1]  # nothing of 1
+    assert next_batch([("0", 4), ("1", 3), ("0", 4)], 8, {"1": 2}) == [0, 2]  # 3 does not fit
+    assert next_batch([("0", 9), ("-", 4), ("0", 3), ("0", 1)], 8, {"0": 4}) == [1, 2, 3]
+
+
+def test_minimums_of_more_than_a_batch_are_scaled() -> None:
+    assert minimums({"0": 0.25, "1": 0.0, "2": 0.01, "3": -1.0}, 32) == {"0": 8}
+    assert minimums({"0": 1.0, "1": 1.0, "2": 2.0}, 32) == {"0": 8, "1": 8, "2": 16}
+    assert minimums({"0": 1.0, "1": 100.0}, 8) == {"0": 1, "1": 7}
+
+
+@given(
+    st.lists(st.tuples(env_names, st.integers(1, 4)), min_size=20, max_size=40),
+    st.dictionaries(st.sampled_from(("0", "1")), st.integers(1, 4), max_size=2),
+)
+@settings(deadline=None)
+def test_no_group_waits_for_ever(groups: Groups, least: dict[str, int]) -> None:
+    """Minimums leave a share of the batch of 12, and what is taken arrives again: all of the first groups get a turn."""
+    queue = list(enumerate(groups))
+    for _ in range(200):
+        chosen = next_batch([group for _, group in queue], 12, least)
+        assert chosen is not None
+        again = [(number + len(groups), group) for number, group in (queue[index] for index in chosen)]
+        queue = [item for index, item in enumerate(queue) if index not in chosen] + again
+        if queue[0][0] >= len(groups):
+            return
+    raise AssertionError(f"group {queue[0]} waits for ever")
+
+
+# -- odd sizes ----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from((1, 2, 4, 16)), max_size=20))
+def test_odd_groups_are_buffered_as_upstream_does(sizes: list[int]) -> None:
+    buffer: list[dict[str, list[int]]] = []
+    for posted, size in enumerate(sizes, 1):
+        buffer.append({"tokens": [0] * size})
+        for index in reversed(find_groups_summing_to_target(buffer, 8)):
+            buffer.pop(index)
+        assert left_over(Counter(sizes[:posted]), 8) == sum(len(group["tokens"]) for group in buffer)
+
+
+def test_nothing_adds_up_to_a_group_of_no_size() -> None:
+    assert left_over({1: 2, 3: 1}, 0) == 5
+    assert left_over({1: 2, 3: 1}, -1) == 5
+    assert left_over({}, 4) == 0

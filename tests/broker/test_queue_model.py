@@ -157,8 +157,9 @@ class QueueModel(RuleBasedStateMachine):
                 break
         if not own and not others:
             if reader.delivered == self.formed:
-                self.drop_stale()
-                chosen = choose([self.size[gid] for gid in self.waiting], BATCH)
+                chosen = self.choose()
+                while chosen and self.drop_stale([self.waiting[index] for index in chosen]):
+                    chosen = self.choose()
                 if chosen is None:
                     return None
                 self.formed += 1
@@ -177,10 +178,14 @@ class QueueModel(RuleBasedStateMachine):
             for each in self.readers.values():
                 each.given_up[step] = []
 
-    def drop_stale(self) -> None:
-        stale = [gid for gid in self.waiting if 0 < self.max_lag < self.version - self.v_min[gid]]
+    def choose(self) -> list[int] | None:
+        return choose([self.size[gid] for gid in self.waiting], BATCH)
+
+    def drop_stale(self, chosen: list[str]) -> bool:
+        stale = [gid for gid in chosen if 0 < self.max_lag < self.version - self.v_min[gid]]
         self.waiting = [gid for gid in self.waiting if gid not in stale]
         self.dead += stale
+        return bool(stale)
 
     @precondition(lambda self: self.dead)
     @rule(data=st.data(), again=st.booleans())
@@ -251,7 +256,11 @@ class QueueModel(RuleBasedStateMachine):
         assert status.sequences == sum(self.size[gid] for gid in queued)
         assert (status.formed, status.delivered) == (self.formed, delivered)
         assert (status.dead, status.purged) == (len(self.dead), len(self.purged))
-        assert sum(size * count for size, count in status.sizes.items()) == sum(self.size[gid] for gid in self.waiting)
+        counted = Counter(
+            {(env, size): count for env, sizes in status.waiting.items() for size, count in sizes.items()}
+        )
+        names = {gid: "-" if self.env[gid] is None else str(self.env[gid]) for gid in self.waiting}
+        assert counted == Counter((names[gid], self.size[gid]) for gid in self.waiting)
 
     def teardown(self) -> None:
         if not hasattr(self, "stack"):

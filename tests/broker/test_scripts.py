@@ -41,8 +41,7 @@ async def test_put_twice_stores_once(broker: Broker) -> None:
     before = await broker.queue.status()
     assert await broker.queue.put("g1", group(1), v_min=0, v_max=0) == "duplicate"
     assert await broker.queue.status() == before
-    assert (before.accepted, before.groups, before.sequences, before.sizes) == (1, 1, 2, {2: 1})
-    assert (before.env_groups, before.env_sequences) == ({"0": 1}, {"0": 2})
+    assert (before.accepted, before.groups, before.sequences, before.waiting) == (1, 1, 2, {"0": {2: 1}})
 
 
 async def test_a_blob_loses_its_ttl_when_it_is_queued_and_not_before(broker: Broker) -> None:
@@ -138,7 +137,7 @@ async def test_form_moves_all_or_none_and_only_once(broker: Broker) -> None:
     status = await broker.queue.status()
     assert (status.formed, status.delivered) == (1, 0)
     assert (status.groups, status.sequences) == (3, 6)  # a formed batch counts until it is delivered
-    assert (status.sizes, status.env_sequences) == ({2: 1}, {"0": 2})
+    assert status.waiting == {"0": {2: 1}}
 
 
 # -- DROP ---------------------------------------------------------------------------------------------------------
@@ -165,7 +164,7 @@ async def test_what_is_too_stale_is_dropped_once_and_never_batched(broker: Broke
     ids = [id_ for id_, _ in queued]
     assert await broker.scripts.drop(keys=[keys.groups, keys.dead, keys.state], args=[9, 5, *ids]) == 0
     status = await broker.queue.status()
-    assert (status.dead, status.dropped, status.sizes, status.bytes) == (2, {"stale": 2}, {}, 0)
+    assert (status.dead, status.dropped, status.waiting, status.bytes) == (2, {"stale": 2}, {}, 0)
     assert (await audit(broker)).findings == []
 
 

@@ -136,6 +136,35 @@ def test_a_whole_job_reads_the_same(both: Both) -> None:
         both.get(path)
 
 
+def test_odd_sizes_are_buffered_the_same(both: Both) -> None:
+    both.register()
+    both.batch()
+    for group_size in (4, 8):
+        both.post("/register-env", {**ENV, "group_size": group_size})
+    numbers = iter(range(100))
+    for env_id, sizes in ((0, (2, 1, 1, 4, 1, 2, 1)), (1, (4, 2, 8, 1, 1, 2, 2, 2, 2))):
+        for size in sizes:
+            both.post("/scored_data", group(next(numbers), size, env_id=env_id))
+    both.post("/scored_data_list", [group(next(numbers), size, env_id=0) for size in (2, 4, 1, 1)])
+    both.post("/scored_data_list", [group(next(numbers), 4, env_id=0)])
+    both.post("/scored_data", group(next(numbers), 2, env_id=7))
+
+
+def test_minimum_allocations_make_the_same_batches(both: Both) -> None:
+    both.register()
+    both.batch()
+    for minimum in (None, 0.25, 0.5):
+        both.post("/register-env", {**ENV, "min_batch_allocation": minimum})
+    chance, numbers, batches = random.Random(1), iter(range(1000)), 0
+    for env_id in (0, 0, 0, 1, 2, 2):  # fewer than two batches, or upstream hands out the newer one first
+        both.post("/scored_data", group(next(numbers), 2, env_id=env_id))
+    while batches < 12:
+        assert both.batch() is not None
+        batches += 1
+        for env_id in (1, 2, chance.choice((0, 1, 2)), chance.choice((0, 2))):
+            both.post("/scored_data", group(next(numbers), 2, env_id=env_id))
+
+
 def test_lax_numbers_and_unknown_keys_read_the_same(both: Both) -> None:
     both.register(batch_size="8", num_steps=100.0, unknown=1)
     both.get("/info")

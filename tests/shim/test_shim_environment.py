@@ -22,6 +22,7 @@ from lachesis.broker import EmbeddedRedis, connect_blocking
 from lachesis.broker.audit import audit
 
 STEPS, BATCH, SIZE, OFF_POLICY = 8, 8, 4, 2
+PACK = BATCH // SIZE  # groups in a batch
 
 
 @pytest.mark.parametrize("guarded", [False, True], ids=["open", "a run of its own, with tokens"])
@@ -61,13 +62,15 @@ def test_a_whole_job(shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path,
     assert out.splitlines()[-1] == "sent by canned_0, id 0, checkpoints in /checkpoints"
     if guarded:
         assert tokens[1] not in out + errors
+    if rest[:PACK] == first[-PACK:]:  # the shim was killed before it could note that this batch had arrived
+        rest = rest[PACK:]
     trained = [*first, *rest]
     assert len(trained) == len(set(trained))
-    assert len(trained) >= STEPS * BATCH // SIZE
+    assert len(trained) >= STEPS * PACK
     with connect_blocking(shared_redis.url, run_name) as blocking:
         report = blocking.call(audit, blocking.broker)
     assert report.findings == []
-    assert report.trained >= len(trained) - BATCH // SIZE  # the last batch may not have been acknowledged
+    assert report.trained >= len(trained) - PACK  # the last batch may not have been acknowledged
 
 
 def train(url: str, environment: subprocess.Popen[str], steps: int) -> list[int]:
@@ -77,7 +80,7 @@ def train(url: str, environment: subprocess.Popen[str], steps: int) -> list[int]
     while environment.poll() is None:
         assert time.monotonic() < deadline
         status = requests.get(f"{url}/status", timeout=10).json()
-        assert status["queue_size"] <= (OFF_POLICY + 1) * BATCH // SIZE
+        assert status["queue_size"] <= (OFF_POLICY + 1) * PACK
         batch = requests.get(f"{url}/batch", timeout=10).json()["batch"]
         if batch is None:
             time.sleep(0.05)

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from trajectories import TRAINER, group, number_of, serving
+from trajectories import ENV, TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.codec import tokens_digest
@@ -56,6 +56,29 @@ async def test_equal_groups_of_one_list_are_different_and_a_repeated_list_is_not
     assert (await registered.get("/status")).json()["queue_size"] == 3
     empty = await registered.post("/scored_data_list", json=[])
     assert empty.json() == {"status": "received", "groups_processed": 0}
+
+
+# -- odd sizes ----------------------------------------------------------------------------------------------------
+
+
+async def test_groups_of_odd_sizes_are_called_buffered_and_wait_in_the_open(registered: httpx.AsyncClient) -> None:
+    await registered.post("/register-env", json={**ENV, "group_size": 3})
+
+    async def post(number: int, size: int, **more: Any) -> Any:
+        return (await registered.post("/scored_data", json=group(number, size, **more))).json()
+
+    assert await post(1, 3, env_id=0) == {"status": "received"}
+    assert await post(2, 2, env_id=0) == {"status": "buffered", "buffer_size": 2}
+    assert await post(2, 2, env_id=0) == {"status": "buffered", "buffer_size": 2}, "posted again"
+    for other in (None, 1, -1):
+        assert await post(3, 2, env_id=other) == {"status": "received"}
+    assert await post(4, 1, env_id=0) == {"status": "buffered", "buffer_size": 0}
+    odd = [group(5, 1, env_id=0), group(6, 3, env_id=0), group(7, 2, env_id=1), group(8, 1, env_id=0)]
+    answer = (await registered.post("/scored_data_list", json=odd)).json()
+    assert answer == {"status": "received", "groups_processed": 4, "buffered": 2, "last_buffer_size": 2}
+    for numbers in ([2, 3], [3, 3], [1, 4], [5, 6]):
+        batch = (await registered.get("/batch")).json()["batch"]
+        assert [number_of(item) for item in batch] == numbers
 
 
 # -- compressed ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from trajectories import ENV, KEYS, TRAINER, group
 
 from lachesis.broker import Broker
+from lachesis.broker.parties import ALIVE_S
 from lachesis.broker.records import EnvConfig, EnvRecord, QueueStatus, TrainerConfig
 from lachesis.shim.status import env_status
 
@@ -218,6 +220,21 @@ async def test_other_settings_are_refused_while_a_trainer_is_active(
     assert "a trainer holds policy 'main'" in response.json()["detail"]
 
 
+async def test_silent_environments_do_not_dilute_the_others(registered: httpx.AsyncClient, broker: Broker) -> None:
+    for minimum in (None, 0.5):
+        await registered.post("/register-env", json={**ENV, "min_batch_allocation": minimum})
+
+    async def told() -> tuple[float, float]:
+        answer = (await status_env(registered, 0)).json()
+        return answer["env_weight"], answer["unallocated_fraction"]
+
+    assert await told() == (0.5, 0.5)
+    await broker.redis.hset(broker.keys.envs, "heard:1", time.time() - ALIVE_S)
+    assert await told() == (1.0, 1.0)
+    await registered.post("/scored_data", json=group(1, env_id=1))
+    assert await told() == (0.5, 0.5)
+
+
 async def test_health(registered: httpx.AsyncClient, run_name: str) -> None:
     await registered.post("/scored_data", json=group(1))
     await registered.post("/scored_data", json=group(1))
@@ -230,14 +247,19 @@ async def test_health(registered: httpx.AsyncClient, run_name: str) -> None:
 # -- the formulas, where no small run reaches ---------------------------------------------------------------------
 
 
-def environment(env_id: int, weight: float = 1.0, minimum: float | None = None, *, connected: bool = True) -> EnvRecord:
-    return EnvRecord(env_id, "e", EnvConfig(100, "e", weight, 4, minimum), connected)
+NOW = 1e9
+
+
+def environment(
+    env_id: int, weight: float = 1.0, minimum: float | None = None, *, connected: bool = True, heard_at: float = NOW
+) -> EnvRecord:
+    return EnvRecord(env_id, "e", EnvConfig(100, "e", weight, 4, minimum), connected, heard_at=heard_at)
 
 
 def queue(**sequences: int) -> QueueStatus:
-    env_sequences = {name.removeprefix("e"): count for name, count in sequences.items() if name != "undelivered"}
-    total = sum(sequences.values())
-    return QueueStatus(total // 4, total, 0, 0, 1, 1, {4: 1, 8: 1}, {}, env_sequences)
+    """Sequences in groups of 4, and one of 8 without an environment."""
+    waiting = {name.removeprefix("e"): {4: count // 4} for name, count in sequences.items() if name != "undelivered"}
+    return QueueStatus(0, 8 + sum(sequences.values()), 0, 0, 1, 1, {**waiting, "-": {8: 1}})
 
 
 CONFIG = TrainerConfig("", "", 32, 64, "", 1, 0, 1)
@@ -245,17 +267,29 @@ CONFIG = TrainerConfig("", "", 32, 64, "", 1, 0, 1)
 
 def test_what_is_reserved_for_others_is_not_queued_for_this_one() -> None:
     envs = [environment(0), environment(1, minimum=0.5), environment(2, minimum=0.25, connected=False)]
-    told = env_status(0, envs, queue(e0=8, e1=20, e2=3), CONFIG)
-    assert told["queue_size"] == (8 + (24 - 16) + 8) // 4
+    told = env_status(0, envs, queue(e0=8, e1=20, e2=4), CONFIG, NOW)
+    assert told["max_group_size"] == 8
+    assert told["queue_size"] == (8 + (24 - 16) + 8 + 8) // 4
     assert told["unallocated_fraction"] == 0.5
     assert told["self_queue_size"] == 2
 
 
 def test_batches_formed_and_not_delivered_are_still_queued() -> None:
-    assert env_status(0, [environment(0)], queue(e0=8, undelivered=32), CONFIG)["queue_size"] == 10
+    assert env_status(0, [environment(0)], queue(e0=8, undelivered=32), CONFIG, NOW)["queue_size"] == (8 + 32 + 8) // 4
 
 
 def test_weights_of_nothing_do_not_divide_by_zero() -> None:
-    assert env_status(0, [environment(0, weight=-1.0)], queue(), CONFIG)["env_weight"] == 1.0
-    assert env_status(0, [environment(0, connected=False)], queue(), CONFIG)["env_weight"] == 1.0
-    assert env_status(0, [environment(0, weight=-1.0), environment(1)], queue(), CONFIG)["env_weight"] == 0.01
+    for envs, weight in (
+        ([environment(0, weight=-1.0)], 1.0),
+        ([environment(0, connected=False)], 1.0),
+        ([environment(0, weight=-1.0), environment(1)], 0.01),
+    ):
+        assert env_status(0, envs, queue(), CONFIG, NOW)["env_weight"] == weight
+
+
+def test_the_silent_count_for_nothing() -> None:
+    silent = environment(1, minimum=0.5, heard_at=NOW - ALIVE_S)
+    quiet = environment(2, minimum=0.25, heard_at=NOW - ALIVE_S + 1)
+    told = env_status(0, [environment(0), silent, quiet], queue(e0=8, e1=16), CONFIG, NOW)
+    assert (told["env_weight"], told["unallocated_fraction"]) == (0.5, 0.75)
+    assert told["queue_size"] == (8 + 16 + 8) // 4
