@@ -19,6 +19,7 @@ from lachesis.shim.access import ADMIN, ANY, ENVIRONMENT, OPEN, TRAINER, Access,
 from lachesis.shim.batches_out import BatchEndpoint, LatestExample
 from lachesis.shim.errors import HANDLERS
 from lachesis.shim.groups_in import GroupsIn
+from lachesis.shim.openapi import openapi
 from lachesis.shim.parties import PartyRoutes
 from lachesis.shim.pressure import HOLD_S, Hold
 from lachesis.shim.runs import Runs
@@ -90,6 +91,7 @@ def _routes(
         route("GET", "/reset_data", parties.reset_data, ADMIN),
         *([route("GET", "/runs", runs, ADMIN)] if own else []),
         route("GET", "/healthz", status.healthz, OPEN),
+        route("GET", "/openapi.json", openapi, OPEN),
     ]
 
 

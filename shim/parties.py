@@ -5,15 +5,19 @@ from __future__ import annotations
 import uuid
 
 import msgspec
-from msgspec import structs
+from msgspec import Struct, structs
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from lachesis.broker import Broker, Conflict
 from lachesis.broker.records import EnvConfig, TrainerConfig
 from lachesis.shim.bodies import decode, read_body
+from lachesis.shim.errors import Malformed, detail
 from lachesis.shim.status import EnvIdentifier, current_step
 from lachesis.shim.trainers import HttpTrainers, consumer_of
+
+MAX_BATCH_SIZE = 1 << 20  # sequences of one step: choosing a batch takes this many bits
+MAX_NUMBER = 2**53  # what JSON numbers hold exactly; products and sums of these are finite
 
 
 class PartyRoutes:
@@ -24,6 +28,10 @@ class PartyRoutes:
 
     async def register(self, request: Request) -> Response:
         config = decode(TrainerConfig, await read_body(request, self._max_body_bytes))
+        _check_sizes(config)
+        if not 1 <= config.batch_size <= MAX_BATCH_SIZE:
+            rule = f"must be between 1 and {MAX_BATCH_SIZE} sequences"
+            raise Malformed([detail("value_error", ["batch_size"], config.batch_size, rule)])
         consumer = consumer_of(request)
         await self._adopt(config)
         await self._broker.enlist()
@@ -47,6 +55,7 @@ class PartyRoutes:
 
     async def register_env(self, request: Request) -> Response:
         config = decode(EnvConfig, await read_body(request, self._max_body_bytes))
+        _check_sizes(config)
         parties = self._broker.parties
         trainer = await parties.trainer_config()
         if trainer is None or not await parties.started():
@@ -97,3 +106,11 @@ def _differing(earlier: TrainerConfig, config: TrainerConfig) -> str:
     names = [name for name in config.__struct_fields__ if name != "starting_step"]
     changed = [name for name in names if getattr(earlier, name) != getattr(config, name)]
     return ", ".join(f"{name} = {getattr(earlier, name)!r} (not {getattr(config, name)!r})" for name in changed)
+
+
+def _check_sizes(config: Struct) -> None:
+    """Raise Malformed for a number that later answers to others could not be computed with."""
+    for name in config.__struct_fields__:
+        value = getattr(config, name)
+        if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
+            raise Malformed([detail("value_error", [name], value, "must be between -2^53 and 2^53")])

@@ -3,87 +3,20 @@
 from __future__ import annotations
 
 import random
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
-from trajectories import ENV, TRAINER, group, shim_process, wait_until_up
+from side_by_side import BATCH, Both, side_by_side
+from trajectories import ENV, TRAINER, group
 
 from lachesis.broker import EmbeddedRedis
-
-BATCH = 8
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-class Both:
-    """Calls both servers and demands the same status code and JSON of them."""
-
-    def __init__(self, upstream: str, shim: str) -> None:
-        self.upstream = httpx.Client(base_url=upstream, timeout=30)
-        self.shim = httpx.Client(base_url=shim, timeout=30)
-
-    def each(self, method: str, path: str, **how: Any) -> tuple[httpx.Response, httpx.Response]:
-        return self.upstream.request(method, path, **how), self.shim.request(method, path, **how)
-
-    def same(self, method: str, path: str, **how: Any) -> Any:
-        theirs, ours = self.each(method, path, **how)
-        assert ours.status_code == theirs.status_code, (path, theirs.text, ours.text)
-        assert ours.headers["content-type"] == theirs.headers["content-type"], path
-        if "json" not in theirs.headers["content-type"]:
-            assert ours.text == theirs.text
-            return ours.text
-        assert ours.json() == theirs.json(), path
-        return ours.json()
-
-    def get(self, path: str, **how: Any) -> Any:
-        return self.same("GET", path, **how)
-
-    def post(self, path: str, body: object) -> Any:
-        return self.same("POST", path, json=body)
-
-    def register(self, **settings: Any) -> None:
-        for answer in self.each("POST", "/register", json={**TRAINER, "batch_size": BATCH, **settings}):
-            assert list(answer.json()) == ["uuid"]
-            assert isinstance(answer.json()["uuid"], int)
-
-    def batch(self) -> list[dict[str, Any]] | None:
-        """Both servers' next batch; the order of groups within one is not part of the contract."""
-        theirs, ours = (answer.json()["batch"] for answer in self.each("GET", "/batch"))
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            assert sorted(map(repr, map(sorted_items, ours))) == sorted(map(repr, map(sorted_items, theirs)))
-        return ours  # type: ignore[no-any-return]
-
-
-def sorted_items(item: dict[str, Any]) -> list[tuple[str, Any]]:
-    return sorted(item.items())
 
 
 @pytest.fixture
 def both(shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path) -> Iterator[Both]:
-    ports = free_port(), free_port()
-    urls = [f"http://127.0.0.1:{port}" for port in ports]
-    run_api = Path(sys.executable).parent / "run-api"
-    command = [run_api, "--host", "127.0.0.1", "--port", str(ports[0])]
-    upstream = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        arguments = ("--redis-url", shared_redis.url, "--run", run_name, "--port", str(ports[1]))
-        with shim_process(tmp_path / "log", *arguments) as shim:
-            wait_until_up(urls[0], upstream)
-            wait_until_up(urls[1], shim, tmp_path / "log")
-            yield Both(*urls)
-    finally:
-        upstream.kill()
-        upstream.wait()
+    with side_by_side(shared_redis.url, run_name, tmp_path / "log") as both:
+        yield both
 
 
 def test_a_whole_job_reads_the_same(both: Both) -> None:
