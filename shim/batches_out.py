@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import orjson
@@ -23,6 +24,8 @@ from lachesis.shim.trainers import HttpTrainers, consumer_of
 
 TURN_S = 30.0  # a trainer's second call waits this long for its first one to be served
 CHUNK_BYTES = 512 << 10  # of JSON; a millisecond of compression
+COMPRESSED_FROM = 1000  # bytes, as everywhere else (app.py)
+END = b"]}"
 
 KEYS = ScoredGroup.__struct_fields__
 
@@ -83,7 +86,7 @@ class BatchEndpoint:
                 reward = await writer.groups(blobs)
                 if peer.gone:
                     return
-                end = writer.end()
+                end = await writer.end()
                 await self._trainers.sending(consumer, step, reward)
                 if await peer.write(end, more=False):
                     await self._trainers.sent(consumer, step, reward)
@@ -107,13 +110,12 @@ class _Writer:
     """`{"batch":[…]}` to the peer, less its end. Other requests are served after every CHUNK_BYTES of it."""
 
     def __init__(self, peer: Peer, *, gzip: bool) -> None:
-        self._peer = peer
-        self._gzip = isal_zlib.compressobj(level=1, wbits=16 + isal_zlib.MAX_WBITS) if gzip else None
+        self._peer, self._gzip_accepted = peer, gzip
+        self._held: bytes | None = b""  # the beginning, until it is long enough to be worth compressing
+        self._gzip: Any = None
 
     async def groups(self, blobs: Sequence[bytes]) -> float:
         """Write all groups; returns the mean score of their sequences."""
-        headers = [(b"content-type", b"application/json"), (b"vary", b"Accept-Encoding")]
-        await self._peer.start([*headers, (b"content-encoding", b"gzip")] if self._gzip else headers)
         scores = []
         before = b'{"batch":['
         for blob in blobs:
@@ -123,16 +125,31 @@ class _Writer:
             before = b","
         return float(np.concatenate(scores).mean())
 
+    async def end(self) -> bytes:
+        """What is left to write: the batch is whole with it, and not without it."""
+        if self._held is not None:
+            await self._start(gzip=False)
+        return self._gzip.compress(END) + self._gzip.flush() if self._gzip else (self._held or b"") + END
+
     async def _write(self, body: bytes) -> None:
+        if self._held is not None:
+            self._held += body
+            if len(self._held) + len(END) < COMPRESSED_FROM:
+                return
+            body, self._held = self._held, None
+            await self._start(gzip=self._gzip_accepted)
         for start in range(0, len(body), CHUNK_BYTES):
             chunk = body[start : start + CHUNK_BYTES]
             if chunk := self._gzip.compress(chunk) if self._gzip else chunk:
                 await self._peer.write(chunk, more=True)
             await asyncio.sleep(0)
 
-    def end(self) -> bytes:
-        """What is left to write: the batch is whole with it, and not without it."""
-        return self._gzip.compress(b"]}") + self._gzip.flush() if self._gzip else b"]}"
+    async def _start(self, *, gzip: bool) -> None:
+        headers = [(b"content-type", b"application/json")]
+        if gzip:
+            self._gzip = isal_zlib.compressobj(level=1, wbits=16 + isal_zlib.MAX_WBITS)
+            headers += [(b"content-encoding", b"gzip"), (b"vary", b"Accept-Encoding")]
+        await self._peer.start(headers)
 
 
 def to_json(group: Group) -> bytes:

@@ -133,6 +133,8 @@ class Health(Struct):
     run: str
     groups: dict[str, int]  # counts of this process, as are those of lineage
     lineage: dict[str, int]
+    dead: int | UnsetType = UNSET  # of the run, as is dropped: not known without Redis
+    dropped: dict[str, int] | UnsetType = UNSET
 
 
 class Route(NamedTuple):

@@ -99,6 +99,14 @@ def test_long_answers_are_compressed_as_upstream_does(both: Both, accepted: str)
         same(both.each("GET", path, headers={"Accept-Encoding": accepted}), "content-encoding", "content-type", "vary")
 
 
+def test_a_short_batch_is_not(both: Both) -> None:
+    for number, length in ((1, 3), (2, 60)):
+        both.post("/scored_data", group(number, BATCH, length=length))
+        answer = same(both.each("GET", "/batch", headers={"Accept-Encoding": "gzip"}), "content-encoding", "vary")
+        assert (len(answer.content) >= 1000) == (length == 60)
+        assert answer.headers.get("content-encoding") == ("gzip" if length == 60 else None)
+
+
 def test_short_answers_are_not(both: Both) -> None:
     """The boundary is at 1000 bytes; these answers are spelled alike, to the byte."""
     for length, encoding in ((999, None), (1000, "gzip")):
