@@ -8,6 +8,9 @@ complement for it arrives.
 An environment may be promised a minimum of every batch. How much of it the queue can give is worked out from the
 numbers of queued groups by environment and size (`attainable`), so the queue is only read when there is a batch in it.
 
+Where sizes differ, others might pass a group by again and again. So every 64th batch is made around the oldest group
+that any batch can hold: no group waits for ever that could be trained.
+
 Sets of totals are bitsets: bit s of an integer says that some of the groups have s sequences together. Adding a group
 to those it was made of is one shift.
 """
@@ -17,16 +20,43 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+TURN_EVERY = 64  # steps
 OTHERS = ""  # in place of an environment: all that have no minimum
 
 
 def choose(sizes: Sequence[int], batch_size: int) -> list[int] | None:
-    """Indices, in queue order, of the groups of the next batch, or None if no batch can be made yet.
+    """Indices, in queue order, of the oldest groups that make a batch, or None if no batch can be made yet.
 
     `sizes` are the queued groups' numbers of sequences, oldest first.
     """
-    _check(batch_size)
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size}: must be at least 1")
     return _oldest(sizes, batch_size)
+
+
+def next_batch(
+    sizes: Sequence[int],
+    envs: Sequence[str],
+    batch_size: int,
+    minimums: Mapping[str, int],
+    waiting: Mapping[str, Mapping[int, int]],
+    step: int,
+) -> list[int] | None:
+    """Indices, in queue order, of the groups of batch `step`; None if it takes more of the queue than these groups.
+
+    `sizes` and `envs` are of the oldest groups; `waiting` counts all of the queue, and `minimums` are attainable in it.
+    """
+    if step % TURN_EVERY == 0 and (oldest := _oldest_that_fits(sizes, envs, batch_size, minimums, waiting)) is not None:
+        env, size = envs[oldest], sizes[oldest]
+        others = [index for index in range(len(sizes)) if index != oldest]
+        chosen = choose_with_minimums(
+            [sizes[index] for index in others],
+            [envs[index] for index in others],
+            batch_size - size,
+            _less(minimums, env, size),
+        )
+        return None if chosen is None else sorted([oldest, *(others[place] for place in chosen)])
+    return choose_with_minimums(sizes, envs, batch_size, minimums)
 
 
 def choose_with_minimums(
@@ -37,7 +67,6 @@ def choose_with_minimums(
     `envs` says whose the groups are. Three tries: the oldest batch; the oldest batch when each environment's oldest
     groups, up to its minimum, count as older than all others (upstream's two passes); any batch at all.
     """
-    _check(batch_size)
     heads = _heads(sizes, envs, minimums)
     for order in (range(len(sizes)), sorted(range(len(sizes)), key=lambda index: index not in heads)):
         found = _oldest([sizes[index] for index in order], batch_size)
@@ -102,11 +131,6 @@ def left_over(counts: Mapping[int, int], group_size: int) -> int:
     return _total(left)
 
 
-def _check(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size}: must be at least 1")
-
-
 def _oldest(sizes: Sequence[int], total: int) -> list[int] | None:
     """The oldest subset with that total in the shortest prefix that has one."""
     within = (2 << total) - 1
@@ -127,6 +151,32 @@ def _oldest(sizes: Sequence[int], total: int) -> list[int] | None:
             chosen.append(index)
             total -= sizes[index]
     return chosen[::-1]
+
+
+def _oldest_that_fits(
+    sizes: Sequence[int],
+    envs: Sequence[str],
+    batch_size: int,
+    minimums: Mapping[str, int],
+    waiting: Mapping[str, Mapping[int, int]],
+) -> int | None:
+    """Index of the oldest group that some batch of all that waits can hold without costing anyone's minimum."""
+    hopeless = set()
+    for index, (env, size) in enumerate(zip(envs, sizes, strict=True)):
+        if (env, size) not in hopeless:
+            counts = waiting.get(env, {})
+            others = {**waiting, env: {**counts, size: counts.get(size, 0) - 1}}
+            least = _less(minimums, env, size)
+            alone = size == batch_size and not any(least.values())
+            if alone or attainable(others, least, batch_size - size) == least:
+                return index
+            hopeless.add((env, size))
+    return None
+
+
+def _less(minimums: Mapping[str, int], env: str, size: int) -> dict[str, int]:
+    """What is still to be given when `env` has given `size` sequences."""
+    return {name: max(0, least - size) if name == env else least for name, least in minimums.items()}
 
 
 def _heads(sizes: Sequence[int], envs: Sequence[str], minimums: Mapping[str, int]) -> set[int]:

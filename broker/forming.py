@@ -81,7 +81,7 @@ class Forming:
             at_end = len(slice_) < count
             if len(found) < wanted and not at_end:
                 continue
-            chosen = allot.choose_with_minimums(sizes, envs, batch_size, minimums)
+            chosen = allot.next_batch(sizes, envs, batch_size, minimums, status.waiting, status.formed + 1)
             if chosen is not None:
                 return [found[index] for index in chosen]
             if at_end:

@@ -15,7 +15,7 @@ from atroposlib.api.utils import (
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from lachesis.broker.allot import attainable, choose, choose_with_minimums, left_over, minimums
+from lachesis.broker.allot import TURN_EVERY, attainable, choose, choose_with_minimums, left_over, minimums, next_batch
 
 Groups = list[tuple[str, int]]  # (environment, sequences), oldest first
 
@@ -48,12 +48,13 @@ def counted(groups: Groups) -> dict[str, Counter[int]]:
     return waiting
 
 
-def next_batch(groups: Groups, batch_size: int, least: dict[str, int]) -> list[int] | None:
+def batch_of(groups: Groups, batch_size: int, least: dict[str, int], step: int = 1) -> list[int] | None:
     """As the queue does it: what the counters promise, then the choice."""
     met = attainable(counted(groups), least, batch_size)
     if met is None:
         return None
-    return choose_with_minimums([size for _, size in groups], [env for env, _ in groups], batch_size, met)
+    sizes, envs = [size for _, size in groups], [env for env, _ in groups]
+    return next_batch(sizes, envs, batch_size, met, counted(groups), step)
 
 
 # -- without minimums ---------------------------------------------------------------------------------------------
@@ -132,10 +133,12 @@ def test_as_much_of_the_minimums_as_there_can_be(groups: Groups, least: dict[str
     assert met == (dict(zip(least, max(given_to), strict=True)) if batches else None)
 
 
-@given(queues, promises, st.integers(1, 12))
+@given(queues, promises, st.integers(1, 12), st.sampled_from((1, TURN_EVERY)))
 @settings(max_examples=500, deadline=None)
-def test_a_batch_is_exact_and_meets_what_can_be_met(groups: Groups, least: dict[str, int], batch_size: int) -> None:
-    chosen = next_batch(groups, batch_size, least)
+def test_a_batch_is_exact_and_meets_what_can_be_met(
+    groups: Groups, least: dict[str, int], batch_size: int, step: int
+) -> None:
+    chosen = batch_of(groups, batch_size, least, step)
     oldest = choose([size for _, size in groups], batch_size)
     assert (chosen is None) == (oldest is None)
     if chosen is None or oldest is None:
@@ -144,8 +147,15 @@ def test_a_batch_is_exact_and_meets_what_can_be_met(groups: Groups, least: dict[
     assert sum(groups[index][1] for index in chosen) == batch_size
     met = attainable(counted(groups), least, batch_size) or {}
     assert all(taken(groups, chosen, env) >= minimum for env, minimum in met.items())
-    if all(taken(groups, oldest, env) >= minimum for env, minimum in met.items()):
+    if step == 1 and all(taken(groups, oldest, env) >= minimum for env, minimum in met.items()):
         assert chosen == oldest
+    if step == TURN_EVERY:
+        fine = [
+            batch
+            for batch in subsets([size for _, size in groups], batch_size)
+            if all(taken(groups, batch, env) >= minimum for env, minimum in met.items())
+        ]
+        assert min(chosen) == min(map(min, fine))
 
 
 @given(queues, promises, st.integers(1, 12))
@@ -188,7 +198,7 @@ def test_where_upstream_meets_the_minimums_so_do_we(
     assert theirs is not None
     least = minimums({str(env): share for env, share in allocations.items()}, batch_size)
     assert all(env in counted(groups) for env in least), "upstream makes no batch where we would wait"
-    ours = next_batch(groups, batch_size, least)
+    ours = batch_of(groups, batch_size, least)
     assert ours is not None
     if all(taken(groups, theirs, env) >= minimum for env, minimum in least.items()):
         assert all(taken(groups, ours, env) >= minimum for env, minimum in least.items())
@@ -202,13 +212,13 @@ def test_equal_sizes_with_minimums_are_batched_as_upstream_does(
     theirs = upstream_batch(groups, allocations, size * count)
     least = minimums({str(env): share for env, share in allocations.items()}, size * count)
     assume(theirs is not None and sum(-(-minimum // size) for minimum in least.values()) <= count)
-    assert next_batch(groups, size * count, least) == theirs
+    assert batch_of(groups, size * count, least) == theirs
 
 
 def test_what_deadlocks_upstream_with_minimums_does_not_here() -> None:
-    assert next_batch([("0", 4), ("0", 4)], 8, {"0": 2, "1": 4}) == [0, 1]  # nothing of 1
-    assert next_batch([("0", 4), ("1", 3), ("0", 4)], 8, {"1": 2}) == [0, 2]  # 3 does not fit
-    assert next_batch([("0", 9), ("-", 4), ("0", 3), ("0", 1)], 8, {"0": 4}) == [1, 2, 3]
+    assert batch_of([("0", 4), ("0", 4)], 8, {"0": 2, "1": 4}) == [0, 1]  # nothing of 1
+    assert batch_of([("0", 4), ("1", 3), ("0", 4)], 8, {"1": 2}) == [0, 2]  # 3 does not fit
+    assert batch_of([("0", 9), ("-", 4), ("0", 3), ("0", 1)], 8, {"0": 4}) == [1, 2, 3]
 
 
 def test_minimums_of_more_than_a_batch_are_scaled() -> None:
@@ -223,16 +233,21 @@ def test_minimums_of_more_than_a_batch_are_scaled() -> None:
 )
 @settings(deadline=None)
 def test_no_group_waits_for_ever(groups: Groups, least: dict[str, int]) -> None:
-    """Minimums leave a share of the batch of 12, and what is taken arrives again: all of the first groups get a turn."""
+    """What is taken arrives again, for ever: all that were there get their turn, but those for which minimums leave none."""
     queue = list(enumerate(groups))
-    for _ in range(200):
-        chosen = next_batch([group for _, group in queue], 12, least)
+    for number in range(8 * len(groups)):
+        step = 1 if number % 8 else TURN_EVERY  # turns more often than they come, to be done sooner
+        chosen = batch_of([group for _, group in queue], 12, least, step)
         assert chosen is not None
         again = [(number + len(groups), group) for number, group in (queue[index] for index in chosen)]
         queue = [item for index, item in enumerate(queue) if index not in chosen] + again
-        if queue[0][0] >= len(groups):
-            return
-    raise AssertionError(f"group {queue[0]} waits for ever")
+    met = attainable(counted(groups), least, 12) or {}
+    for number, (env, size) in queue:
+        if number < len(groups):
+            others = [group for other, group in queue if other != number]
+            still = {name: max(0, minimum - size * (name == env)) for name, minimum in met.items()}
+            sizes, envs = [size for _, size in others], [env for env, _ in others]
+            assert choose_with_minimums(sizes, envs, 12 - size, still) is None, f"group {number} waits for ever"
 
 
 # -- odd sizes ----------------------------------------------------------------------------------------------------

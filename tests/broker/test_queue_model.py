@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 from scored import group, trained
 
 from lachesis.broker import EmbeddedRedis, LeaseLost, connect_blocking
-from lachesis.broker.allot import choose
+from lachesis.broker.allot import next_batch
 from lachesis.broker.audit import audit
 from lachesis.broker.records import Lease, Limits, TrainerConfig, WeightsEntry
 
@@ -179,7 +179,17 @@ class QueueModel(RuleBasedStateMachine):
                 each.given_up[step] = []
 
     def choose(self) -> list[int] | None:
-        return choose([self.size[gid] for gid in self.waiting], BATCH)
+        sizes, envs = [self.size[gid] for gid in self.waiting], [self.env_name(gid) for gid in self.waiting]
+        return next_batch(sizes, envs, BATCH, {}, self.counted(), self.formed + 1)
+
+    def env_name(self, gid: str) -> str:
+        return "-" if self.env[gid] is None else str(self.env[gid])
+
+    def counted(self) -> dict[str, Counter[int]]:
+        waiting: dict[str, Counter[int]] = {}
+        for gid in self.waiting:
+            waiting.setdefault(self.env_name(gid), Counter())[self.size[gid]] += 1
+        return waiting
 
     def drop_stale(self, chosen: list[str]) -> bool:
         stale = [gid for gid in chosen if 0 < self.max_lag < self.version - self.v_min[gid]]
@@ -256,11 +266,7 @@ class QueueModel(RuleBasedStateMachine):
         assert status.sequences == sum(self.size[gid] for gid in queued)
         assert (status.formed, status.delivered) == (self.formed, delivered)
         assert (status.dead, status.purged) == (len(self.dead), len(self.purged))
-        counted = Counter(
-            {(env, size): count for env, sizes in status.waiting.items() for size, count in sizes.items()}
-        )
-        names = {gid: "-" if self.env[gid] is None else str(self.env[gid]) for gid in self.waiting}
-        assert counted == Counter((names[gid], self.size[gid]) for gid in self.waiting)
+        assert status.waiting == self.counted()
 
     def teardown(self) -> None:
         if not hasattr(self, "stack"):
