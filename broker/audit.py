@@ -88,7 +88,8 @@ async def audit(broker: Broker, policy: str = "main") -> AuditReport:
         find(f"steps both committed and given up: {_some(both)}")
 
     undelivered = [batch for batch in batches if batch.step > int(raw_state.get(b"delivered", 0))]
-    wrong = _miscounted(read_status(raw_state), queued, undelivered, dead) + _miscounted_envs(raw_state, queued)
+    wrong = _miscounted(read_status(raw_state), queued, undelivered, dead)
+    wrong += _miscounted_bytes(raw_state, queued, batches)
     if wrong:
         find(f"counters that contradict the queue: {', '.join(wrong)}")
 
@@ -149,16 +150,18 @@ def _steps_of(policy: str, raw: Mapping[bytes, bytes]) -> dict[int, list[str]]:
     }
 
 
-def _miscounted_envs(state: Mapping[bytes, bytes], queued: Sequence[GroupEntry]) -> list[str]:
-    """The same of the counters that quotas rely on."""
-    recounted: Counter[str] = Counter()
+def _miscounted_bytes(
+    state: Mapping[bytes, bytes], queued: Sequence[GroupEntry], batches: Sequence[BatchEntry]
+) -> list[str]:
+    """The same of the counters that quotas and retention rely on."""
+    recounted = Counter({"kept_bytes": sum(batch.bytes for batch in batches)})
     for entry in queued:
         recounted[f"env_sequences:{entry.env}"] += entry.n
         recounted[f"env_bytes:{entry.env}"] += entry.bytes
     told = {
         name.decode(): int(value)
         for name, value in state.items()
-        if name.startswith((b"env_sequences:", b"env_bytes:"))
+        if name == b"kept_bytes" or name.startswith((b"env_sequences:", b"env_bytes:"))
     }
     return [
         f"{name} {told.get(name, 0)}, recounted {recounted[name]}"

@@ -20,6 +20,10 @@ class RedisUnsuitable(LachesisError, RuntimeError):
     """The server is too old, or may evict data."""
 
 
+class ArchiveUnreadable(LachesisError, ValueError):
+    """A segment of an archive is damaged, or of another format."""
+
+
 class LeaseLost(LachesisError, RuntimeError):
     """The batch is no longer ours to commit: its lease lapsed or another writer took the policy over."""
 

@@ -97,6 +97,7 @@ class Forming:
             v_min=min(int(fields[b"v_min"]) for _, fields in chosen),
             v_max=max(int(fields[b"v_max"]) for _, fields in chosen),
             formed_at=time.time(),
+            bytes=sum(int(fields[b"bytes"]) for _, fields in chosen),
         )
         ids = [id_ for id_, _ in chosen]
         reply = await self._scripts.form(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lachesis.broker.errors import ConfigurationError
 
 RUNS = "lachesis:runs"  # the one key that belongs to no run
+ARCHIVE = "archive"  # the consumer group of the archiver; no policy may have this name
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -81,6 +82,11 @@ class Keys:
     @property
     def state(self) -> str:
         return self._key("state")
+
+    @property
+    def settings(self) -> str:
+        """What the whole run goes by; a reset leaves it."""
+        return self._key("settings")
 
     @property
     def envs(self) -> str:

@@ -15,7 +15,7 @@ from redis.exceptions import NoScriptError
 from lachesis.broker.connection import Redis
 
 NAMES = (
-    "put", "bury", "form", "drop", "lease", "commit", "retire", "requeue", "purge", "subscribe", "acquire", "adopt",
+    "put", "bury", "form", "drop", "lease", "commit", "retire", "cover", "leave", "requeue", "purge", "subscribe", "acquire", "adopt",
     "register_env", "note", "append", "reset",
 )  # fmt: skip
 
@@ -52,6 +52,8 @@ class Scripts:
     subscribe: Script
     acquire: Script
     adopt: Script
+    cover: Script
+    leave: Script
     register_env: Script
     note: Script
     append: Script

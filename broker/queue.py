@@ -11,9 +11,9 @@ from redis.exceptions import NoScriptError, ResponseError
 from lachesis.broker import allot
 from lachesis.broker.codec import from_entry, to_entry
 from lachesis.broker.connection import Redis
-from lachesis.broker.errors import LeaseLost
+from lachesis.broker.errors import ConfigurationError, LeaseLost
 from lachesis.broker.forming import Forming, read_status
-from lachesis.broker.keys import Keys
+from lachesis.broker.keys import ARCHIVE, Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.packing import CODEC, from_blob, pack, to_arrays, to_blob
 from lachesis.broker.records import (
@@ -29,6 +29,7 @@ from lachesis.broker.records import (
     QueueStatus,
     ScoredGroup,
 )
+from lachesis.broker.retention import Retention
 from lachesis.broker.staleness import Staleness
 
 BLOB_TTL_S = 600  # a blob not yet in the queue expires after this
@@ -46,6 +47,7 @@ class Queue:
     def __init__(self, redis: Redis, blocking: Redis, scripts: Scripts, keys: Keys) -> None:
         self._redis, self._blocking, self._scripts, self._keys = redis, blocking, scripts, keys
         self.staleness = Staleness(redis, scripts, keys)
+        self.retention = Retention(redis, scripts, keys)
         self._forming = Forming(redis, scripts, keys, self.staleness)
 
     # -- PUT ------------------------------------------------------------------------------------------------------
@@ -128,6 +130,8 @@ class Queue:
 
     async def subscribe(self, policy: str) -> None:
         """Make `policy` a reader of all batches that are still there. Harmless to repeat."""
+        if policy == ARCHIVE:
+            raise ConfigurationError(f"policy = {policy!r}: that name is the archiver's; choose another")
         await self._scripts.subscribe(keys=[self._keys.batches], args=[policy])
 
     async def lease(
@@ -230,25 +234,16 @@ class Queue:
         Not a transaction, which a full Redis refuses: what was delivered first is read first.
         """
         readers = await self._redis.xinfo_groups(self._keys.batches)
-        delivered = next(reader["last-delivered-id"] for reader in readers if reader["name"] == policy.encode())
+        delivered = {reader["name"]: reader["last-delivered-id"] for reader in readers}.get(policy.encode(), b"0-0")
         pending = await self._redis.xpending(self._keys.batches, policy)
         if pending["pending"]:
             return int(pending["min"].split(b"-")[0]) - 1
         return int(delivered.split(b"-")[0])
 
     async def retire(self, policy: str, covered: int) -> int:
-        """Free batches up to step `covered` once every subscribed policy covers them. Returns how many were freed."""
-        await self._scripts.note(keys=[self._keys.state], args=[f"covered:{policy}", covered])
-        policies = [group["name"].decode() for group in await self._redis.xinfo_groups(self._keys.batches)]
-        values = await self._redis.hmget(self._keys.state, [f"covered:{name}" for name in policies])
-        limit = min((int(value or 0) for value in values), default=0)
-        found = await self._redis.xrange(self._keys.batches, "-", f"{limit}-0")
-        for _, fields in found:
-            batch = from_entry(BatchEntry, fields)
-            await self._scripts.retire(
-                keys=[self._keys.batches, *(self._keys.blob(gid) for gid in batch.gids)], args=[batch.step]
-            )
-        return len(found)
+        """`policy` no longer needs batches up to step `covered`. Frees what nobody needs; returns how many that were."""
+        await self.retention.cover(policy, covered)
+        return await self.retention.free()
 
     async def status(self) -> QueueStatus:
         """Counters only: constant time, whatever the queue holds. Formed but undelivered batches count as queued."""

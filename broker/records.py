@@ -98,6 +98,7 @@ class BatchEntry(Struct, frozen=True):
     v_min: int
     v_max: int
     formed_at: float  # seconds since the epoch
+    bytes: int = 0  # of its groups as stored
 
 
 class Lease(Struct, frozen=True):
@@ -204,6 +205,16 @@ class ServerStatus(Struct, frozen=True):
     last_update_s: float = 0.0
     last_error: str = ""
     vocab_size: int = 0  # token ids are below it; 0 before the first model is loaded
+
+
+class ArchiverStatus(Struct, frozen=True):
+    """Heartbeat of the process that archives a run (field `archiver` of the hash `state`)."""
+
+    who: str  # host:pid
+    url: str
+    policy: str  # whose trained batches are archived
+    bytes: int  # written since it started
+    heartbeat: float
 
 
 class QueueStatus(Struct, frozen=True):

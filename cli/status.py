@@ -13,10 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lachesis.broker.client import Broker
+from lachesis.broker.keys import ARCHIVE
+from lachesis.broker.records import ArchiverStatus
+from lachesis.broker.retention import Kept
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli.options import parse
 
 STALE_S = 10.0  # a heartbeat older than this is a dead server's
+ARCHIVER_STALE_S = 30.0
 
 
 class StatusSettings(RedisSettings):
@@ -47,6 +51,8 @@ async def _snapshot(url: str, settings: StatusSettings) -> dict[str, Any]:
             "queue": await broker.queue.status(),
             "newest_step": await broker.queue.newest_committed(settings.policy),
             "newest_weights": await broker.weights.newest(settings.policy),
+            "kept": await broker.queue.retention.kept(),
+            "archiver": await broker.queue.retention.archiver(),
             "servers": sorted(await broker.parties.servers(), key=lambda status: status.server),
             "environments": await broker.parties.envs(),
             "at": time.time(),
@@ -78,6 +84,11 @@ def _show(snapshot: dict[str, Any]) -> None:
     if queue.dead or queue.dropped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(queue.dropped.items()))
         table.add_row("dead", f"{queue.dead} groups (lachesis dead list); dropped so far: {reasons}")
+    kept = snapshot["kept"]
+    if kept.keep_bytes or ARCHIVE in kept.covered:
+        table.add_row("kept", f"{kept.batches} batches, {kept.bytes:,} bytes, steps {kept.first} to {kept.last}")
+    if ARCHIVE in kept.covered:
+        table.add_row("archive", _archive(kept, snapshot["archiver"], step.step if step else 0, snapshot["at"]))
     for server in snapshot["servers"]:
         age = snapshot["at"] - server.heartbeat
         state = server.state if age < STALE_S else f"silent since {_ago(age)}"
@@ -86,6 +97,21 @@ def _show(snapshot: dict[str, Any]) -> None:
         state = "" if env.connected else "  disconnected"
         table.add_row("environment", f"{env.env_id}  {env.name}  groups of {env.config.group_size}{state}")
     console.print(table)
+
+
+def _archive(kept: Kept, archiver: ArchiverStatus | None, trained: int, now: float) -> str:
+    """How far the archive is, and whether somebody writes it: until somebody does, Redis keeps what is trained."""
+    done = kept.covered[ARCHIVE]
+    line = f"steps up to {done}" + (f" of {trained}" if trained > done else "")
+    if archiver is None:
+        return f"{line}; no archiver was ever heard of"
+    line += f" in {archiver.url}"
+    if now - archiver.heartbeat < ARCHIVER_STALE_S:
+        return f"{line}, by {archiver.who}"
+    return (
+        f"{line}; its archiver is silent since {_ago(now - archiver.heartbeat)}, and nothing is freed until it runs again "
+        "(or `lachesis archive --stop`)"
+    )
 
 
 def _ago(seconds: float) -> str:

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lachesis.trainer.crash import crash_point
+from lachesis.broker.crash import crash_point
 from lachesis.trainer.durable import rename_durably, sync_tree
 
 KEEP = 2

@@ -15,11 +15,11 @@ from redis.exceptions import ResponseError
 from structlog.stdlib import BoundLogger
 
 from lachesis.broker import BlockingBroker, Conflict
+from lachesis.broker.crash import crash_point
 from lachesis.broker.records import BatchEntry, Group, Lease, LedgerEntry, TrainerConfig
 from lachesis.trainer.algo import Learner
 from lachesis.trainer.checkpoint import Checkpoints
 from lachesis.trainer.configure import Plan
-from lachesis.trainer.crash import crash_point
 from lachesis.trainer.engine import Engine, published_tensors
 from lachesis.trainer.mapping import TrainingBatch, to_batch
 from lachesis.trainer.metrics import batch_metrics

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lachesis.broker.crash import crash_point
 from lachesis.broker.errors import WeightsRefused
 from lachesis.broker.records import FileInfo, Manifest, TensorInfo, WeightsEntry
-from lachesis.trainer.crash import crash_point
 from lachesis.trainer.durable import rename_durably, sync
 
 DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16")}

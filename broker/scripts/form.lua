@@ -36,5 +36,6 @@ end
 for missing in pairs(present) do redis.call('HDEL', KEYS[3], missing) end
 redis.call('HINCRBY', KEYS[3], 'undelivered_groups', k)
 redis.call('HINCRBY', KEYS[3], 'undelivered_sequences', sequences)
+redis.call('HINCRBY', KEYS[3], 'kept_bytes', string.format('%.0f', bytes))
 redis.call('HSET', KEYS[3], 'formed', ARGV[1])
 return 'formed'

@@ -14,8 +14,8 @@ local function give_up(id, fields, deliveries)
   for j = 1, #fields, 2 do batch[fields[j]] = fields[j + 1] end
   for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
     local name = group[2]
-    policies[#policies + 1] = name
-    if name ~= policy and redis.call('HEXISTS', KEYS[4], name .. ':' .. step) == 0 then wanted = true end
+    if name ~= 'archive' then policies[#policies + 1] = name end  -- it trains nothing
+    if name ~= policy and name ~= 'archive' and redis.call('HEXISTS', KEYS[4], name .. ':' .. step) == 0 then wanted = true end
   end
   redis.call('XACK', stream, policy, id)
   redis.call('HSET', KEYS[4], policy .. ':' .. step, batch.gids)
@@ -28,6 +28,7 @@ local function give_up(id, fields, deliveries)
   end
   for _, name in ipairs(policies) do redis.call('HSET', KEYS[4], name .. ':' .. step, '') end
   redis.call('XDEL', stream, id)
+  if tonumber(batch.bytes or '0') > 0 then redis.call('HINCRBY', KEYS[2], 'kept_bytes', '-' .. batch.bytes) end
 end
 
 while true do

@@ -1,7 +1,31 @@
 #!lua flags=allow-oom
--- RETIRE: every policy has trained this batch and its checkpoint covers it: free it.
--- KEYS  1 batches (stream)  2… blob:<gid> of its groups (strings)
+-- RETIRE: free a batch that every reader covers, if the batches kept are more than the run is to keep.
+-- KEYS  1 batches (stream)  2 state (hash)  3 settings (hash)  4… blob:<gid> of its groups (strings)
 -- ARGV  1 step
--- reply number of blobs freed
-redis.call('XDEL', KEYS[1], ARGV[1] .. '-0')
-return redis.call('UNLINK', unpack(KEYS, 2))
+-- reply "freed" | "gone" (freed before) | "wanted" (some reader does not cover it) | "kept" (within `keep_bytes`)
+-- All in one script, so that a reader that has just subscribed finds a batch whole or not at all.
+local step = tonumber(ARGV[1])
+local found = redis.call('XRANGE', KEYS[1], step .. '-0', step .. '-0')
+if #found == 0 then return 'gone' end
+local readers = redis.call('XINFO', 'GROUPS', KEYS[1])
+if #readers == 0 then return 'wanted' end
+for _, reader in ipairs(readers) do
+  for i = 1, #reader, 2 do
+    if reader[i] == 'name' then
+      local covered = redis.call('HGET', KEYS[2], 'covered:' .. reader[i + 1])
+      if tonumber(covered or '0') < step then return 'wanted' end
+    end
+  end
+end
+local keep = tonumber(redis.call('HGET', KEYS[3], 'keep_bytes') or '0')
+local kept = tonumber(redis.call('HGET', KEYS[2], 'kept_bytes') or '0')
+if keep > 0 and kept <= keep then return 'kept' end
+
+redis.call('UNLINK', unpack(KEYS, 4))
+redis.call('XDEL', KEYS[1], step .. '-0')
+for i = 1, #found[1][2], 2 do
+  if found[1][2][i] == 'bytes' and tonumber(found[1][2][i + 1]) > 0 then
+    redis.call('HINCRBY', KEYS[2], 'kept_bytes', '-' .. found[1][2][i + 1])
+  end
+end
+return 'freed'

@@ -61,7 +61,15 @@ async def roles(server: EmbeddedRedis) -> AsyncIterator[dict[str, Broker]]:
         await broker.aclose()
 
 
-async def test_every_user_can_do_its_part(server: EmbeddedRedis, roles: dict[str, Broker]) -> None:
+async def command(server: EmbeddedRedis, user: str, name: str, *options: str) -> str:
+    """What a command says that connects as that user."""
+    arguments = (name, "--redis-url", url_of(server, user), "--run", "teamA", *options)
+    done = await anyio.run_process([sys.executable, "-m", "lachesis.cli.main", *arguments], check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+async def test_every_user_can_do_its_part(server: EmbeddedRedis, roles: dict[str, Broker], tmp_path: Path) -> None:
     shim, trainer, inference, door = (roles[name] for name in ("shim", "trainer", "inference", "front-door"))
     first, second = group(1, 4), group(2, 4)
 
@@ -98,6 +106,8 @@ async def test_every_user_can_do_its_part(server: EmbeddedRedis, roles: dict[str
         await lock.extend(60, replace_ttl=True)
         entry = LedgerEntry(1, lease.batch.gids, 4, 12, 0, 1, 0, 0, "t", 0.5, 0.1, 1.0)
         await trainer.queue.commit("main", lease, entry, token=lock.local.token.decode())
+        said = await command(server, "archiver", "archive", "--to", str(tmp_path), "--once")
+        assert said.startswith("archived 1 batches")
         assert await trainer.weights.publish("main", WeightsEntry(1, 1, "file:///v1", "0", 1, "BF16", 0))
         assert await trainer.queue.retire("main", await trainer.queue.settled("main")) == 1
         await trainer.journal.metric("step", {"reward": 0.5})
@@ -117,12 +127,16 @@ async def test_every_user_can_do_its_part(server: EmbeddedRedis, roles: dict[str
         batch = (await client.get("/batch")).json()["batch"]  # an HTTP trainer goes on where the native one ended
         assert [number_of(item) for item in batch] == [2]
         assert (await client.get("/batch")).json()["batch"] is not None  # acknowledges
+        assert (await command(server, "archiver", "archive", "--to", str(tmp_path), "--once")).startswith(
+            "archived 1 b"
+        )
+        assert [batch.step for batch in await shim.queue.batches()] == [3]
+        assert (await command(server, "archiver", "archive", "--stop")) == "run 'teamA' is no longer archived\n"
+        assert "no batches now" not in await command(server, "shim", "retention", "--keep-bytes", "1MB")
+        assert "2 of them were there" in await command(server, "shim", "replay", "--archive", str(tmp_path))
 
-    for command in ("status", "audit"):
-        arguments = ("--redis-url", url_of(server, "observer"), "--run", "teamA", "--json")
-        done = await anyio.run_process([sys.executable, "-m", "lachesis.cli.main", command, *arguments], check=False)
-        assert done.returncode == 0, done.stderr.decode()
-    report = json.loads(done.stdout)
+    await command(server, "observer", "status", "--json")
+    report = json.loads(await command(server, "observer", "audit", "--json"))
     assert (report["clean"], report["accepted"], report["trained"]) == (True, 3, 2)
     refused = [entry["object"] for entry in await roles["root"].redis.acl_log()]
     assert refused == []  # not even where a refusal is survived
@@ -157,13 +171,13 @@ async def test_roles_are_kept_apart(roles: dict[str, Broker]) -> None:
     everyone = set(USERS)
     attempts: list[tuple[list[object], set[str]]] = [
         (["XADD", keys.weights("main"), "*", "a", "b"], {"shim", "trainer"}),
-        (["SET", keys.blob("g"), "x"], {"shim", "trainer"}),
-        (["GET", keys.blob("g")], {"shim", "trainer", "observer"}),
+        (["SET", keys.blob("g"), "x"], {"shim", "trainer", "archiver"}),
+        (["GET", keys.blob("g")], {"shim", "trainer", "observer", "archiver"}),
         (["HGETALL", keys.tokens], {"shim", "observer"}),
         (["HSET", keys.tokens, "mine", "x"], {"shim"}),
         (["HSET", keys.pools, "s", "x"], {"shim", "inference"}),
-        (["HVALS", keys.pools], everyone),
-        (["XRANGE", keys.weights("main"), "-", "+"], everyone),
+        (["HVALS", keys.pools], everyone - {"archiver"}),
+        (["XRANGE", keys.weights("main"), "-", "+"], everyone - {"archiver"}),
         (["SET", keys.lineage("d"), "x"], {"shim", "front-door"}),
         (["XADD", keys.ledger("main"), "*", "a", "b"], {"shim", "trainer"}),
         (["HGETALL", "lachesis:runs"], {"shim"}),

@@ -1,0 +1,141 @@
+"""Groups of an archive, or of another run, into a run: in the order in which they were batched, by the ordinary PUT."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from msgspec import Struct
+from redis.exceptions import OutOfMemoryError
+
+from lachesis.broker.archive import Archive
+from lachesis.broker.client import Broker
+from lachesis.broker.codec import from_entry
+from lachesis.broker.errors import ArchiveUnreadable
+from lachesis.broker.packing import CODEC, from_blob
+from lachesis.broker.records import BatchEntry, Group, GroupEntry, Limits
+
+WAIT_S = 0.25
+WAITING = {"full": "the queue is full", "late": "as much is queued as its trainer takes in time"}
+
+
+class Selection(Struct, frozen=True):
+    """Which groups: all bounds are inclusive, None is none."""
+
+    steps: tuple[int | None, int | None] = (None, None)
+    versions: tuple[int | None, int | None] = (None, None)  # of every token of a group
+    times: tuple[float | None, float | None] = (None, None)  # seconds since the epoch: when a batch was formed
+
+    def batch(self, step: int, formed_at: float) -> bool:
+        return within(step, self.steps) and within(formed_at, self.times)
+
+    def group(self, group: Group) -> bool:
+        return within(group.v_min, self.versions) and within(group.v_max, self.versions)
+
+
+def within(value: float, bounds: tuple[float | None, float | None]) -> bool:
+    low, high = bounds
+    return (low is None or low <= value) and (high is None or value <= high)
+
+
+class Part(Struct, frozen=True):
+    """Groups that belong together: a batch (of `step`), or queued ones (0)."""
+
+    step: int
+    groups: list[Group]
+
+
+async def from_archive(archive: Archive, chosen: Selection, note: Callable[[str], None]) -> AsyncIterator[Part]:
+    """The chosen groups of an archive. Raises ArchiveUnreadable."""
+    first, last = chosen.steps
+    batches = archive.read(first or 1, last, note=note)
+    while (archived := await asyncio.to_thread(next, batches, None)) is not None:
+        if archived.codec != CODEC:
+            raise ArchiveUnreadable(
+                f"the archive's groups are in the encoding {archived.codec!r}, this version reads {CODEC!r}: replay it with the one that wrote it"
+            )
+        if chosen.batch(archived.batch.step, archived.batch.formed_at):
+            groups = [group for group in map(from_blob, archived.blobs) if chosen.group(group)]
+            yield Part(archived.batch.step, groups)
+
+
+async def from_run(source: Broker, chosen: Selection, note: Callable[[str], None]) -> AsyncIterator[Part]:
+    """The chosen groups that a run holds now: its kept batches, then, unless steps are chosen, its queue."""
+    redis, keys = source.redis, source.keys
+    raw_groups = await redis.xrange(keys.groups)  # first: a group goes from the queue into a batch, not back
+    batches = [from_entry(BatchEntry, fields) for _, fields in await redis.xrange(keys.batches)]
+    batched = {gid for batch in batches for gid in batch.gids}
+    for batch in batches:
+        if not chosen.batch(batch.step, batch.formed_at):
+            continue
+        try:
+            groups = await source.queue.fetch(batch.gids)
+        except LookupError:
+            note(f"step {batch.step} was trained and freed before it was read")
+            continue
+        yield Part(batch.step, [group for group in groups if chosen.group(group)])
+    if chosen.steps != (None, None):
+        return
+    for id_, fields in raw_groups:
+        if not within(int(id_.split(b"-")[0]) / 1000, chosen.times):
+            continue
+        entry = from_entry(GroupEntry, fields)
+        if entry.gid in batched:
+            continue
+        try:
+            groups = await source.queue.fetch([entry.gid])
+        except LookupError:
+            note(f"group {entry.gid} was trained and freed before it was read")
+            continue
+        yield Part(0, [group for group in groups if chosen.group(group)])
+
+
+class Replayed(Struct):
+    """What a replay did so far."""
+
+    batches: int = 0
+    groups: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    stored: int = 0  # groups that the run did not have
+    waiting: str = ""  # why it waits now
+
+    def count(self, part: Part) -> None:
+        self.batches += bool(part.step and part.groups)
+        self.groups += len(part.groups)
+        self.sequences += sum(len(group.tokens) for group in part.groups)
+        self.tokens += sum(len(row) for group in part.groups for row in group.tokens)
+
+
+async def store(
+    target: Broker,
+    part: Part,
+    done: Replayed,
+    *,
+    policy: str,
+    keep_versions: bool,
+    quota: int,
+    tell: Callable[[], None],
+) -> None:
+    """Put the groups into the target run, waiting while its queue or its Redis is full; counts in `done`.
+
+    They are stamped with the policy's newest version there, or with `keep_versions` with the versions they came with.
+    """
+    newest = await target.weights.newest(policy)
+    version = newest.version if newest else 0
+    for group in part.groups:
+        v_min, v_max = (group.v_min, group.v_max) if keep_versions else (version, version)
+        while True:
+            try:
+                reply = await target.queue.put(group.gid, group, v_min=v_min, v_max=v_max, limits=Limits(bytes=quota))
+            except OutOfMemoryError:
+                reply = "Redis is full"
+            if reply in ("stored", "duplicate"):
+                break
+            done.waiting = WAITING.get(reply, reply)
+            tell()
+            await asyncio.sleep(WAIT_S)
+        done.waiting = ""
+        done.stored += reply == "stored"
+    done.count(part)
+    tell()

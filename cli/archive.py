@@ -1,0 +1,79 @@
+"""`lachesis archive`: a run's trained batches into compressed segments, before they are freed."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Sequence
+
+from pydantic import ByteSize, Field
+from redis.exceptions import RedisError
+
+from lachesis.broker.errors import ConfigurationError, RedisUnreachable
+from lachesis.broker.settings import RedisSettings
+from lachesis.cli.options import parse
+
+
+class ArchiveSettings(RedisSettings):
+    """Archive a run's trained batches, until stopped. While a run is archived, no batch is freed that is not archived."""
+
+    to: str = Field("", description="folder or URL for the segments: DIR, s3://BUCKET/PATH, … (whatever fsspec knows)")
+    policy: str = Field("main", description="the policy whose trained batches are archived")
+    segment_bytes: ByteSize = Field(
+        ByteSize(64 << 20), gt=0, description="size at which a segment is written; also the memory this takes"
+    )
+    segment_s: float = Field(60, ge=0, description="seconds after which a smaller segment is written")
+    archiver_lease_s: float = Field(15, ge=1, description="seconds after which a killed archiver may be succeeded")
+    once: bool = Field(False, description="archive what is trained now, and end")
+    stop: bool = Field(False, description="end the archiving of the run: nothing is held back for it any more")
+
+
+def main(arguments: Sequence[str]) -> int:
+    settings = parse(ArchiveSettings, "archive", arguments)
+    if bool(settings.to) == settings.stop:
+        raise ConfigurationError("give either --to DIR-OR-URL, or --stop")
+    with settings.redis() as url:
+        try:
+            print(asyncio.run(_stop(url, settings) if settings.stop else _archive(url, settings)))
+        except RedisError as error:
+            raise RedisUnreachable(f"Redis does not answer any more: {error}. Nothing unarchived was freed") from error
+    return 0
+
+
+async def _archive(url: str, settings: ArchiveSettings) -> str:
+    from lachesis.broker.archive import Archive
+    from lachesis.broker.archiver import Archiver
+    from lachesis.broker.client import Broker
+    from lachesis.broker.logs import configure_logging
+
+    stopping = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    archive = Archive(settings.to)
+    broker = await Broker.connect(url, settings.run)
+    try:
+        archiver = Archiver(
+            broker,
+            archive,
+            configure_logging("archiver"),
+            policy=settings.policy,
+            segment_bytes=settings.segment_bytes,
+            every_s=settings.segment_s,
+            lease_s=settings.archiver_lease_s,
+        )
+        await archiver.run(stopping.is_set, once=settings.once)
+    finally:
+        await broker.aclose()
+    return f"archived {archiver.steps} batches, {archiver.bytes:,} bytes, to {settings.to}"
+
+
+async def _stop(url: str, settings: ArchiveSettings) -> str:
+    from lachesis.broker.archiver import stop_archiving
+    from lachesis.broker.client import Broker
+
+    broker = await Broker.connect(url, settings.run)
+    try:
+        was = await stop_archiving(broker)
+    finally:
+        await broker.aclose()
+    return f"run {settings.run!r} {'is no longer archived' if was else 'was not being archived'}"

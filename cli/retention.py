@@ -1,0 +1,55 @@
+"""`lachesis retention`: what a run keeps of its trained batches, and for whom."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+from pydantic import ByteSize, Field
+
+from lachesis.broker.client import Broker
+from lachesis.broker.retention import Kept
+from lachesis.broker.settings import RedisSettings
+from lachesis.cli.options import parse
+
+
+class RetentionSettings(RedisSettings):
+    """Show, or set, how many bytes of trained batches a run keeps in Redis, for `lachesis replay --from-run`."""
+
+    keep_bytes: ByteSize | None = Field(
+        None, description="keep trained batches while all kept ones take at most so many bytes, e.g. 2GiB; 0: none"
+    )
+    json_output: bool = Field(False, alias="json", description="print one JSON object")
+
+
+def main(arguments: Sequence[str]) -> int:
+    settings = parse(RetentionSettings, "retention", arguments)
+    with settings.redis() as url:
+        kept = asyncio.run(_keep(url, settings))
+    print(msgspec.json.encode(kept).decode() if settings.json_output else render(settings.run, kept))
+    return 0
+
+
+async def _keep(url: str, settings: RetentionSettings) -> Kept:
+    broker = await Broker.connect(url, settings.run)
+    try:
+        if settings.keep_bytes is not None:
+            await broker.queue.retention.keep(settings.keep_bytes)
+            await broker.queue.retention.free()
+        return await broker.queue.retention.kept()
+    finally:
+        await broker.aclose()
+
+
+def render(run: str, kept: Kept) -> str:
+    """A few lines."""
+    rule = "trained batches are freed at once"
+    if kept.keep_bytes:
+        rule = f"trained batches are kept while all batches take at most {ByteSize(kept.keep_bytes).human_readable()}"
+    now = "no batches now"
+    if kept.batches:
+        size = ByteSize(kept.bytes).human_readable()
+        now = f"{kept.batches} batches now, {size}, steps {kept.first} to {kept.last}"
+    readers = [f"  {name} needs those after step {step}" for name, step in sorted(kept.covered.items())]
+    return "\n".join((f"run {run!r}: {rule}; {now}", *readers))
