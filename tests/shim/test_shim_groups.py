@@ -252,6 +252,7 @@ async def test_a_full_redis_holds_posts_and_still_hands_out_batches(redis_server
 
 async def test_a_restart_of_redis_is_a_pause(redis_server: EmbeddedRedis) -> None:
     broker = await Broker.connect(redis_server.url)
+    await broker.redis.config_set("appendfsync", "always")  # docs/guarantees.md: what the death of Redis itself leaves
     async with serving(build_app(broker, ShimSettings())) as url, httpx.AsyncClient(base_url=url, timeout=30) as client:
         await client.post("/scored_data", json=group(1))
         assert redis_server.pid is not None
