@@ -59,7 +59,9 @@ class Forming:
         """Whether to wait for an environment with a minimum that has nothing queued. FORM unmarks it when it has."""
         absent = {env: state.get(f"missing:{env}".encode()) for env in minimums if env not in status.waiting}
         if new := [f"missing:{env}" for env, since in absent.items() if since is None]:
-            marks = [text for field in new for text in (field, f"{now:.3f}")]
+            marks = [
+                text for field in new for text in (field, str(now))
+            ]  # not rounded: a mark in the future counts as none
             await self._scripts.note(keys=[self._keys.state], args=marks)
         return any(since is None or 0 <= now - float(since) < PATIENCE_S for since in absent.values())
 
