@@ -153,7 +153,7 @@ def one(**fields: Any) -> Group:
         ({"group_overrides": {"temperature": 0.3}}, 0.3),
         ({"group_overrides": {"temperature": 0.3}, "generation_params": {"temperature": 0.4}}, 0.4),
         ({"generation_params": {"temperature": 0}}, 1.0),
-        ({"generation_params": [], "group_overrides": [], "overrides": []}, 1.0),
+        ({"generation_params": {}, "group_overrides": {}, "overrides": []}, 1.0),
     ],
 )
 def test_the_temperature_is_that_of_the_nearest_who_says(fields: dict[str, Any], expected: float) -> None:
