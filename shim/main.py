@@ -91,7 +91,7 @@ def listen(settings: ShimSettings) -> socket.socket:
             raise ConfigurationError(f"fd = {settings.fd}: not an open socket ({error.strerror})") from None
     try:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)
+        return socket.create_server(address[:2], family=family, backlog=1024, reuse_port=settings.reuse_port)
     except OSError as error:
         at = f"host = {settings.host!r}, port = {settings.port}"
         if error.errno == errno.EADDRINUSE:

@@ -21,6 +21,11 @@ class ShimSettings(RedisSettings):
         description="an inherited listening socket to use instead of host and port, "
         "so that a supervisor keeps it open while this process restarts",
     )
+    reuse_port: bool = Field(
+        False,
+        description="share host and port with other shims on this machine that say so too: "
+        "each gets a part of the connections, and one may be replaced while the others serve",
+    )
     policy: str = Field("main", description="the policy whose batches GET /batch hands out")
     lease_s: float = Field(
         600, gt=0, description="seconds after which a batch that an HTTP trainer has not finished may go to another one"
