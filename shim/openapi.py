@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lachesis import __version__
+from lachesis.broker.packing import PACKED_TYPE
 from lachesis.broker.records import EnvConfig, ScoredGroup, TrainerConfig
 from lachesis.shim.batches_out import NO_EXAMPLE
 from lachesis.shim.status import EnvIdentifier
@@ -96,9 +97,16 @@ class Received(Struct):
     status: Literal["received"]
 
 
+class Buffered(Struct):
+    status: Literal["buffered"]
+    buffer_size: int  # sequences that wait with this group, whose size is not its environment's
+
+
 class ListReceived(Struct):
     status: Literal["received"]
     groups_processed: int
+    buffered: int | UnsetType = UNSET  # groups of other sizes than their environment's
+    last_buffer_size: int | UnsetType = UNSET
     refused: int | UnsetType = UNSET  # well-formed groups that can't be trained, and why
     detail: list[ValidationError] | UnsetType = UNSET
 
@@ -151,6 +159,7 @@ TOKENS = {
     "token": {"type": "http", "scheme": "bearer"},
     "token_in_url": {"type": "http", "scheme": "basic", "description": "any user; the token is the password"},
 }
+PACKED: dict[str, Any] = {"/scored_data": {PACKED_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 HEADERS: dict[str, dict[str, Any]] = {
     "X-Trainer-Id": {
@@ -190,7 +199,7 @@ TABLE = (
     Route("GET", "/status", "Step and queue", {200: (RunStatus,)}),
     Route("GET", "/status-env", "The queue as one environment sees it", {200: (EnvStatus,), **BAD_BODY}, EnvIdentifier),
     Route(
-        "POST", "/scored_data", "One group", {200: (Received,), **BAD_BODY}, ScoredGroup, ("Idempotency-Key",),
+        "POST", "/scored_data", "One group", {200: (Received, Buffered), **BAD_BODY}, ScoredGroup, ("Idempotency-Key",),
     ),
     Route(
         "POST", "/scored_data_list", "A list of groups", {200: (ListReceived,), **BAD_BODY}, list[ScoredGroup],
@@ -249,7 +258,7 @@ def _operation(route: Route, schema_of: dict[str, Any]) -> dict[str, Any]:
     if route.body:
         operation["requestBody"] = {
             "required": True,
-            "content": {"application/json": {"schema": schema_of[repr(route.body)]}},
+            "content": {"application/json": {"schema": schema_of[repr(route.body)]}} | PACKED.get(route.path, {}),
         }
     if guarded:
         operation["security"] = [{}, {"token": []}, {"token_in_url": []}]

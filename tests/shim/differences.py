@@ -300,7 +300,7 @@ def _(both: Both) -> None:
     assert codes(answers) == [500, 400]
 
 
-@differs("the body's `Content-Type` must be JSON", "no route takes anything else")
+@differs("the body's `Content-Type` must be JSON", "what is not that is JSON")
 def _(both: Both) -> None:
     headers = {"Content-Type": "text/plain"}
     answers = both.each("POST", "/scored_data", content=json.dumps(group(1)), headers=headers)
