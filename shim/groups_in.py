@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.codec import gid_of
-from lachesis.broker.packing import PACKED_TYPE, pack, to_arrays, to_scored, unpack, unpacked_bytes
+from lachesis.broker.packing import PACKED_TYPE, REST, pack, to_arrays, to_scored, unpack, unpacked_bytes
 from lachesis.broker.records import Group, ScoredGroup
 from lachesis.broker.validation import check_group
 from lachesis.shim.bodies import check_messages, decode_group, decode_groups, non_finite, read_body, too_large
@@ -81,6 +81,7 @@ class GroupsIn:
     async def _accept(
         self, gid: str, group: Group | ScoredGroup, hold: Hold, *, lax: bool = False, packed: bytes = b""
     ) -> int | None:
+        _check_depth(group)
         if lax and (found := non_finite(msgspec.to_builtins(group))):
             raise InvalidGroup(path(found[0]), found[1], "must be finite")
         arrays = to_arrays(group) if isinstance(group, ScoredGroup) else group
@@ -128,11 +129,23 @@ def _check_json(rest: dict[str, Any]) -> None:
     """MessagePack holds more than JSON does; what is not JSON could not be handed out by `GET /batch`."""
     for name, value in rest.items():
         try:
-            orjson.dumps(value, option=orjson.OPT_PASSTHROUGH_DATETIME)
+            orjson.dumps({name: value}, option=orjson.OPT_PASSTHROUGH_DATETIME)
         except TypeError as error:
             raise InvalidGroup(name, "a value", f"must be what JSON can express ({error})") from None
         if found := non_finite(value, (name,)):
             raise InvalidGroup(path(found[0]), found[1], "must be finite")
+
+
+def _check_depth(group: Group | ScoredGroup) -> None:
+    """Values nested deeper than they could be written again, in `GET /batch`, are refused before anything walks them."""
+    for name in REST:
+        value = group.rest.get(name) if isinstance(group, Group) else getattr(group, name)
+        try:
+            if value is not None:
+                orjson.dumps({name: value})
+        except TypeError as error:  # whatever else is wrong has a message of its own
+            if "Recursion" in str(error):
+                raise InvalidGroup(name, "a value", "must not be nested deeper than 250 levels") from None
 
 
 def _unstorable(group: Group) -> InvalidGroup:

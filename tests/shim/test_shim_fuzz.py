@@ -151,6 +151,7 @@ raw_bodies = st.one_of(
     st.builds(lambda depth: b'{"tokens":' + deep(b"[", b"]", depth) + b"}", st.integers(1, 200_000)),
     st.builds(lambda depth: deep(b'{"a":', b"1}", depth)[: 6 * depth], st.integers(1, 100_000)),
     st.builds(lambda depth: encoded(WHOLE)[:-1] + b',"images":' + deep(b"[", b"]", depth) + b"}", st.integers(1, 2000)),
+    st.builds(lambda depth: encoded(WHOLE)[:-1] + b',"images":' + b"[" * depth + b"NaN" + b"]" * depth + b"}", st.integers(1, 2000)),
     st.builds(lambda cut: encoded(WHOLE)[:cut], st.integers(0, len(encoded(WHOLE)))),
     st.builds(lambda at, byte: encoded(WHOLE)[:at] + byte + encoded(WHOLE)[at:], st.integers(0, 300), st.binary(min_size=1, max_size=2)),
     st.integers(1, 6000).map(lambda digits: b'{"env_id": ' + b"9" * digits + b"}"),

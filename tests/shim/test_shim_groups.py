@@ -126,6 +126,7 @@ SPOILT: dict[str, tuple[dict[str, Any], list[object], str]] = {
     "too many": (group(1, size=5), ["tokens"], "tokens = '5 sequences': must not exceed the trainer's batch_size of 4"),
     "too big": ({"tokens": [[1, 2, 2**63], [1, 2, 3]]}, ["tokens"], "tokens = 9223372036854775808: must fit a signed 64-bit integer"),
     "too big, deep": ({"images": [10**30]}, ["images"], "images = 'an integer': must fit a signed 64-bit integer"),
+    "too deep": ({"overrides": [{"a": json.loads("[" * 300 + "]" * 300)}]}, ["overrides"], "overrides = 'a value': must not be nested deeper than 250 levels"),
     "not Unicode": ({"images": "\ud800"}, ["images"], "images = '\\ud800': must be Unicode text without lone surrogates"),
 }  # fmt: skip
 
