@@ -123,7 +123,8 @@ class _Writer:
             scores.append(group.scores)
             await self._write(before + to_json(group))
             before = b","
-        return float(np.concatenate(scores).mean())
+        small = np.ldexp(np.concatenate(scores), -32)  # exact, and no sum of these overflows
+        return float(np.ldexp(small.mean(), 32))
 
     async def end(self) -> bytes:
         """What is left to write: the batch is whole with it, and not without it."""

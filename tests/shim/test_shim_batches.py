@@ -83,6 +83,14 @@ async def test_the_next_call_acknowledges_and_frees_the_batch(registered: httpx.
     assert await sent(broker) == []
 
 
+async def test_scores_whose_sum_no_float_can_hold(registered: httpx.AsyncClient, broker: Broker) -> None:
+    await registered.post("/scored_data", json={**group(1, 4), "scores": [1.5e308, 1.5e308, 1.5e308, 1e308]})
+    assert await take(registered) == [1]
+    assert await take(registered) is None
+    (entry,) = [entry async for entry in broker.queue.ledger("main")]
+    assert entry.reward == pytest.approx(1.375e308)
+
+
 async def test_oldest_first_and_status_counts_what_was_delivered(registered: httpx.AsyncClient) -> None:
     await post(registered, *range(6))
     for step in range(6):

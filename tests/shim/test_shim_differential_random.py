@@ -74,6 +74,9 @@ def extras(size: int) -> st.SearchStrategy[dict[str, Any]]:
 # -- whole jobs ---------------------------------------------------------------------------------------------------
 
 
+rarely = st.sampled_from((False, False, False, False, True))
+
+
 class Job(RuleBasedStateMachine):
     """A trainer, environments of several sizes, and what is queued, as upstream counts it."""
 
@@ -81,8 +84,9 @@ class Job(RuleBasedStateMachine):
     number = 0  # of groups made, so that no two are alike
     batches = 0  # compared
 
-    @initialize(steps=st.integers(0, 10**6), wait=st.sampled_from((False, False, False, True)))
-    def begin(self, steps: int, wait: bool) -> None:
+    @initialize(steps=st.integers(0, 10**6), wait=rarely, minimums=rarely)
+    def begin(self, steps: int, wait: bool, minimums: bool) -> None:
+        self.minimums = minimums  # whether environments have any: upstream then assembles batches in another way
         self.calls = 0
         self.call("GET", "/reset_data")
         self.registered = self.started = False
@@ -191,6 +195,7 @@ class Job(RuleBasedStateMachine):
     )
     def register_env(self, name: str, size: int, weight: float, length: int, minimum: float | None) -> None:
         body = {"max_token_length": length, "desired_name": name, "weight": weight, "group_size": size}
+        minimum = minimum if self.minimums else None
         body |= {} if minimum is None else {"min_batch_allocation": minimum}
         answer = self.call("POST", "/register-env", body)
         if self.started:
@@ -243,6 +248,12 @@ class Job(RuleBasedStateMachine):
     @precondition(lambda self: self.registered)
     @rule(data=st.data(), accept=st.sampled_from((PLAIN, GZIP)))
     def fill_a_batch(self, data: st.DataObject, accept: dict[str, str]) -> None:
+        if sum(len(item["tokens"]) for item in self.queue) >= BATCH:  # and none was taken: begin anew
+            self.batch(accept)
+        if sum(len(item["tokens"]) for item in self.queue) >= BATCH:
+            self.reset()
+            self.register()
+            self.batch(accept)
         while sum(len(item["tokens"]) for item in self.queue) < BATCH:
             self.post(data, None, zipped=False)
         self.batch(accept)

@@ -57,6 +57,15 @@ class Shim(NamedTuple):
         assert self.client.post("/scored_data", json=body).json() == {"status": "received"}
         assert self.queued() == before + 1
 
+    def hands_out(self) -> None:
+        """What is stored can be read again, and be acknowledged."""
+        assert self.client.get("/latest_example").status_code == 200
+        assert self.client.post("/register", json=TRAINER).status_code in (200, 409)
+        answer = self.client.get("/batch")
+        assert answer.status_code == 200
+        if answer.json()["batch"]:
+            assert self.client.get("/batch").status_code == 200
+
     def raw(self, *parts: bytes, half: bool = False) -> bytes:
         """Send bytes as they are; the answer's first bytes, b"" where the connection is closed without one."""
         with socket.create_connection((self.client.base_url.host, self.client.base_url.port or 80), timeout=20) as peer:
@@ -208,7 +217,7 @@ def test_any_body_is_stored_whole_or_refused(
         assert stored <= told["groups_processed"] - told.get("refused", 0)
     else:
         assert stored in ((0, 1) if (path, answer.status_code) == ("/scored_data", 200) else (0,))
-    assert shim.client.get("/latest_example").status_code == 200  # what is stored can be handed out
+    shim.hands_out()
     assert shim.client.get("/healthz").status_code == 200
 
 
@@ -243,7 +252,7 @@ def test_any_packed_body_is_stored_whole_or_refused(shim: Shim, body: bytes) -> 
     answer = shim.client.post("/scored_data", content=body, headers={"Content-Type": PACKED_TYPE})
     assert answer.status_code in (200, 422), answer.text
     assert shim.queued() - before in ((0, 1) if answer.status_code == 200 else (0,))
-    assert shim.client.get("/latest_example").status_code == 200
+    shim.hands_out()
 
 
 @settings(max_examples=40 * SCALE, **PROFILE)
