@@ -18,7 +18,7 @@ export TORCH_INDEX PYTHON
 UP = .venv/bin/lachesis up $(if $(MODEL),--model $(MODEL)) $(if $(ENV),--env $(ENV)) $(if $(STEPS),--steps $(STEPS)) \
      $(if $(SEED),--seed $(SEED)) $(if $(GPUS),--gpus $(GPUS)) $(ARGS)
 
-.PHONY: help setup demo test test-fast lint bench chaos compose-test clean
+.PHONY: help setup demo test test-fast test-servers lint bench chaos compose-test clean
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -33,11 +33,18 @@ demo: setup ## train a tiny model on this machine until it can do arithmetic: a 
 
 test: setup ## everything CI runs
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+	@tools/get-servers
 	@.venv/bin/pytest -m "not compose"
 	@tools/compose-test --if-engine
 
 test-fast: .venv/.ready ## what needs neither SGLang nor the whole loop
 	@.venv/bin/pytest -m "not sglang and not loop and not compose"
+
+test-servers: .venv/.ready ## the broker and the shim on Redis 7.0, Valkey 8, Valkey 9 and Redis 8, every test on each
+	@tools/get-servers
+	@.venv/bin/pytest tests/servers
+	@set -e; for server in redis-7.0 valkey-8.0 valkey-9.1 redis-8.2; do if [ -x .servers/$$server/redis-server ]; then \
+	  echo "== $$server"; .venv/bin/pytest tests/broker tests/shim tests/cli/test_audit.py --server $$server; fi; done
 
 lint: .venv/.ready ## ruff and mypy
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
@@ -53,4 +60,4 @@ compose-test: .venv/.ready ## the same loop from built images; needs a Docker en
 	@tools/compose-test
 
 clean: ## remove environments and state
-	rm -rf .venv .venv-sglang .lachesis
+	rm -rf .venv .venv-sglang .lachesis .servers

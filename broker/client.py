@@ -11,7 +11,7 @@ import anyio.from_thread
 from anyio.from_thread import BlockingPortal
 from redis.exceptions import ResponseError
 
-from lachesis.broker.connection import check_server, open_redis
+from lachesis.broker.connection import HEARTBEATS, open_redis
 from lachesis.broker.dead import DeadLetters
 from lachesis.broker.journal import Journal
 from lachesis.broker.keys import RUNS, Keys
@@ -19,6 +19,7 @@ from lachesis.broker.lineage import LineageStore
 from lachesis.broker.lua import Scripts
 from lachesis.broker.parties import Parties
 from lachesis.broker.queue import Queue
+from lachesis.broker.server import check_server
 from lachesis.broker.tokens import Tokens
 from lachesis.broker.weights import Weights
 
@@ -29,16 +30,16 @@ RESET_SLICE = 1000
 
 
 class Connections:
-    """What the views of all runs on one Redis share: a pool for commands, one for blocking reads, the scripts."""
+    """What the views of all runs on one Redis share: the scripts, and a pool each for commands, blocking reads, heartbeats."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.commands = open_redis(url)
-        self.blocking = open_redis(url, blocking_reads=True)
+        self.commands, self.blocking = open_redis(url), open_redis(url)
+        self.heartbeats = open_redis(url, connections=HEARTBEATS)
         self.scripts = Scripts(self.commands)
 
     async def aclose(self) -> None:
-        for redis in (self.commands, self.blocking):
+        for redis in (self.commands, self.blocking, self.heartbeats):
             await redis.aclose()
 
 
@@ -49,13 +50,13 @@ class Broker:
     """
 
     def __init__(self, connections: Connections, run: str = "default") -> None:
-        redis, blocking, scripts = connections.commands, connections.blocking, connections.scripts
-        self._connections = connections
+        redis, blocking, heartbeats = connections.commands, connections.blocking, connections.heartbeats
+        self.connections, scripts = connections, connections.scripts
         self.url, self.keys, self.redis, self.scripts = connections.url, Keys(run), redis, scripts
-        self.queue = Queue(redis, blocking, scripts, self.keys)
+        self.queue = Queue(redis, blocking, heartbeats, scripts, self.keys)
         self.dead = DeadLetters(redis, scripts, self.keys)
         self.weights = Weights(redis, blocking, scripts, self.keys)
-        self.parties = Parties(redis, scripts, self.keys)
+        self.parties = Parties(redis, heartbeats, scripts, self.keys)
         self.lineage = LineageStore(redis, self.keys)
         self.journal = Journal(redis, blocking, scripts, self.keys)
         self.tokens = Tokens(redis, self.keys)
@@ -68,11 +69,11 @@ class Broker:
 
     def for_run(self, run: str) -> Broker:
         """The same for another run, over the same connections. Raises ConfigurationError for an impossible name."""
-        return Broker(self._connections, run)
+        return Broker(self.connections, run)
 
     async def aclose(self) -> None:
         """Close the connections, which are those of every view made by `for_run`."""
-        await self._connections.aclose()
+        await self.connections.aclose()
 
     async def ping(self) -> bool:
         return bool(await self.redis.ping())

@@ -1,85 +1,101 @@
 """Connecting to Redis, with redis-py's traps closed.
 
-redis-py resends a command whose reply was lost, so every write of the broker is idempotent. Its default read timeout
-of 5 s would break blocking reads, so those have a connection pool of their own without one; and as blocking readers
-would starve other callers of connections, commands never share a pool with them.
+redis-py sends a command again when its reply was lost, so every write of the broker is idempotent. How often it does so
+says nothing of how long that takes, so here it is the time that is bounded. A blocking read longer than the socket's
+timeout would never end well, so long waits are made of short ones. And each kind of use has a pool of its own: blocking
+readers can't starve commands of connections, and neither can starve the heartbeats that keep leases and locks alive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from redis import asyncio as redis_asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
-from lachesis.broker.errors import ConfigurationError, RedisUnreachable, RedisUnsuitable
+from lachesis.broker.errors import ConfigurationError
 
 # redis-py annotates every reply as bytes or str or None; ours are bytes, and checked where they enter records
 Redis: TypeAlias = Any
+T = TypeVar("T")
 
-OLDEST = (7, 0)
-# how often a command is sent again, at most a second apart: a restart of Redis shorter than this is invisible to callers.
+# seconds for which commands are sent again: a restart of Redis shorter than this is invisible to callers.
 # Behind a Unix socket is the embedded server, which is back at once, or gone for good with the process that ran it.
-RESENDS = 30
-RESENDS_EMBEDDED = 12
+PATIENCE_S = 30.0
+PATIENCE_EMBEDDED_S = 8.0
+ANSWER_S = 15.0  # a server that says nothing for so long has failed
+BLOCK_S = 5.0  # the longest blocking read: well below ANSWER_S, as Redis may overrun it
+COMMANDS = 64  # connections of a pool
+HEARTBEATS = 4  # heartbeats are few and quick
 
 
-def open_redis(url: str, *, blocking_reads: bool = False, retry: bool = True, connections: int = 64) -> Redis:
-    """A client with its own pool. `retry=False` makes the first failure final, as a first connection should be."""
-    resends = RESENDS_EMBEDDED if url.startswith("unix:") else RESENDS
-    common: dict[str, Any] = {
+class Patience(Retry):
+    """Send again for so many seconds from the first failure on, a second apart at most."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(ExponentialBackoff(cap=1.0, base=0.02), retries=-1)
+        self._seconds = seconds
+
+    async def call_with_retry(
+        self,
+        do: Callable[[], Awaitable[T]],
+        fail: Callable[[Exception], Any] | Callable[[Exception, int], Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,
+    ) -> T:
+        failed_at: float | None = None
+
+        def again(error: Exception) -> bool:
+            nonlocal failed_at
+            now = time.monotonic()
+            failed_at = now if failed_at is None else failed_at
+            return now - failed_at < self._seconds and (is_retryable is None or is_retryable(error))
+
+        return await super().call_with_retry(do, fail, again, with_failure_count)
+
+
+def open_redis(url: str, *, connections: int = COMMANDS, patience_s: float | None = None) -> Redis:
+    """A client with its own pool. `patience_s=0` makes the first failure final, as a first connection should be."""
+    if patience_s is None:
+        patience_s = PATIENCE_EMBEDDED_S if url.startswith("unix:") else PATIENCE_S
+    options: dict[str, Any] = {
         "protocol": 2,
         "max_connections": connections,
         "timeout": 20,  # seconds to wait for a free connection of the pool
         "socket_connect_timeout": 5,
-        "socket_timeout": None if blocking_reads else 15,
-        "retry": Retry(ExponentialBackoff(cap=1.0, base=0.02), resends if retry else 0),
+        "socket_timeout": ANSWER_S,
+        "retry": Patience(patience_s),
     }
     if not url.startswith("unix:"):
-        common["socket_keepalive"] = True
+        options["socket_keepalive"] = True
     try:
-        return redis_asyncio.Redis.from_pool(redis_asyncio.BlockingConnectionPool.from_url(url, **common))
+        return redis_asyncio.Redis.from_pool(redis_asyncio.BlockingConnectionPool.from_url(url, **options))
     except ValueError as error:
         raise ConfigurationError(
             f"redis_url = {hide_password(url)!r}: {error}; use redis://host:port/0 or unix:///path"
         ) from None
 
 
-async def check_server(url: str) -> None:
-    """Raise RedisUnreachable or RedisUnsuitable unless a server answers that can keep what it accepts."""
-    shown = hide_password(url)
-    redis = open_redis(url, retry=False, connections=1)
-    try:
-        info = await redis.info()
-    except (RedisError, OSError) as error:
-        reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
-        # redis-py reports a handshake that the server refused as a lost connection, caused by the refusal
-        if isinstance(error.__cause__ or error, (AuthenticationError, ResponseError)):
-            raise RedisUnreachable(
-                f"Redis at {shown} refuses us ({reason}): check user and password in --redis-url"
-            ) from None
-        raise RedisUnreachable(
-            f"no Redis answers at {shown} ({reason}). Start one (redis-server --appendonly yes), correct --redis-url, or use --embedded"
-        ) from None
-    finally:
-        await redis.aclose()
-    check_info(info, shown)
+async def wait_for_entries(
+    redis: Redis, stream: str, after: str, timeout_s: float, *, count: int = 1
+) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    """Up to `count` entries of `stream` newer than the id `after`, as soon as there is one; none after `timeout_s`.
 
-
-def check_info(info: Mapping[str, object], shown: str) -> None:
-    """Raise RedisUnsuitable if the server at `shown`, by what INFO says of it, can't keep what it accepts."""
-    version = str(info.get("redis_version", "0"))
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        raise RedisUnsuitable(f"Redis at {shown} is version {version}; Lachesis needs 7.0 or newer (or Valkey)")
-    policy = str(info.get("maxmemory_policy", "noeviction"))
-    if policy != "noeviction":
-        raise RedisUnsuitable(
-            f"Redis at {shown} has maxmemory-policy {policy}, which would silently delete rollouts; set it to noeviction"
-        )
+    `redis` is the pool for blocking reads.
+    """
+    until = time.monotonic() + timeout_s
+    while True:
+        left = until - time.monotonic()
+        block = max(1, int(min(left, BLOCK_S) * 1000))  # 0 would be forever
+        if found := await redis.xread({stream: after}, count=count, block=block):
+            entries: list[tuple[bytes, dict[bytes, bytes]]] = found[0][1]
+            return entries
+        if left <= BLOCK_S:
+            return []
 
 
 def hide_password(url: str) -> str:

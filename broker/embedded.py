@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -54,12 +55,16 @@ class EmbeddedRedis:
     """`with EmbeddedRedis(folder) as server: use(server.url)`.
 
     Joins the server of that folder if one is running; with `shared=False` insists on running it itself.
+    `server`: the program to run, else the one that `find_server` finds. `config`: further lines of its configuration,
+    which win over its own.
     """
 
-    def __init__(self, folder: Path | str, *, server: str | None = None, shared: bool = True) -> None:
+    def __init__(
+        self, folder: Path | str, *, server: str | None = None, shared: bool = True, config: Sequence[str] = ()
+    ) -> None:
         self.folder = Path(folder).absolute()
         self._shared = shared
-        self._server = server
+        self._server, self._more = server, tuple(config)
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: int | None = None
 
@@ -144,6 +149,7 @@ class EmbeddedRedis:
                 "maxmemory-policy noeviction",
                 'save ""',
                 "daemonize no",
+                *self._more,
                 "",
             )
         )

@@ -79,6 +79,9 @@ class Keys:
         return self._key("writer", policy)
 
     # parties and logs
+    def once(self, nonce: str) -> str:
+        return self._key("once", nonce)
+
     @property
     def state(self) -> str:
         return self._key("state")

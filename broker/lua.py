@@ -15,8 +15,8 @@ from redis.exceptions import NoScriptError
 from lachesis.broker.connection import Redis
 
 NAMES = (
-    "put", "bury", "form", "drop", "lease", "commit", "retire", "cover", "leave", "requeue", "purge", "subscribe", "acquire", "adopt",
-    "register_env", "note", "append", "reset",
+    "put", "bury", "form", "drop", "lease", "renew", "commit", "retire", "cover", "leave", "requeue", "purge", "subscribe",
+    "acquire", "adopt", "register_env", "publish", "note", "append", "reset",
 )  # fmt: skip
 
 
@@ -45,6 +45,7 @@ class Scripts:
     form: Script
     drop: Script
     lease: Script
+    renew: Script
     commit: Script
     retire: Script
     requeue: Script
@@ -55,6 +56,7 @@ class Scripts:
     cover: Script
     leave: Script
     register_env: Script
+    publish: Script
     note: Script
     append: Script
     reset: Script

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import msgspec
 from msgspec import structs
 from redis.asyncio.lock import Lock
+from redis.exceptions import LockNotOwnedError
 
 from lachesis.broker.connection import Redis
 from lachesis.broker.keys import Keys
@@ -19,21 +20,27 @@ HEARD_EVERY_S = 5.0  # that an environment called is noted at most so often
 
 
 class WriterLock(Lock):
-    """redis-py's lock, which can also be taken while Redis is full."""
+    """redis-py's lock, safe where a reply is lost, and to be had while Redis is full."""
 
     def __init__(self, redis: Redis, scripts: Scripts, name: str, ttl_s: float) -> None:
         super().__init__(redis, name, timeout=ttl_s, sleep=min(1.0, ttl_s / 5), thread_local=False)
         self._scripts, self._ttl_ms = scripts, int(ttl_s * 1000)
 
     async def do_acquire(self, token: str | bytes) -> bool:
-        return bool(await self._scripts.acquire(keys=[self.name], args=[token, self._ttl_ms]))
+        return bool(await self._scripts.acquire(keys=[self.name], args=[token, self._ttl_ms], client=self.redis))
+
+    async def do_release(self, expected_token: bytes) -> None:
+        try:
+            await super().do_release(expected_token)
+        except LockNotOwnedError:  # sent twice, or come late: either way it is not ours any more
+            return
 
 
 class Parties:
     """Registrations and heartbeats of one run; they outlive the processes that serve them."""
 
-    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys) -> None:
-        self._redis, self._scripts, self._keys = redis, scripts, keys
+    def __init__(self, redis: Redis, heartbeats: Redis, scripts: Scripts, keys: Keys) -> None:
+        self._redis, self._heartbeats, self._scripts, self._keys = redis, heartbeats, scripts, keys
         self._heard: dict[int, EnvRecord] = {}
 
     # -- trainer --------------------------------------------------------------------------------------------------
@@ -63,9 +70,9 @@ class Parties:
     async def started(self) -> bool:
         return bool(await self._redis.hexists(self._keys.trainers, "started"))
 
-    def writer(self, policy: str, *, ttl_s: float) -> Lock:
+    def writer(self, policy: str, *, ttl_s: float) -> WriterLock:
         """The lock whose holder alone may commit and publish for `policy`; its token fences a predecessor off."""
-        return WriterLock(self._redis, self._scripts, self._keys.writer(policy), ttl_s)
+        return WriterLock(self._heartbeats, self._scripts, self._keys.writer(policy), ttl_s)
 
     # -- environments ---------------------------------------------------------------------------------------------
 
@@ -111,7 +118,9 @@ class Parties:
 
     async def report(self, status: ServerStatus) -> None:
         """Heartbeat of an inference server."""
-        await self._scripts.note(keys=[self._keys.pools], args=[status.server, msgspec.json.encode(status)])
+        await self._scripts.note(
+            keys=[self._keys.pools], args=[status.server, msgspec.json.encode(status)], client=self._heartbeats
+        )
 
     async def withdraw(self, server: str) -> None:
         await self._redis.hdel(self._keys.pools, server)

@@ -10,7 +10,7 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from lachesis.broker import allot
 from lachesis.broker.codec import from_entry, to_entry
-from lachesis.broker.connection import Redis
+from lachesis.broker.connection import Redis, wait_for_entries
 from lachesis.broker.errors import ConfigurationError, LeaseLost
 from lachesis.broker.forming import Forming, read_status
 from lachesis.broker.keys import ARCHIVE, Keys
@@ -44,8 +44,9 @@ NO_LIMITS = Limits()
 class Queue:
     """Groups and batches of one run. A policy reads batches as the consumer group of its name."""
 
-    def __init__(self, redis: Redis, blocking: Redis, scripts: Scripts, keys: Keys) -> None:
-        self._redis, self._blocking, self._scripts, self._keys = redis, blocking, scripts, keys
+    def __init__(self, redis: Redis, blocking: Redis, heartbeats: Redis, scripts: Scripts, keys: Keys) -> None:
+        self._redis, self._blocking, self._heartbeats = redis, blocking, heartbeats
+        self._scripts, self._keys = scripts, keys
         self.staleness = Staleness(redis, scripts, keys)
         self.retention = Retention(redis, scripts, keys)
         self._forming = Forming(redis, scripts, keys, self.staleness)
@@ -122,9 +123,9 @@ class Queue:
         except ResponseError:  # no group was ever accepted
             return "0-0"
 
-    async def wait_for_group(self, timeout_s: float, *, after: str = "$") -> None:
-        """Return when a group newer than `after` (`$`: than this call) has been accepted, or after `timeout_s`."""
-        await self._blocking.xread({self._keys.groups: after}, count=1, block=max(1, int(timeout_s * 1000)))
+    async def wait_for_group(self, timeout_s: float, *, after: str = "") -> None:
+        """Return when a group newer than `after` (empty: than this call) has been accepted, or after `timeout_s`."""
+        await wait_for_entries(self._blocking, self._keys.groups, after or await self.newest_group(), timeout_s)
 
     # -- LEASE and COMMIT -----------------------------------------------------------------------------------------
 
@@ -160,11 +161,12 @@ class Queue:
             lease = await self.lease(policy, consumer, lapse_s=lapse_s, max_deliveries=max_deliveries)
         return lease
 
-    async def renew(self, policy: str, lease: Lease) -> None:
-        """Keep a lease alive: resets its idle time without counting as a delivery."""
-        await self._redis.xclaim(
-            self._keys.batches, policy, lease.consumer, 0, [f"{lease.batch.step}-0"], idle=0, justid=True
+    async def renew(self, policy: str, lease: Lease) -> bool:
+        """Keep a lease alive: resets its idle time without counting as a delivery. False if it is not ours any more."""
+        reply = await self._scripts.renew(
+            keys=[self._keys.batches], args=[policy, lease.consumer, lease.batch.step], client=self._heartbeats
         )
+        return bool(reply == b"renewed")
 
     async def fetch(self, gids: Sequence[str]) -> list[Group]:
         """The groups themselves, in order. Raises LookupError naming a missing one."""

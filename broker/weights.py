@@ -1,15 +1,13 @@
 """Published versions: what a trainer appends and inference servers follow.
 
-The event is written last, after the files are complete. Its stream id is `<version>-1`, so Redis itself refuses a
-repeated or an older version. Followers read with cursors of their own: every server needs every version.
+The event is written last, after the files are complete. Its stream id is `<version>-1`, so a repeated or
+an older version can't enter. Followers read with cursors of their own: every server needs every version.
 """
 
 from __future__ import annotations
 
-from redis.exceptions import ResponseError
-
 from lachesis.broker.codec import from_entry, to_entry
-from lachesis.broker.connection import Redis
+from lachesis.broker.connection import Redis, wait_for_entries
 from lachesis.broker.errors import Conflict
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
@@ -24,19 +22,14 @@ class Weights:
 
     async def publish(self, policy: str, entry: WeightsEntry) -> bool:
         """Append a version. False if this version was published before; Conflict if a newer one was, and not this."""
-        try:
-            fields = [text for pair in to_entry(entry).items() for text in pair]
-            await self._scripts.append(keys=[self._keys.weights(policy)], args=[f"{entry.version}-1", 0, *fields])
-        except ResponseError as error:
-            if "equal or smaller" not in str(error):
-                raise
-            if await self.get(policy, entry.version) is None:
-                newest = await self.newest(policy)
-                raise Conflict(
-                    f"version {entry.version} of policy {policy!r} can't be published after version {newest.version if newest else '?'}"
-                ) from None
-            return False
-        return True
+        fields = [text for pair in to_entry(entry).items() for text in pair]
+        reply = await self._scripts.publish(keys=[self._keys.weights(policy)], args=[entry.version, *fields])
+        if reply == b"older":
+            newest = await self.newest(policy)
+            raise Conflict(
+                f"version {entry.version} of policy {policy!r} can't be published after version {newest.version if newest else '?'}"
+            )
+        return bool(reply == b"published")
 
     async def get(self, policy: str, version: int) -> WeightsEntry | None:
         found = await self._redis.xrange(self._keys.weights(policy), f"{version}-1", f"{version}-1")
@@ -51,8 +44,7 @@ class Weights:
         newest = await self.newest(policy)
         if newest is None or newest.version <= than:
             cursor = f"{than}-1" if than >= 0 else "0-0"
-            key = self._keys.weights(policy)
-            if not await self._blocking.xread({key: cursor}, count=1, block=max(1, int(timeout_s * 1000))):
+            if not await wait_for_entries(self._blocking, self._keys.weights(policy), cursor, timeout_s):
                 return None
             newest = await self.newest(policy)
         return newest if newest is not None and newest.version > than else None

@@ -16,6 +16,7 @@ from lachesis.broker.client import Broker
 from lachesis.broker.keys import ARCHIVE
 from lachesis.broker.records import ArchiverStatus
 from lachesis.broker.retention import Kept
+from lachesis.broker.server import check_server
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli.options import parse
 
@@ -45,6 +46,7 @@ async def _snapshot(url: str, settings: StatusSettings) -> dict[str, Any]:
     broker = await Broker.connect(url, settings.run)
     try:
         return {
+            "redis": await check_server(url),
             "run": settings.run,
             "policy": settings.policy,
             "trainer": await broker.parties.trainer_config(),
@@ -65,6 +67,7 @@ def _show(snapshot: dict[str, Any]) -> None:
     console = Console(highlight=False)
     queue, step, weights, config = (snapshot[name] for name in ("queue", "newest_step", "newest_weights", "trainer"))
     table = Table.grid(padding=(0, 2))
+    table.add_row("redis", f"{snapshot['redis'].name}  {snapshot['redis'].durability}")
     table.add_row("run", f"{snapshot['run']}, policy {snapshot['policy']}")
     table.add_row(
         "trainer",

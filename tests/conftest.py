@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,14 +11,21 @@ for _name in [name for name in os.environ if name.startswith("LACHESIS_")]:
     del os.environ[_name]
 
 import pytest
+from redis_servers import FITTING, binary
 
 from lachesis.broker import Broker, EmbeddedRedis
-
-ROOT = Path(__file__).parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos-long", action="store_true", help="the long form of the tests that kill processes")
+    parser.addoption("--server", choices=FITTING, help="the server that tests run against, else the embedded one")
+
+
+@pytest.fixture(scope="session")
+def server_binary(request: pytest.FixtureRequest) -> str | None:
+    """Path of the server that tests start; None for the one a user would get."""
+    name = request.config.getoption("--server")
+    return binary(name) if name else None
 
 
 @pytest.fixture(scope="session")
@@ -32,31 +36,20 @@ def anyio_backend() -> tuple[str, dict[str, bool]]:
 @pytest.fixture(scope="session")
 def installed() -> Callable[[str], str]:
     """Path of a server that tools/get-servers has or fetches. Skips, saying why, where its packages can't be had."""
-
-    @cache
-    def find(name: str) -> str:
-        command = [ROOT / "tools" / "get-servers", name]
-        environment = os.environ | {"PYTHON": sys.executable}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-        if done.returncode == 3:
-            pytest.skip(done.stdout.strip())
-        assert done.returncode == 0, done.stdout + done.stderr
-        return str(ROOT / ".servers" / name / "redis-server")
-
-    return find
+    return binary
 
 
 @pytest.fixture(scope="session")
-def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+def shared_redis(server_binary: str | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
     """One server for all tests that need no server of their own."""
-    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
+    with EmbeddedRedis(tmp_path_factory.mktemp("redis"), server=server_binary) as server:
         yield server
 
 
 @pytest.fixture
-def redis_server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
+def redis_server(server_binary: str | None, tmp_path: Path) -> Iterator[EmbeddedRedis]:
     """A server of the test's own, to kill, fill or restart."""
-    with EmbeddedRedis(tmp_path / "redis") as server:
+    with EmbeddedRedis(tmp_path / "redis", server=server_binary) as server:
         yield server
 
 

@@ -2,9 +2,11 @@
 -- FORM: move chosen groups from the queue into one batch, all or none.
 -- KEYS  1 groups (stream)  2 batches (stream)  3 state (hash)
 -- ARGV  1 step to form  2 sequences it must hold  3 number k of groups  4…3+k their ids in `groups`  then the batch's fields and values
--- reply "formed" | "conflict" (another replica was faster: choose again)
+-- reply "formed" (now, or by a call whose reply was lost) | "conflict" (another replica was faster: choose again)
 -- `gids` and the totals among the fields were read from the same entries, which never change.
 local k = tonumber(ARGV[3])
+local kept = redis.call('XRANGE', KEYS[2], ARGV[1] .. '-0', ARGV[1] .. '-0')
+if #kept > 0 and table.concat(kept[1][2], '\0') == table.concat({unpack(ARGV, 4 + k)}, '\0') then return 'formed' end
 if tonumber(redis.call('HGET', KEYS[3], 'formed') or '0') + 1 ~= tonumber(ARGV[1]) then return 'conflict' end
 local sequences, bytes, taken, quotas, present = 0, 0, {}, {}, {}
 for i = 1, k do

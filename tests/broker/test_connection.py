@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
+from redis_servers import TOO_OLD, binary
+from structlog.testing import capture_logs
 
 from lachesis.broker import (
     Broker,
@@ -15,8 +18,10 @@ from lachesis.broker import (
     RedisUnsuitable,
     connect_blocking,
 )
-from lachesis.broker.connection import check_info, hide_password
+from lachesis.broker.connection import hide_password, open_redis
+from lachesis.broker.logs import configure_logging
 from lachesis.broker.lua import Scripts
+from lachesis.broker.server import check_server
 
 pytestmark = pytest.mark.anyio
 
@@ -58,16 +63,34 @@ async def test_a_server_that_may_evict(redis_server: EmbeddedRedis) -> None:
         await Broker.connect(redis_server.url)
 
 
-@pytest.mark.parametrize(
-    ("version", "new_enough"), [("6.2.14", False), ("7.0.15", True), ("7.9.0", True), ("10.0.1", True)]
-)
-def test_the_oldest_version(version: str, new_enough: bool) -> None:
-    info = {"redis_version": version, "maxmemory_policy": "noeviction"}
-    if new_enough:
-        check_info(info, "here")
-    else:
-        with pytest.raises(RedisUnsuitable, match=r"Redis at here is version 6\.2\.14; Lachesis needs 7\.0"):
-            check_info(info, "here")
+async def test_a_server_that_is_too_old(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path, server=binary(TOO_OLD)) as server:
+        for user in ("", "looker:pw@"):
+            redis = open_redis(server.url)
+            await redis.execute_command("ACL", "SETUSER", "looker", "on", ">pw", "+info")
+            await redis.aclose()
+            with pytest.raises(RedisUnsuitable, match=r"^Redis 6\.2\.5 at .* is too old: Lachesis needs Redis 7\.0"):
+                await Broker.connect(server.url.replace("unix://", f"unix://{user}"))
+
+
+async def test_info_is_all_that_our_user_must_be_allowed(redis_server: EmbeddedRedis) -> None:
+    full = await check_server(redis_server.url)
+    redis = open_redis(redis_server.url)
+    await redis.execute_command("ACL", "SETUSER", "looker", "on", ">pw", "+info")
+    await redis.aclose()
+    seen = await check_server(redis_server.url.replace("unix://", "unix://looker:pw@"))
+    assert seen == full
+    assert seen.durability == "keeps an append-only file"
+
+
+async def test_a_server_that_keeps_nothing_is_warned_of(tmp_path: Path) -> None:
+    configure_logging("test")
+    with EmbeddedRedis(tmp_path, config=["appendonly no"]) as server, capture_logs() as logs:
+        broker = await Broker.connect(server.url)
+        await broker.aclose()
+    assert [(entry["log_level"], entry["event"]) for entry in logs] == [("warning", "Redis is not durable")]
+    assert "NO append-only file" in logs[0]["why"]
+    assert "set appendonly yes" in logs[0]["why"]
 
 
 def test_only_the_password_is_hidden() -> None:

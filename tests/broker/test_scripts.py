@@ -131,7 +131,8 @@ async def test_form_moves_all_or_none_and_only_once(broker: Broker) -> None:
     ids = [id_ for id_, _ in await broker.queue.queued()]
     assert await form(broker, 1, 4, ids[:2]) == b"formed"
     after = await snapshot(broker)
-    for step, total, chosen in ((1, 4, ids[:2]), (2, 4, ids[1:]), (2, 4, ids[2:]), (3, 2, ids[2:])):
+    assert await form(broker, 1, 4, ids[:2]) == b"formed"  # the same call, sent again
+    for step, total, chosen in ((1, 2, ids[:1]), (2, 4, ids[1:]), (2, 4, ids[2:]), (3, 2, ids[2:])):
         assert await form(broker, step, total, chosen) == b"conflict"
     assert await snapshot(broker) == after
     status = await broker.queue.status()
@@ -184,10 +185,11 @@ async def test_only_a_lapsed_lease_goes_to_another_consumer(broker: Broker) -> N
     await put(broker, 1, 2)
     held = await lease(broker, "a")
     assert await broker.queue.lease("main", "b", lapse_s=600) is None
-    await broker.queue.renew("main", held)
+    assert await broker.queue.renew("main", held)
     taken = await broker.queue.lease("main", "b", lapse_s=0)
     assert taken is not None
     assert taken.batch == held.batch
+    assert not await broker.queue.renew("main", held)  # a late heartbeat does not take the batch back
     assert await broker.queue.lease("main", "a", lapse_s=600) is None
 
 

@@ -90,6 +90,9 @@ def test_an_occupied_port_is_named_and_nothing_stays_behind(tmp_path: Path) -> N
 def test_status_and_audit_of_an_empty_run(shared_redis: EmbeddedRedis) -> None:
     done = lachesis("status", "--redis-url", shared_redis.url, "--run", "empty", "--json")
     assert json.loads(done.stdout)["queue"]["groups"] == 0
+    assert json.loads(done.stdout)["redis"]["append_only"]
+    shown = lachesis("status", "--redis-url", shared_redis.url, "--run", "empty").stdout
+    assert "keeps an append-only file" in shown
     done = lachesis("audit", "--redis-url", shared_redis.url, "--run", "empty", "--json")
     assert (done.returncode, json.loads(done.stdout)["clean"]) == (0, True)
 

@@ -1,0 +1,84 @@
+"""Is this Redis fit to keep rollouts? Asked once, when a process connects; what it can do is asked by command, not by version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import structlog
+from msgspec import Struct
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
+
+from lachesis.broker.connection import Redis, hide_password, open_redis
+from lachesis.broker.errors import RedisUnreachable, RedisUnsuitable
+
+OLDEST = (7, 0)
+MARKER = "FUNCTION"  # came with 7.0, as did the script flags (`#!lua flags=…`) that every script here needs
+
+
+class Server(Struct, frozen=True):
+    """What a server says of itself."""
+
+    name: str  # e.g. Valkey 9.1.2
+    append_only: bool
+
+    @property
+    def durability(self) -> str:
+        """In words, whether accepted data outlives the server."""
+        if self.append_only:
+            return "keeps an append-only file"
+        return "NO append-only file: what was accepted is lost when the server ends; set appendonly yes"
+
+
+async def check_server(url: str) -> Server:
+    """What the server is. RedisUnreachable or RedisUnsuitable unless one answers that can keep what it accepts.
+
+    INFO is all that its user must be allowed; a server without an append-only file is warned of in the log.
+    """
+    shown = hide_password(url)
+    redis = open_redis(url, connections=1, patience_s=0)
+    try:
+        info = await redis.info()
+        new_enough = await _knows(redis, MARKER)
+    except (RedisError, OSError) as error:
+        reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+        # redis-py reports a handshake that the server refused as a lost connection, caused by the refusal
+        if isinstance(error.__cause__ or error, (AuthenticationError, ResponseError)):
+            raise RedisUnreachable(
+                f"Redis at {shown} refuses us ({reason}): check user and password in --redis-url"
+            ) from None
+        raise RedisUnreachable(
+            f"no Redis answers at {shown} ({reason}). Start one (redis-server --appendonly yes), correct --redis-url, or use --embedded"
+        ) from None
+    finally:
+        await redis.aclose()
+    name = _name(info)
+    if not (_version(info) >= OLDEST if new_enough is None else new_enough):
+        raise RedisUnsuitable(f"{name} at {shown} is too old: Lachesis needs Redis 7.0 or newer, or Valkey")
+    policy = str(info.get("maxmemory_policy", "noeviction"))
+    if policy != "noeviction":
+        raise RedisUnsuitable(
+            f"Redis at {shown} has maxmemory-policy {policy}, which would silently delete rollouts; set it to noeviction"
+        )
+    server = Server(name, bool(int(str(info.get("aof_enabled", 0)))))
+    if not server.append_only and structlog.is_configured():  # a command that only looks shows it in its own way
+        structlog.get_logger().warning("Redis is not durable", redis=shown, server=name, why=server.durability)
+    return server
+
+
+async def _knows(redis: Redis, command: str) -> bool | None:
+    """Whether the server has the command; None where it does not say. (Valkey 9 calls itself redis_version 7.2.4.)"""
+    try:
+        found = await redis.execute_command("COMMAND INFO", command)
+    except ResponseError:
+        return None
+    return found[0] is not None
+
+
+def _version(info: Mapping[str, object]) -> tuple[int, ...]:
+    return tuple(int(part) for part in str(info.get("redis_version", "0")).split(".")[:2])
+
+
+def _name(info: Mapping[str, object]) -> str:
+    if info.get("server_name") == "valkey":
+        return f"Valkey {info.get('valkey_version')}"
+    return f"Redis {info.get('redis_version', '?')}"

@@ -1,0 +1,9 @@
+"""What the broker promises of scripts, queue, versions and audit, on every server: its own tests, run again."""
+
+from __future__ import annotations
+
+from test_audit import *  # noqa: F403
+from test_concurrency import *  # noqa: F403
+from test_queue_model import *  # noqa: F403
+from test_scripts import *  # noqa: F403
+from test_weights import *  # noqa: F403
