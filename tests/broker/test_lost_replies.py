@@ -1,0 +1,267 @@
+"""redis-py sends a command again when its reply was lost. Whatever the broker writes must then stand once."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from reply_dropper import ReplyDropper, dropping_replies
+from scored import group, trained
+
+from lachesis.broker import Broker, EmbeddedRedis
+from lachesis.broker.audit import audit
+from lachesis.broker.codec import tokens_digest
+from lachesis.broker.lua import NAMES
+from lachesis.broker.records import EnvConfig, Lease, Limits, Lineage, ServerStatus, TrainerConfig, WeightsEntry
+
+pytestmark = pytest.mark.anyio
+ENV = EnvConfig(max_token_length=16, desired_name="sums", weight=1.0, group_size=2)
+CONFIG = TrainerConfig("g", "p", 4, 16, "", 1, 0, 1)
+STATUS = ServerStatus("s", "main", "http://s", "ready", 0, -1, 0.0)
+
+
+class Run:
+    """A run as `broker` sees it, through the proxy, and as it is (`direct`)."""
+
+    def __init__(self, broker: Broker, direct: Broker, dropper: ReplyDropper) -> None:
+        self.broker, self.direct, self.dropper = broker, direct, dropper
+
+    def lose(self, script: str) -> None:
+        self.dropper.lose(getattr(self.broker.scripts, script).sha)
+
+    async def filled(self) -> None:
+        """Two batches' worth of groups."""
+        for number in range(4):
+            await self.direct.queue.put(f"g{number}", group(number), v_min=0, v_max=0)
+        await self.direct.queue.subscribe("main")
+
+    async def leased(self) -> Lease:
+        await self.filled()
+        lease = await self.direct.queue.lease_or_form("main", "r", 4, lapse_s=60)
+        assert lease is not None
+        return lease
+
+    async def length(self, stream: str) -> int:
+        return int(await self.direct.redis.xlen(stream))
+
+    async def holders(self) -> list[tuple[str, int]]:
+        """(consumer, deliveries) of each pending batch."""
+        pending = await self.direct.redis.xpending_range(self.direct.keys.batches, "main", "-", "+", 10)
+        return [(entry["consumer"].decode(), entry["times_delivered"]) for entry in pending]
+
+
+@pytest.fixture
+async def run(shared_redis: EmbeddedRedis, run_name: str) -> AsyncIterator[Run]:
+    direct = await Broker.connect(shared_redis.url, run_name)
+    for name in NAMES:  # so that the command that is lost is the one that does the work
+        await direct.redis.script_load(getattr(direct.scripts, name).script)
+    async with dropping_replies(str(shared_redis.socket)) as dropper:
+        broker = await Broker.connect(dropper.url, run_name)
+        yield Run(broker, direct, dropper)
+        await broker.aclose()
+    await direct.aclose()
+
+
+async def put(run: Run) -> None:
+    run.lose("put")
+    await run.broker.queue.put("g1", group(1), v_min=0, v_max=0)
+    status = await run.direct.queue.status()
+    assert (status.accepted, status.groups, status.sequences) == (1, 1, 2)
+    assert await run.length(run.direct.keys.groups) == 1
+    assert await run.direct.redis.ttl(run.direct.keys.blob("g1")) == -1
+
+
+async def form(run: Run) -> None:
+    await run.filled()
+    run.lose("form")
+    assert await run.broker.queue.form(4) == 1
+    assert await run.length(run.direct.keys.batches) == 1
+    assert (await run.direct.queue.status()).formed == 1
+
+
+async def lease(run: Run) -> None:
+    await run.filled()
+    await run.direct.queue.form(4)
+    await run.direct.queue.form(4)
+    run.lose("lease")
+    found = await run.broker.queue.lease("main", "r", lapse_s=60)
+    assert found is not None
+    assert found.batch.step == 1
+    assert await run.holders() == [("r", 2)]
+    assert (await run.direct.queue.status()).delivered == 1
+
+
+async def renew(run: Run) -> None:
+    found = await run.leased()
+    run.lose("renew")
+    assert await run.broker.queue.renew("main", found)
+    assert await run.holders() == [("r", 1)]
+
+
+async def commit(run: Run) -> None:
+    found = await run.leased()
+    run.lose("commit")
+    await run.broker.queue.commit("main", found, trained(found.batch))
+    assert await run.length(run.direct.keys.ledger("main")) == 1
+    assert await run.direct.redis.hget(run.direct.keys.state, "committed:main") == b"1"
+
+
+async def retire(run: Run) -> None:
+    found = await run.leased()
+    await run.direct.queue.commit("main", found, trained(found.batch))
+    run.lose("retire")
+    await run.broker.queue.retire("main", 1)
+    assert await run.length(run.direct.keys.batches) == 0
+    assert await run.direct.redis.exists(run.direct.keys.blob("g0"), run.direct.keys.blob("g3")) == 1
+
+
+async def bury(run: Run) -> None:
+    run.lose("bury")
+    await run.broker.queue.bury("refused-bad", b"{}", "invalid", "test")
+    assert await run.length(run.direct.keys.refused) == 1
+
+
+async def drop(run: Run) -> None:
+    await run.direct.queue.put("g1", group(1), v_min=0, v_max=0, limits=Limits(max_lag=1))
+    await run.direct.weights.publish("main", WeightsEntry(5, 5, "file:///v5", "0", 1, "BF16", 4))
+    run.lose("drop")
+    assert await run.broker.queue.form(2) is None
+    assert await run.length(run.direct.keys.dead) == 1
+    status = await run.direct.queue.status()
+    assert (status.groups, status.sequences, status.dead) == (0, 0, 1)
+
+
+async def requeue(run: Run) -> None:
+    await drop(run)
+    run.dropper.lost = 0
+    (letter,) = await run.direct.dead.accepted()
+    (found,) = await run.direct.queue.fetch([letter.entry.gid])
+    run.lose("requeue")
+    await run.broker.dead.requeue(letter, found, 100)
+    assert (await run.length(run.direct.keys.dead), await run.length(run.direct.keys.groups)) == (0, 1)
+    status = await run.direct.queue.status()
+    assert (status.groups, status.sequences, status.dead) == (1, 2, 0)
+
+
+async def purge(run: Run) -> None:
+    await drop(run)
+    run.dropper.lost = 0
+    (letter,) = await run.direct.dead.accepted()
+    run.lose("purge")
+    await run.broker.dead.purge(letter, who="test")
+    assert await run.length(run.direct.keys.control) == 1
+    status = await run.direct.queue.status()
+    assert (status.dead, status.purged) == (0, 1)
+
+
+async def adopt(run: Run) -> None:
+    run.lose("adopt")
+    await run.broker.parties.adopt(None, CONFIG, step_offset=3)
+    assert await run.direct.parties.trainer_config() == CONFIG
+    assert await run.direct.redis.hget(run.direct.keys.trainers, "step_offset") == b"3"
+
+
+async def cover(run: Run) -> None:
+    await run.filled()
+    run.lose("cover")
+    assert await run.broker.queue.retention.cover("main", 3)
+    assert await run.direct.queue.retention.readers() == {"main": 3}
+
+
+async def leave(run: Run) -> None:
+    await run.filled()
+    run.lose("leave")
+    await run.broker.queue.retention.leave("main")
+    assert await run.direct.queue.retention.readers() == {}
+
+
+async def reset(run: Run) -> None:
+    await run.leased()
+    run.lose("reset")
+    await run.broker.reset()
+    assert (await run.direct.queue.status()).accepted == 0
+
+
+async def subscribe(run: Run) -> None:
+    run.lose("subscribe")
+    await run.broker.queue.subscribe("main")
+    assert len(await run.direct.redis.xinfo_groups(run.direct.keys.batches)) == 1
+
+
+async def register_env(run: Run) -> None:
+    run.lose("register_env")
+    record = await run.broker.parties.register_env(ENV, "nonce")
+    assert await run.direct.parties.envs() == [record]
+    assert (await run.direct.parties.register_env(ENV, "other")).env_id == 1
+
+
+async def acquire(run: Run) -> None:
+    run.lose("acquire")
+    assert await run.broker.parties.writer("main", ttl_s=60).acquire(blocking=False)
+    assert not await run.direct.parties.writer("main", ttl_s=60).acquire(blocking=False)
+
+
+async def publish(run: Run) -> None:
+    run.lose("publish")
+    await run.broker.weights.publish("main", WeightsEntry(0, 0, "file:///v0", "0", 1, "BF16", -1))
+    assert await run.length(run.direct.keys.weights("main")) == 1
+
+
+async def append(run: Run) -> None:
+    run.lose("append")
+    await run.broker.journal.metric("step", {"reward": 0.5})
+    assert await run.length(run.direct.keys.metrics) == 1
+
+
+async def note(run: Run) -> None:
+    run.lose("note")
+    await run.broker.parties.report(STATUS)
+    assert await run.direct.parties.servers() == [STATUS]
+
+
+SCRIPTS = {case.__name__: case for case in (
+    put, bury, form, drop, lease, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, adopt, register_env,
+    publish, append, note,
+)}  # fmt: skip
+
+
+def test_no_script_is_left_out() -> None:
+    assert set(SCRIPTS) == set(NAMES)
+
+
+@pytest.mark.parametrize("case", SCRIPTS.values(), ids=SCRIPTS)
+async def test_a_script_whose_reply_is_lost_counts_once(run: Run, case: Callable[[Run], Awaitable[None]]) -> None:
+    await case(run)
+    assert run.dropper.lost == 1
+    assert (await audit(run.direct)).findings == []
+
+
+async def test_registrations_are_what_was_set_last(run: Run) -> None:
+    for operation in (
+        lambda: run.broker.parties.register_trainer(CONFIG),
+        lambda: run.broker.parties.start(),
+        lambda: run.broker.parties.withdraw("s"),
+        lambda: run.broker.lineage.record([(tokens_digest([1, 2]), Lineage(0, 0))]),
+    ):
+        run.dropper.lose(f"lachesis:{{{run.direct.keys.run}}}")
+        await operation()
+    assert run.dropper.lost == 4
+    assert await run.direct.parties.trainer_config() == CONFIG
+    assert await run.direct.parties.started()
+    assert await run.direct.lineage.look_up([tokens_digest([1, 2])]) == [Lineage(0, 0)]
+
+
+async def test_the_writer_lock_is_extended_and_released(run: Run) -> None:
+    lock = run.broker.parties.writer("main", ttl_s=60)
+    assert await lock.acquire(blocking=False)
+    for operation in (lambda: lock.extend(60, replace_ttl=True), lock.release):
+        run.dropper.lose(run.direct.keys.writer("main"))
+        await operation()
+    assert run.dropper.lost == 2
+    assert await run.direct.parties.writer("main", ttl_s=60).acquire(blocking=False)
+
+
+async def test_scripts_survive_that_the_server_forgets_them(run: Run) -> None:
+    await run.direct.redis.script_flush()
+    await put(run)  # its first command is answered NOSCRIPT, and that answer is lost, too
+    assert run.dropper.lost == 1
