@@ -59,7 +59,7 @@ class Patience(Retry):
 
 
 def open_redis(url: str, *, connections: int = COMMANDS, patience_s: float | None = None) -> Redis:
-    """A client with its own pool. `patience_s=0` makes the first failure final, as a first connection should be."""
+    """A client with its own pool. `patience_s`: seconds for which commands are sent again, else as long as the module says."""
     if patience_s is None:
         patience_s = PATIENCE_EMBEDDED_S if url.startswith("unix:") else PATIENCE_S
     options: dict[str, Any] = {

@@ -12,6 +12,7 @@ from lachesis.broker.connection import Redis, hide_password, open_redis
 from lachesis.broker.errors import RedisUnreachable, RedisUnsuitable
 
 OLDEST = (7, 0)
+FIRST_S = 2.0  # a server that is just being restarted is waited for; one that is not there is soon said to be so
 MARKER = "FUNCTION"  # came with 7.0, as did the script flags (`#!lua flags=…`) that every script here needs
 
 
@@ -35,7 +36,7 @@ async def check_server(url: str) -> Server:
     INFO is all that its user must be allowed; a server without an append-only file is warned of in the log.
     """
     shown = hide_password(url)
-    redis = open_redis(url, connections=1, patience_s=0)
+    redis = open_redis(url, connections=1, patience_s=FIRST_S)
     try:
         info = await redis.info()
         new_enough = await _knows(redis, MARKER)
@@ -59,7 +60,8 @@ async def check_server(url: str) -> Server:
         raise RedisUnsuitable(
             f"Redis at {shown} has maxmemory-policy {policy}, which would silently delete rollouts; set it to noeviction"
         )
-    server = Server(name, bool(int(str(info.get("aof_enabled", 0)))))
+    persistence = (info.get("aof_enabled"), info.get("loading"))  # while it loads its file, it calls that disabled
+    server = Server(name, any(int(str(value or 0)) for value in persistence))
     if not server.append_only and structlog.is_configured():  # a command that only looks shows it in its own way
         structlog.get_logger().warning("Redis is not durable", redis=shown, server=name, why=server.durability)
     return server

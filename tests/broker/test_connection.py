@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
 from pathlib import Path
 from typing import Any
@@ -125,3 +127,25 @@ async def test_a_server_that_forgets_a_script_once_more_is_given_it_once_more(br
     await redis.script_flush()
     note = Scripts(Forgetful()).note
     assert await note(keys=[broker.keys.state], args=["mark", "1"]) == 1
+
+
+async def test_a_server_that_still_loads_its_file_is_not_called_forgetful(tmp_path: Path) -> None:
+    configure_logging("test")
+    with EmbeddedRedis(tmp_path) as server:
+        redis = open_redis(server.url)
+        for number in range(5000):
+            await redis.incr(f"k{number}")
+        await redis.aclose()
+    with capture_logs() as logs:
+        slow = EmbeddedRedis(
+            tmp_path, config=["key-load-delay 400"]
+        )  # µs a command: 2 s in all, answering now and then
+        loading = asyncio.create_task(asyncio.to_thread(slow.start))
+        seen = []
+        while not loading.done():
+            with contextlib.suppress(RedisUnreachable):
+                seen.append(await check_server(slow.url))
+        (await loading).stop()
+    assert seen
+    assert all(server.append_only for server in seen)
+    assert logs == []
