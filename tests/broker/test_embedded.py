@@ -77,7 +77,7 @@ async def test_a_second_process_joins_and_leaves_it_running(redis_server: Embedd
 
 
 async def test_what_was_accepted_survives_a_sigkill(tmp_path: Path) -> None:
-    with EmbeddedRedis(tmp_path) as server:
+    with EmbeddedRedis(tmp_path, config=["appendfsync always"]) as server:  # docs/redis.md: what everysec may lose
         assert await accept(server.url, 1) == 1
         assert server.pid is not None
         os.kill(server.pid, signal.SIGKILL)
@@ -105,7 +105,7 @@ async def test_who_insists_on_a_server_of_its_own_is_told_of_the_other(
 
 
 async def test_a_killed_server_is_revived_with_its_data(tmp_path: Path) -> None:
-    with EmbeddedRedis(tmp_path) as server:
+    with EmbeddedRedis(tmp_path, config=["appendfsync always"]) as server:
         assert await accept(server.url, 1) == 1
         assert not server.revive()
         assert server.pid is not None
