@@ -145,7 +145,7 @@ class EmbeddedRedis:
                 "unixsocketperm 600",
                 f'dir "{self.folder}"',
                 "appendonly yes",
-                "appendfsync everysec",
+                "appendfsync always",
                 "maxmemory-policy noeviction",
                 'save ""',
                 "daemonize no",
