@@ -22,6 +22,7 @@ from lachesis.broker.queue import Queue
 from lachesis.broker.server import check_server
 from lachesis.broker.tokens import Tokens
 from lachesis.broker.weights import Weights
+from lachesis.broker.wire import Wire
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,17 +31,21 @@ RESET_SLICE = 1000
 
 
 class Connections:
-    """What the views of all runs on one Redis share: the scripts, and a pool each for commands, blocking reads, heartbeats."""
+    """What the views of all runs on one Redis share.
+
+    The scripts, a pool each for commands, blocking reads and heartbeats, and a wire for what every posted group needs.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.commands, self.blocking = open_redis(url), open_redis(url)
         self.heartbeats = open_redis(url, connections=HEARTBEATS)
-        self.scripts = Scripts(self.commands)
+        self.wire = Wire(self.commands)
+        self.scripts = Scripts(self.commands, self.wire)
 
     async def aclose(self) -> None:
-        for redis in (self.commands, self.blocking, self.heartbeats):
-            await redis.aclose()
+        for connections in (self.wire, self.commands, self.blocking, self.heartbeats):
+            await connections.aclose()
 
 
 class Broker:

@@ -6,6 +6,8 @@ may send one again; and those that free memory run even when Redis is full (`all
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -13,13 +15,14 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import NoScriptError
 
 from lachesis.broker.connection import Redis
+from lachesis.broker.wire import Command, Wire
 
 NAMES = (
-    "put", "bury", "form", "drop", "lease", "renew", "commit", "retire", "cover", "leave", "requeue", "purge", "subscribe",
+    "arrive", "put", "bury", "form", "drop", "lease", "renew", "commit", "retire", "cover", "leave", "requeue", "purge", "subscribe",
     "acquire", "adopt", "register_env", "publish", "note", "append", "reset",
 )  # fmt: skip
 
-
+EVERY_POST = ("arrive", "put")  # what every posted group needs
 LOADS = 5
 
 
@@ -37,10 +40,30 @@ class Script(AsyncScript):
         return await super().__call__(*args, **kwargs)
 
 
-class Scripts:
-    """The registered scripts of one connection: `await scripts.put(keys=…, args=…)`."""
+class WireScript:
+    """The same over a shared connection."""
 
-    put: Script
+    def __init__(self, wire: Wire, text: str) -> None:
+        self._wire, self.script = wire, text
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+    async def __call__(self, *, keys: Sequence[Any], args: Sequence[Any] = (), after: Command | None = None) -> Any:
+        """`after` is a command that is sent along, to be executed just before."""
+        call = ("EVALSHA", self.sha, len(keys), *keys, *args)
+        commands = (call,) if after is None else (after, call)
+        for _ in range(LOADS):
+            try:
+                return (await self._wire.call(*commands))[-1]
+            except NoScriptError:
+                await self._wire.call(("SCRIPT", "LOAD", self.script))
+        return (await self._wire.call(*commands))[-1]
+
+
+class Scripts:
+    """The scripts: `await scripts.lease(keys=…, args=…)`."""
+
+    arrive: WireScript
+    put: WireScript
     bury: Script
     form: Script
     drop: Script
@@ -61,7 +84,8 @@ class Scripts:
     append: Script
     reset: Script
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, wire: Wire) -> None:
         folder = files("lachesis.broker") / "scripts"
         for name in NAMES:
-            setattr(self, name, Script(redis, (folder / f"{name}.lua").read_text()))
+            text = (folder / f"{name}.lua").read_text()
+            setattr(self, name, WireScript(wire, text) if name in EVERY_POST else Script(redis, text))

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from msgspec import structs
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import ResponseError
 
 from lachesis.broker import allot
 from lachesis.broker.codec import from_entry, to_entry
@@ -77,15 +77,9 @@ class Queue:
         lag = ["" if limits.max_lag is None else limits.max_lag, limits.policy]
         fields = [text for pair in to_entry(entry).items() for text in pair]
         args = [SEEN_TTL_S, *quotas, *lag, entry.env, entry.n, entry.bytes, *fields]
+        store = ("SET", self._keys.blob(gid), blob, "NX", "EX", BLOB_TTL_S)
         while True:
-            try:
-                async with self._redis.pipeline(transaction=False) as pipe:  # one trip
-                    pipe.set(self._keys.blob(gid), blob, nx=True, ex=BLOB_TTL_S)
-                    pipe.evalsha(self._scripts.put.sha, len(keys), *keys, *args)
-                    _, reply = await pipe.execute()
-            except NoScriptError:  # Redis was restarted
-                await self._redis.script_load(self._scripts.put.script)
-                continue
+            reply = await self._scripts.put(keys=keys, args=args, after=store)
             if reply != b"noblob":  # the blob's TTL ran out in between: set it again
                 return bytes(reply).decode()
 

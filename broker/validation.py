@@ -27,17 +27,19 @@ def check_group(group: Group, *, max_token_len: int = -1, batch_size: int = -1) 
     if len(group.scores) != count:
         raise InvalidGroup("scores", f"{len(group.scores)} values", f"must have one per sequence, {count}")
     _check_finite("scores", group.scores)
-    for index, tokens in enumerate(group.tokens):
-        if not len(tokens):
+    lengths = list(map(len, group.tokens))
+    for index, length in enumerate(lengths):
+        if length == 0:
             raise InvalidGroup(f"tokens[{index}]", [], "must hold at least one token")
-        if 0 < max_token_len < len(tokens):
+        if 0 < max_token_len < length:
             raise InvalidGroup(
                 f"tokens[{index}]",
-                f"{len(tokens)} tokens",
+                f"{length} tokens",
                 f"must not exceed the trainer's max_token_len of {max_token_len}",
             )
-        if (lowest := int(tokens.min())) < 0:
-            raise InvalidGroup(f"tokens[{index}]", lowest, "token ids must not be negative")
+    if np.concatenate(group.tokens).min() < 0:  # one pass where all is well
+        index, lowest = next((i, int(row.min())) for i, row in enumerate(group.tokens) if row.min() < 0)
+        raise InvalidGroup(f"tokens[{index}]", lowest, "token ids must not be negative")
     for name in TOKEN_FIELDS:
         _check_rows(name, getattr(group, name), group.tokens)
 
@@ -53,11 +55,13 @@ def _check_rows(name: str, rows: Sequence[np.ndarray] | None, tokens: Sequence[n
             raise InvalidGroup(
                 f"{name}[{index}]", f"{len(row)} values", f"must be as long as its tokens, {len(sequence)}"
             )
-    for index, row in enumerate(rows):
-        _check_finite(f"{name}[{index}]", row)
+    if name != "masks" and not np.isfinite(np.concatenate(rows)).all():
+        for index, row in enumerate(rows):
+            _check_finite(f"{name}[{index}]", row)
 
 
 def _check_finite(name: str, values: np.ndarray) -> None:
-    if values.dtype.kind == "f" and not (finite := np.isfinite(values)).all():
+    finite = np.isfinite(values)
+    if not finite.all():
         position = int(finite.argmin())
         raise InvalidGroup(f"{name}[{position}]", float(values[position]), "must be finite")

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from simdjson import Array, Object, Parser
 
+from lachesis.broker.codec import narrowed
 from lachesis.broker.packing import REST
 from lachesis.broker.records import Group, ScoredGroup
 
@@ -59,7 +60,7 @@ def _group(document: Any) -> Group:
         env=_plain("env_id", found.get("env_id")),
         tokens=_rows(found["tokens"], "i"),
         masks=_rows(found["masks"], "i"),
-        scores=_row(found["scores"], "d"),
+        scores=_numbers(found["scores"], "d"),
         advantages=_optional_rows(found.get("advantages")),
         ref_logprobs=_optional_rows(found.get("ref_logprobs")),
         inference_logprobs=_optional_rows(found.get("inference_logprobs")),
@@ -73,12 +74,20 @@ def _is(kind: type, value: Any) -> Any:
     return value
 
 
-def _row(values: Any, kind: str) -> np.ndarray:
-    return np.frombuffer(_is(Array, values).as_buffer(of_type=kind), dtype="<i8" if kind == "i" else "<f8")
+def _numbers(values: Any, kind: str) -> np.ndarray:
+    if kind == "i":
+        return narrowed(np.frombuffer(_is(Array, values).as_buffer(of_type="i"), dtype="<i8"), "<i4")
+    return np.frombuffer(_is(Array, values).as_buffer(of_type="d"), dtype="<f8")
 
 
 def _rows(rows: Any, kind: str) -> list[np.ndarray]:
-    return [_row(row, kind) for row in _is(Array, rows)]
+    """Views of one array: of lists within lists, `as_buffer` makes one buffer."""
+    values, found, start = _numbers(rows, kind), [], 0
+    for row in rows:
+        end = start + len(_is(Array, row))
+        found.append(values[start:end])
+        start = end
+    return found
 
 
 def _optional_rows(rows: Any) -> list[np.ndarray] | None:

@@ -38,18 +38,14 @@ class Versions:
     async def arrival(self, sequences: Sequence[np.ndarray]) -> Arrival:
         """What Redis says of these sequences and of the run, in one trip."""
         keys = self._broker.keys
-        digests = [keys.lineage(tokens_digest(tokens)) for tokens in sequences]
-        async with self._broker.redis.pipeline(transaction=False) as pipe:
-            pipe.hget(keys.trainers, "config")
-            pipe.xrevrange(keys.weights(self._policy), count=1)
-            pipe.hvals(keys.pools)
-            if digests:
-                pipe.mget(digests)
-            config, newest, servers, *found = await pipe.execute()
+        lineages = [keys.lineage(tokens_digest(tokens)) for tokens in sequences]
+        config, newest, servers, found = await self._broker.scripts.arrive(
+            keys=[keys.trainers, keys.weights(self._policy), keys.pools, *lineages]
+        )
         return Arrival(
             msgspec.json.decode(config, type=TrainerConfig) if config else None,
-            [msgspec.json.decode(raw, type=Lineage) if raw else None for raw in (found[0] if found else ())],
-            from_entry(WeightsEntry, newest[0][1]).version if newest else 0,
+            [msgspec.json.decode(raw, type=Lineage) if raw else None for raw in found],
+            _version(newest[0][1]) if newest else 0,
             servers,
         )
 
@@ -83,3 +79,8 @@ class Versions:
             self._served.popleft()
         oldest = min((version for _, version in self._served), default=newest)
         return min(oldest, newest), newest
+
+
+def _version(fields: Sequence[bytes]) -> int:
+    """Of an entry as a script returns it: fields and values in turn."""
+    return from_entry(WeightsEntry, dict(zip(fields[::2], fields[1::2], strict=True))).version

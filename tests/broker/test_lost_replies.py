@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import msgspec
 import pytest
 from reply_dropper import ReplyDropper, dropping_replies
 from scored import group, trained
@@ -60,6 +61,14 @@ async def run(shared_redis: EmbeddedRedis, run_name: str) -> AsyncIterator[Run]:
         yield Run(broker, direct, dropper)
         await broker.aclose()
     await direct.aclose()
+
+
+async def arrive(run: Run) -> None:
+    await run.direct.parties.register_trainer(CONFIG)
+    run.lose("arrive")
+    keys = run.broker.keys
+    reply = await run.broker.scripts.arrive(keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage("d")])
+    assert reply == [msgspec.json.encode(CONFIG), [], [], [None]]
 
 
 async def put(run: Run) -> None:
@@ -220,7 +229,8 @@ async def note(run: Run) -> None:
 
 
 SCRIPTS = {case.__name__: case for case in (
-    put, bury, form, drop, lease, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, adopt, register_env,
+    arrive, put, bury, form, drop, lease, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, adopt,
+    register_env,
     publish, append, note,
 )}  # fmt: skip
 

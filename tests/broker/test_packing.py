@@ -44,7 +44,7 @@ def test_the_usual_mask_costs_almost_nothing() -> None:
     masks = [[-100] * 512 + row[512:] for row in tokens]
     usual = ScoredGroup(tokens=tokens, masks=masks, scores=[0.0] * 8)
     without = ScoredGroup(tokens=tokens, masks=[[0] * 2048] * 8, scores=[0.0] * 8)
-    assert len(pack(usual)) < 1.01 * len(pack(without))
+    assert len(pack(usual)) < 1.02 * len(pack(without))
 
 
 @given(st.lists(numbers, min_size=1, max_size=8))
