@@ -19,6 +19,7 @@ from verl.workers.utils.padding import response_from_nested
 
 from lachesis.trainer.engine import Engine
 from lachesis.trainer.mapping import TrainingBatch
+from lachesis.trainer.ranks import share
 
 WITHOUT_GROUPS = ("reinforce_plus_plus",)  # estimators whose baseline is the batch
 
@@ -27,7 +28,7 @@ class Learner:
     """Trains one policy, batch by batch."""
 
     def __init__(self, engine: Engine, algorithm: DictConfig) -> None:
-        self._worker, self._actor = engine.worker, engine.actor
+        self._worker, self._actor, self._ranks = engine.worker, engine.actor, engine.ranks
         self._algorithm = algorithm
         self._pad_small_steps = engine.pad_small_steps
 
@@ -47,12 +48,28 @@ class Learner:
         return metrics | {"logp_s": after_log_probs - started, "train_s": time.perf_counter() - after_log_probs}
 
     def log_probs(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (nats) and entropies of the present weights, each float32 (N, R)."""
-        data = batch.model.select("input_ids", "position_ids", "loss_mask")
-        self._annotate(data, batch, calculate_entropy=True, compute_loss=False)
-        out, mask = self._worker.infer_batch(data), batch.model["response_mask"]
-        log_probs, entropy = (response_from_nested(tu.get(out, key), mask) for key in ("log_probs", "entropy"))
-        return batch.padded(log_probs), batch.padded(entropy)
+        """Log-probabilities (nats) and entropies of the present weights, each float32 (N, R); the same on every rank."""
+        mine = self._share(batch)
+        data = mine.model.select("input_ids", "position_ids", "loss_mask")
+        self._annotate(data, batch, mine, calculate_entropy=True, compute_loss=False)
+        out, mask = self._worker.infer_batch(data), mine.model["response_mask"]
+        found = torch.zeros(2, *batch.response_mask.shape)
+        if out is not None:  # else another rank of its sequence-parallel group has it
+            for place, key in enumerate(("log_probs", "entropy")):
+                found[place] = mine.padded(response_from_nested(tu.get(out, key), mask).cpu())
+        log_probs, entropy = self._ranks.sum(found)
+        return log_probs, entropy
+
+    def _share(self, batch: TrainingBatch) -> TrainingBatch:
+        """This rank's rows. All ranks have as many, so that their numbers of micro-batches, which verl makes equal, can be."""
+        engine = self._worker.engine
+        ranks, lengths = engine.get_data_parallel_size(), batch.model["input_ids"].offsets().diff().tolist()
+        shares = share(lengths, ranks)
+        rows = max(map(len, shares))
+        if not self._actor.use_dynamic_bsz:  # verl wants whole micro-batches
+            rows += -rows % self._actor.ppo_micro_batch_size_per_gpu
+        mine = shares[engine.get_data_parallel_rank()]
+        return batch if len(mine) == len(lengths) == rows else batch.part(mine, filler=rows - len(mine))
 
     def _old_log_probs(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         """Of the policy before the update: the engine's own; in bypass mode the sampler's wherever it is known."""
@@ -72,17 +89,19 @@ class Learner:
     def _update(
         self, batch: TrainingBatch, old: Tensor, response_mask: Tensor, advantages: Tensor, weights: Tensor | None
     ) -> dict[str, float]:
-        data = batch.model.copy()
-        data["old_log_probs"] = batch.jagged(old)
-        data["advantages"] = batch.jagged(advantages)
-        data["response_mask"] = data["loss_mask"] = batch.jagged(response_mask)
+        mine = self._share(batch)
+        data = mine.model.copy()
+        data["old_log_probs"] = mine.jagged(old)
+        data["advantages"] = mine.jagged(advantages)
+        data["response_mask"] = data["loss_mask"] = mine.jagged(response_mask)
         if weights is not None:
-            data["rollout_is_weights"] = batch.jagged(weights)
+            data["rollout_is_weights"] = mine.jagged(weights)
         entropy = self._actor.calculate_entropy or self._actor.entropy_coeff != 0
-        self._annotate(data, batch, calculate_entropy=entropy, global_batch_size=len(batch.rows))
+        self._annotate(data, batch, mine, calculate_entropy=entropy, global_batch_size=len(batch.rows))
         self._worker.optimizer_zero_grad()
-        found = _across_ranks(tu.get(self._worker.forward_backward(data), "metrics"))
-        grad_norm = self._worker.optimizer_step()["grad_norm"]
+        out = self._worker.forward_backward(data)
+        found = {"loss": 0.0} if out is None else _across_ranks(tu.get(out, "metrics"))
+        grad_norm = self._worker.optimizer_step().get("grad_norm", 0.0)
         learning_rate = self._worker.engine.optimizer.param_groups[0]["lr"]
         self._worker.engine.lr_scheduler_step()
         return {
@@ -93,21 +112,21 @@ class Learner:
             "lr": float(learning_rate),
         }
 
-    def _annotate(self, data: TensorDict, batch: TrainingBatch, **values: Any) -> None:
-        """Add what verl's engine reads beside the tensors: temperature, `values`, and how to cut micro-batches.
+    def _annotate(self, data: TensorDict, batch: TrainingBatch, mine: TrainingBatch, **values: Any) -> None:
+        """Add what verl's engine reads beside the tensors of `mine`: temperature, `values`, and how to cut micro-batches.
 
         verl packs micro-batches of a token budget. Without a flash kernel, attention over a pack costs the square of
         its length, so a step that fits one micro-batch as a padded rectangle is computed as that: short sequences
         take half the time, and the values are the same to rounding.
         """
-        lengths = batch.model["input_ids"].offsets().diff()
-        if self._pad_small_steps and len(lengths) * int(lengths.max()) <= self._actor.ppo_max_token_len_per_gpu:
-            values |= {"use_remove_padding": False, "use_dynamic_bsz": False, "micro_batch_size_per_gpu": len(lengths)}
+        longest, rows = int(batch.model["input_ids"].offsets().diff().max()), len(data)
+        if self._pad_small_steps and rows * longest <= self._actor.ppo_max_token_len_per_gpu:
+            values |= {"use_remove_padding": False, "use_dynamic_bsz": False, "micro_batch_size_per_gpu": rows}
         tu.assign_non_tensor(data, **values)
-        if isinstance(batch.temperature, Tensor):
-            data["temperature"] = batch.temperature
+        if isinstance(mine.temperature, Tensor):
+            data["temperature"] = mine.temperature
         else:
-            tu.assign_non_tensor(data, temperature=batch.temperature)
+            tu.assign_non_tensor(data, temperature=mine.temperature)
 
 
 def correct(

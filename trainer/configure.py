@@ -98,8 +98,6 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
     if ours.weights_dtype not in DTYPES:
         raise ConfigurationError(f"lachesis.weights_dtype = {ours.weights_dtype!r}: must be one of {', '.join(DTYPES)}")
     _check_algorithm(config)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigurationError("WORLD_SIZE > 1: one trainer is one process; start it without torchrun")
     temperature = config.actor_rollout_ref.rollout.temperature
     if not temperature > 0:
         raise ConfigurationError(f"actor_rollout_ref.rollout.temperature = {temperature!r}: must be above 0")

@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig
 
 from lachesis.broker.errors import ConfigurationError
+from lachesis.trainer.ranks import Ranks, init_process_group
 
 _ONE_PROCESS = {  # what torchrun would set; verl reads it whoever starts the process
     "RANK": "0",
@@ -32,6 +33,7 @@ _ONE_PROCESS = {  # what torchrun would set; verl reads it whoever starts the pr
 class Engine:
     worker: Any  # verl.workers.engine_workers_tinker.TinkerTrainingWorker
     actor: Any  # verl.workers.config.FSDPActorConfig
+    ranks: Ranks
     vocab_size: int
     tied: bool  # the output layer is the embedding
     pad_small_steps: bool  # no flash attention, no sequence parallelism: see Learner
@@ -70,11 +72,8 @@ def build_engine(config: DictConfig) -> Engine:
 
     if get_device_name() == "cpu":
         register_cpu_engine()
-    if not torch.distributed.is_initialized():
-        # verl would ask for "cpu:gloo,cpu:gloo", which torch refuses, and for a port, which one process can do without
-        backend = "gloo" if get_device_name() == "cpu" else f"cpu:gloo,{get_device_name()}:{get_nccl_backend()}"
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch's stubs forget it
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    # verl would ask for "cpu:gloo,cpu:gloo", which torch refuses
+    init_process_group(get_device_name(), get_nccl_backend())
 
     try:
         model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
@@ -101,6 +100,7 @@ def build_engine(config: DictConfig) -> Engine:
     return Engine(
         worker,
         actor,
+        Ranks(),
         vocab_size=model.hf_config.get_text_config().vocab_size,
         tied=bool(model.hf_config.tie_word_embeddings),
         pad_small_steps=not attention.startswith("flash")

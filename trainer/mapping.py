@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,11 +48,13 @@ class TrainingBatch:
     temperature: float | Tensor  # of sampling; float32 (n,) where it differs between sequences
     tokens: int  # of all N sequences
     unfit: int
+    filler: int = 0  # rows at the end of `model` that are no sequences and train nothing
 
     def jagged(self, padded: Tensor) -> Tensor:
         """The model's rows of an (N, R) tensor, as a jagged one of their response lengths."""
         offsets = self.model["responses"].offsets()
-        found: Tensor = torch.nested.nested_tensor_from_jagged(padded[self.rows][self._in_response], offsets)
+        mine = torch.nn.functional.pad(padded[self.rows], (0, 0, 0, self.filler))
+        found: Tensor = torch.nested.nested_tensor_from_jagged(mine[self._in_response], offsets)
         return found
 
     def padded(self, jagged: Tensor) -> Tensor:
@@ -60,8 +62,26 @@ class TrainingBatch:
         mine = jagged.values().new_zeros(self._in_response.shape)
         mine[self._in_response] = jagged.values()
         everyone = mine.new_zeros(self.response_mask.shape)
-        everyone[self.rows] = mine
+        everyone[self.rows] = mine[: len(self.rows)]
         return everyone
+
+    def part(self, places: Sequence[int], *, filler: int) -> TrainingBatch:
+        """The same batch with only some of the model's rows, and `filler` rows after them; all else stays."""
+        columns = {}
+        for name, column in self.model.items():
+            rows = column.unbind()
+            fill = torch.arange(2) if name == "position_ids" else torch.zeros(2 if name == "input_ids" else 1)
+            columns[name] = _jagged([rows[place].numpy() for place in places] + [fill.numpy()] * filler)
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            temperature = torch.cat([temperature[list(places)], temperature.new_ones(filler)])
+        return replace(
+            self,
+            model=TensorDict(columns, batch_size=[len(places) + filler]),
+            rows=self.rows[list(places)],
+            temperature=temperature,
+            filler=filler,
+        )
 
     @property
     def _in_response(self) -> Tensor:
@@ -137,21 +157,24 @@ def to_batch(groups: Sequence[Group], *, vocab_size: int, max_tokens: int, tempe
 
 
 def _model_rows(tokens: list[np.ndarray], starts: list[int], trained: list[np.ndarray]) -> TensorDict:
-    def jagged(parts: list[np.ndarray]) -> Tensor:
-        offsets = np.cumsum([0, *map(len, parts)])
-        values = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
-        return torch.nested.nested_tensor_from_jagged(torch.from_numpy(values), torch.from_numpy(offsets))
-
-    response_mask = jagged(trained)
+    response_mask = _jagged(trained)
     columns = {
-        "input_ids": jagged(tokens),
-        "position_ids": jagged([np.arange(len(ids)) for ids in tokens]),
-        "prompts": jagged([ids[:start] for ids, start in zip(tokens, starts, strict=True)]),
-        "responses": jagged([ids[start:] for ids, start in zip(tokens, starts, strict=True)]),
+        "input_ids": _jagged(tokens),
+        "position_ids": _jagged([np.arange(len(ids)) for ids in tokens]),
+        "prompts": _jagged([ids[:start] for ids, start in zip(tokens, starts, strict=True)]),
+        "responses": _jagged([ids[start:] for ids, start in zip(tokens, starts, strict=True)]),
         "response_mask": response_mask,
         "loss_mask": response_mask,
     }
     return TensorDict(columns, batch_size=[len(tokens)])
+
+
+def _jagged(parts: Sequence[np.ndarray]) -> Tensor:
+    """int64, a row each."""
+    offsets = np.cumsum([0, *map(len, parts)])
+    values = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+    found: Tensor = torch.nested.nested_tensor_from_jagged(torch.from_numpy(values), torch.from_numpy(offsets))
+    return found
 
 
 def _aligned(

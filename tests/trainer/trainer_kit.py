@@ -86,12 +86,12 @@ async def fill(broker: Broker, *, groups: int, first: int = 0) -> None:
         assert await broker.queue.put(f"{number:08d}", group, v_min=0, v_max=0) == "stored"
 
 
-_context = multiprocessing.get_context("forkserver")
+context = multiprocessing.get_context("forkserver")
 
 
 def preload() -> None:
     """Start the process that trainers are forked from. It has imported verl, which saves each of them ten seconds."""
-    _context.set_forkserver_preload(["trainer_preload"])
+    context.set_forkserver_preload(["trainer_preload"])
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         forkserver.ensure_running()
@@ -101,7 +101,7 @@ def start_trainer(
     url: str, run: str, state_dir: Path, overrides: Sequence[str], *, crash_at: str = "", log: Path | None = None
 ) -> ForkServerProcess:
     """A trainer as a process of its own, with its own state folder and log."""
-    process = _context.Process(
+    process = context.Process(
         target=_train, args=(url, run, state_dir, list(overrides), crash_at, log or state_dir / "trainer.log")
     )
     process.start()

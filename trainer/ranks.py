@@ -1,0 +1,133 @@
+"""One trainer over several processes. Rank 0 leads: it alone knows Redis and the disk; the others do as it does.
+
+torchrun or Ray starts the processes and sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. What a rank computes with the
+others, verl's engine does: parameters are sharded over them, gradients summed. Here is only what keeps them in step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lachesis.broker.records import Group
+
+IDLE = timedelta(days=30)  # ranks wait for the leader's next order, and it waits for rollouts; a dead peer shows at once
+LEADER = 0
+
+
+def rank_of_this_process() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes of this trainer, as its launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Ranks:
+    """The processes of one trainer, once torch.distributed knows them. Values travel over gloo, in host memory."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._control = dist.new_group(backend="gloo", timeout=IDLE) if self.size > 1 else None
+
+    def order(self, name: str, *args: Any) -> None:
+        """Rank 0 tells the others what comes next."""
+        if self._control is not None and self.rank == LEADER:
+            dist.broadcast_object_list([name, args], src=LEADER, group=self._control)
+
+    def next_order(self) -> tuple[str, tuple[Any, ...]]:
+        """What rank 0 told; blocks. Raises RuntimeError if it is gone."""
+        told: list[Any] = [None, None]
+        dist.broadcast_object_list(told, src=LEADER, group=self._control)
+        return told[0], told[1]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The elementwise sum over all ranks, of a tensor in host memory; in place."""
+        if self._control is not None:
+            dist.all_reduce(values, group=self._control)
+        return values
+
+
+class Crew:
+    """What the ranks do together. On rank 0 every method has the others do the same; they `follow`."""
+
+    def __init__(self, ranks: Ranks, learner: Any, engine: Any) -> None:
+        self._ranks, self._learner, self._engine = ranks, learner, engine
+
+    def step(self, groups: Sequence[Group], batch: Any) -> dict[str, float]:
+        """Train one batch; `batch` is made of `groups`. Returns the metrics of Learner.step."""
+        self._ranks.order("step", list(groups))
+        found: dict[str, float] = self._learner.step(batch)
+        return found
+
+    def save_checkpoint(self, path: str, *args: Any) -> None:
+        """verl's, with its arguments: every rank writes its shard."""
+        self._ranks.order("save_checkpoint", path, *args)
+        self._engine.worker.save_checkpoint(path, *args)
+
+    def load_checkpoint(self, path: str, *args: Any) -> None:
+        self._ranks.order("load_checkpoint", path, *args)
+        self._engine.worker.load_checkpoint(path, *args)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights in memory, whole, under Hugging Face's names."""
+        from lachesis.trainer.engine import published_tensors
+
+        self._ranks.order("tensors")
+        yield from published_tensors(self._engine)
+
+    def dismiss(self) -> None:
+        """The others may end. Does nothing for those that are gone."""
+        with suppress(RuntimeError):
+            self._ranks.order("dismiss")
+
+    def follow(self, to_batch: Any) -> None:
+        """Do what rank 0 does until it dismisses. `to_batch` maps groups as rank 0 maps them."""
+        while True:
+            name, args = self._ranks.next_order()
+            if name == "dismiss":
+                return
+            if name == "step":
+                self._learner.step(to_batch(args[0]))
+            elif name == "tensors":
+                for _ in self.tensors():
+                    pass
+            else:
+                getattr(self, name)(*args)
+
+
+def share(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Split rows over `parts` ranks: as many rows each, up to one, and about as many tokens; verl's balancing.
+
+    Args:
+        lengths: tokens of each row.
+    """
+    if parts == 1:
+        return [list(range(len(lengths)))]
+    from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
+
+    missing = -len(lengths) % parts
+    found = get_seqlen_balanced_partitions([*lengths, *[0] * missing], k_partitions=parts, equal_size=True)
+    return [sorted(row for row in part if row < len(lengths)) for part in found]
+
+
+def init_process_group(device: str, backend: str) -> None:
+    """Join the trainer's world, unless that is done already."""
+    if dist.is_initialized():
+        return
+    if device != "cpu":
+        getattr(torch, device).set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    named = "gloo" if device == "cpu" else f"cpu:gloo,{device}:{backend}"
+    if world_size() > 1:
+        dist.init_process_group(named)
+    else:  # verl would ask for a port, which one process can do without
+        store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs forget it
+        dist.init_process_group(named, store=store, rank=0, world_size=1)
