@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,8 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from lachesis.broker import connect_blocking
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.logs import configure_logging
-from lachesis.trainer.configure import compose_config, make_plan
+from lachesis.trainer.configure import Plan, compose_config, make_plan
 from lachesis.trainer.engine import build_engine, device_name
+from lachesis.trainer.mapping import to_batch
+from lachesis.trainer.ranks import LEADER, Crew, rank_of_this_process, world_size
 from lachesis.trainer.settings import TrainerSettings
 from lachesis.trainer.tenure import Tenure
 
@@ -23,17 +26,33 @@ def run(settings: TrainerSettings) -> int:
 
     Raises LachesisError with one line for what a user can put right, and LeaseLost if another trainer took over.
     """
-    config = compose_config(settings.overrides, device=device_name())
-    plan = make_plan(config, settings)
+    config, plan = prepare(settings)
     if settings.print_config:
         print(OmegaConf.to_yaml(_in_force(config), resolve=True), end="")
         return 0
-    for folder in (plan.weights_dir, plan.checkpoint_dir):
-        _make(folder)
-    log = configure_logging("trainer").bind(run=plan.run, policy=plan.policy)
+    if settings.ray_ranks:
+        from lachesis.trainer.ray_group import run_on_ray
+
+        return run_on_ray(settings, config.lachesis.device)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    return train(config, plan, settings, stop)
+
+
+def prepare(settings: TrainerSettings) -> tuple[DictConfig, Plan]:
+    """The configuration, checked."""
+    config = compose_config(settings.overrides, device=device_name())
+    return config, make_plan(config, settings)
+
+
+def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threading.Event) -> int:
+    """Train in this process, as the rank that its environment says, until the last step or until `stop` is set."""
+    if rank_of_this_process() != LEADER:
+        return _follow(config, plan, settings)
+    for folder in (plan.weights_dir, plan.checkpoint_dir):
+        _make(folder)
+    log = configure_logging("trainer").bind(run=plan.run, policy=plan.policy)
 
     with settings.redis() as url, connect_blocking(url, plan.run) as broker:
         if settings.dry_run:
@@ -48,25 +67,39 @@ def run(settings: TrainerSettings) -> int:
             from lachesis.trainer.replica import Replica
             from lachesis.trainer.versions import VersionStore
 
-            if not tenure.wait(
-                unless=stop.is_set, on_standby=lambda: log.info("standby: another trainer holds this policy")
-            ):
-                return 0
-            replica = Replica(
-                broker=broker,
-                plan=plan,
-                engine=engine,
-                learner=Learner(engine, config.algorithm),
-                checkpoints=Checkpoints(plan.checkpoint_dir, engine.worker),
-                versions=VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype),
-                tenure=tenure,
-                log=log,
-            )
-            replica.resume()
-            replica.register()
-            log.info("training", step=replica.step, num_steps=plan.num_steps, batch_size=plan.batch_size)
-            replica.train(stop.is_set)
-            log.info("stopped" if replica.step < plan.num_steps else "finished", step=replica.step)
+            with Crew(engine, Learner(engine, config.algorithm)) as crew:
+                if not tenure.wait(
+                    unless=stop.is_set, on_standby=lambda: log.info("standby: another trainer holds this policy")
+                ):
+                    return 0
+                replica = Replica(
+                    broker=broker,
+                    plan=plan,
+                    engine=engine,
+                    crew=crew,
+                    checkpoints=Checkpoints(plan.checkpoint_dir, crew),
+                    versions=VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype),
+                    tenure=tenure,
+                    log=log,
+                )
+                replica.resume()
+                replica.register()
+                log.info("training", step=replica.step, num_steps=plan.num_steps, ranks=world_size())
+                replica.train(stop.is_set)
+                log.info("stopped" if replica.step < plan.num_steps else "finished", step=replica.step)
+    return 0
+
+
+def _follow(config: DictConfig, plan: Plan, settings: TrainerSettings) -> int:
+    """A rank that is not the leader: it needs neither Redis nor signals, and ends when the leader says so."""
+    engine = build_engine(config)
+    if not settings.dry_run:
+        from lachesis.trainer.algo import Learner
+
+        mapped = partial(
+            to_batch, vocab_size=engine.vocab_size, max_tokens=plan.max_token_len, temperature=plan.temperature
+        )
+        Crew(engine, Learner(engine, config.algorithm)).follow(mapped)
     return 0
 
 

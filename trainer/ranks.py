@@ -7,10 +7,10 @@ others, verl's engine does: parameters are sharded over them, gradients summed. 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,14 @@ from torch import Tensor
 
 from lachesis.broker.records import Group
 
-IDLE = timedelta(days=30)  # ranks wait for the leader's next order, and it waits for rollouts; a dead peer shows at once
+if TYPE_CHECKING:
+    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.engine import Engine
+    from lachesis.trainer.mapping import TrainingBatch
+
+IDLE = timedelta(
+    days=30
+)  # ranks wait for the leader's next order, and it waits for rollouts; a dead peer shows at once
 LEADER = 0
 
 
@@ -57,16 +64,25 @@ class Ranks:
 
 
 class Crew:
-    """What the ranks do together. On rank 0 every method has the others do the same; they `follow`."""
+    """What the ranks do together: `with Crew(…) as crew` on rank 0, where every method has the others do the same.
 
-    def __init__(self, ranks: Ranks, learner: Any, engine: Any) -> None:
-        self._ranks, self._learner, self._engine = ranks, learner, engine
+    They `follow` until the end of that block.
+    """
 
-    def step(self, groups: Sequence[Group], batch: Any) -> dict[str, float]:
+    def __init__(self, engine: Engine, learner: Learner) -> None:
+        self._engine, self._learner, self._ranks = engine, learner, engine.ranks
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(RuntimeError):  # those that are gone need not be told
+            self._ranks.order("dismiss")
+
+    def step(self, groups: Sequence[Group], batch: TrainingBatch) -> dict[str, float]:
         """Train one batch; `batch` is made of `groups`. Returns the metrics of Learner.step."""
         self._ranks.order("step", list(groups))
-        found: dict[str, float] = self._learner.step(batch)
-        return found
+        return self._learner.step(batch)
 
     def save_checkpoint(self, path: str, *args: Any) -> None:
         """verl's, with its arguments: every rank writes its shard."""
@@ -84,12 +100,7 @@ class Crew:
         self._ranks.order("tensors")
         yield from published_tensors(self._engine)
 
-    def dismiss(self) -> None:
-        """The others may end. Does nothing for those that are gone."""
-        with suppress(RuntimeError):
-            self._ranks.order("dismiss")
-
-    def follow(self, to_batch: Any) -> None:
+    def follow(self, to_batch: Callable[[Sequence[Group]], TrainingBatch]) -> None:
         """Do what rank 0 does until it dismisses. `to_batch` maps groups as rank 0 maps them."""
         while True:
             name, args = self._ranks.next_order()
@@ -127,7 +138,10 @@ def init_process_group(device: str, backend: str) -> None:
         getattr(torch, device).set_device(int(os.environ.get("LOCAL_RANK", "0")))
     named = "gloo" if device == "cpu" else f"cpu:gloo,{device}:{backend}"
     if world_size() > 1:
-        dist.init_process_group(named)
+        store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        # torchrun keeps its store when it starts the ranks again; in it lie the addresses of those that died
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(named, store=store, rank=rank, world_size=size)
     else:  # verl would ask for a port, which one process can do without
         store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs forget it
         dist.init_process_group(named, store=store, rank=0, world_size=1)

@@ -17,12 +17,12 @@ from structlog.stdlib import BoundLogger
 from lachesis.broker import BlockingBroker, Conflict
 from lachesis.broker.crash import crash_point
 from lachesis.broker.records import BatchEntry, Group, Lease, LedgerEntry, TrainerConfig
-from lachesis.trainer.algo import Learner
 from lachesis.trainer.checkpoint import Checkpoints
 from lachesis.trainer.configure import Plan
-from lachesis.trainer.engine import Engine, published_tensors
+from lachesis.trainer.engine import Engine
 from lachesis.trainer.mapping import TrainingBatch, to_batch
 from lachesis.trainer.metrics import batch_metrics
+from lachesis.trainer.ranks import Crew
 from lachesis.trainer.tenure import Tenure
 from lachesis.trainer.versions import VersionStore
 
@@ -38,13 +38,13 @@ class Replica:
         broker: BlockingBroker,
         plan: Plan,
         engine: Engine,
-        learner: Learner,
+        crew: Crew,
         checkpoints: Checkpoints,
         versions: VersionStore,
         tenure: Tenure,
         log: BoundLogger,
     ) -> None:
-        self._broker, self._plan, self._engine, self._learner = broker, plan, engine, learner
+        self._broker, self._plan, self._engine, self._crew = broker, plan, engine, crew
         self._checkpoints, self._versions, self._tenure, self._log = checkpoints, versions, tenure, log
         self.step = 0  # of the weights in memory
         self._published = -1  # newest version
@@ -129,7 +129,8 @@ class Replica:
             ) from error
 
     def _replay(self, entry: LedgerEntry) -> None:
-        self._learner.step(self._batch(self._fetch(entry)))
+        groups = self._fetch(entry)
+        self._crew.step(groups, self._batch(groups))
         self.step = entry.step
         self._log.info("replayed", step=self.step)
         if self._due():
@@ -184,7 +185,7 @@ class Replica:
         groups = self._fetch(lease.batch)
         fetched = time.perf_counter()
         batch = self._batch(groups)
-        learned = self._learner.step(batch)
+        learned = self._crew.step(groups, batch)
         version_before, step = self.step, lease.batch.step
         crash_point("trained", step)
 
@@ -249,7 +250,7 @@ class Replica:
     def _publish(self) -> None:
         """Publish the weights in memory, then delete versions nobody needs any more."""
         self._tenure.check()
-        entry = self._versions.write(self.step, self.step, self._published, published_tensors(self._engine))
+        entry = self._versions.write(self.step, self.step, self._published, self._crew.tensors())
         crash_point("announce", self.step)
         self._broker.call(self._broker.broker.weights.publish, self._plan.policy, entry)
         self._published = self.step

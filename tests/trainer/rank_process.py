@@ -68,12 +68,12 @@ def _rank(rank: int, size: int, port: int, model: Path, overrides: list[str], pi
     words = [f"actor_rollout_ref.model.path={model}", "actor_rollout_ref.actor.optim.lr=1e-2", *overrides]
     config = compose_config(words, device="cpu")
     engine = build_engine(config)
-    crew = Crew(engine.ranks, Learner(engine, config.algorithm), engine)
+    crew = Crew(engine, Learner(engine, config.algorithm))
     mapped = partial(to_batch, vocab_size=320, max_tokens=128)
     if rank:
-        crew.follow(mapped)
-        return
-    metrics = [crew.step(groups, mapped(groups)) for groups in (uneven_groups(1), uneven_groups(2))]
-    weights = {name: tensor.detach().clone().numpy() for name, tensor in crew.tensors()}
-    crew.dismiss()
+        return crew.follow(mapped)
+    with crew:
+        metrics = [crew.step(groups, mapped(groups)) for groups in (uneven_groups(1), uneven_groups(2))]
+        weights = {name: tensor.detach().clone().numpy() for name, tensor in crew.tensors()}
     pipe.send((metrics, weights))
+    return None

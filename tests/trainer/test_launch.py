@@ -1,0 +1,120 @@
+"""One trainer as several processes: started by torchrun, killed, restarted; and as actors on a Ray cluster of two nodes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray_nodes import ray_cluster
+from safetensors.numpy import load_file
+from trainer_kit import fill
+
+from lachesis.broker import BlockingBroker, Broker, EmbeddedRedis, connect_blocking
+from lachesis.broker.audit import audit
+from lachesis.broker.records import LedgerEntry
+
+pytestmark = pytest.mark.verl
+
+STEPS, BATCH, GROUP = 4, 8, 4
+PATIENCE_S = 180.0
+TRAINER = ("-m", "lachesis.cli.main", "trainer")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--rdzv-endpoint", "127.0.0.1:0",
+            "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1", "-m", "--", "lachesis.cli.main", "trainer")  # fmt: skip
+
+
+def words(url: str, run: str, state_dir: Path, model: Path, *more: str) -> list[str]:
+    settings = {
+        "actor_rollout_ref.model.path": model,
+        "actor_rollout_ref.actor.optim.lr": 0.1,
+        "actor_rollout_ref.actor.optim.optimizer": "SGD",  # Adam's first steps would show rounding where gradients are zero
+        "lachesis.batch_size": BATCH,
+        "lachesis.num_steps": STEPS,
+        "lachesis.checkpoint_every": 2,
+        "lachesis.lease_s": 3,
+    }
+    at = ["--redis-url", url, "--run", run, "--state-dir", str(state_dir)]
+    return [*at, *more, *(f"{key}={value}" for key, value in settings.items())]
+
+
+def start(command: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, *command], stdout=output, stderr=output, env={**os.environ, **environment}
+        )
+
+
+def finish(process: subprocess.Popen[bytes], log: Path) -> None:
+    try:
+        assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
+    finally:
+        process.kill()
+
+
+async def ledger(broker: Broker) -> list[LedgerEntry]:
+    return [entry async for entry in broker.queue.ledger("main")]
+
+
+def wait_for_steps(blocking: BlockingBroker, count: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while len(blocking.call(ledger, blocking.broker)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def check(url: str, run: str, state_dir: Path, expected: dict[str, Any]) -> None:
+    with connect_blocking(url, run) as blocking:
+        assert [entry.step for entry in blocking.call(ledger, blocking.broker)] == list(range(1, STEPS + 1))
+        assert blocking.call(audit, blocking.broker).findings == []
+    found = load_file(state_dir / f"weights/{run}/main/v{STEPS:06d}/model.safetensors")
+    assert found.keys() == expected.keys()
+    assert max(abs(found[name] - expected[name]).max() for name in found) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def one_process(
+    shared_redis: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
+) -> dict[str, Any]:
+    """The last version of a run in one process."""
+    state_dir = tmp_path_factory.mktemp("one")
+    with connect_blocking(shared_redis.url, "one") as blocking:
+        blocking.call(fill, blocking.broker, groups=STEPS * BATCH // GROUP)
+    log = state_dir / "log"
+    finish(start([*TRAINER, *words(shared_redis.url, "one", state_dir, tiny_model)], log), log)
+    found: dict[str, Any] = load_file(state_dir / f"weights/one/main/v{STEPS:06d}/model.safetensors")
+    return found
+
+
+def test_torchrun_starts_ranks_and_starts_them_again(
+    shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path, tiny_model: Path, one_process: dict[str, Any]
+) -> None:
+    url, log = shared_redis.url, tmp_path / "log"
+    with connect_blocking(url, run_name) as blocking:
+        blocking.call(fill, blocking.broker, groups=3 * BATCH // GROUP)
+        process = start([*TORCHRUN, *words(url, run_name, tmp_path, tiny_model)], log)
+        wait_for_steps(blocking, 3)
+        ranks = {int(rank.environ()["RANK"]): rank for rank in psutil.Process(process.pid).children()}
+        assert sorted(ranks) == [0, 1]
+        os.kill(ranks[1].pid, signal.SIGKILL)  # not the one that knows Redis
+        blocking.call(fill, blocking.broker, groups=BATCH // GROUP, first=3 * BATCH // GROUP)
+        finish(process, log)
+    check(url, run_name, tmp_path, one_process)
+
+
+def test_ray_places_ranks_on_two_nodes(
+    shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path, tiny_model: Path, one_process: dict[str, Any]
+) -> None:
+    url, log = shared_redis.url, tmp_path / "log"
+    with connect_blocking(url, run_name) as blocking:
+        blocking.call(fill, blocking.broker, groups=STEPS * BATCH // GROUP)
+    with ray_cluster(nodes=2) as address:
+        ray = ("--ray-ranks", "2", "--ray-ranks-per-node", "1")
+        finish(start([*TRAINER, *words(url, run_name, tmp_path, tiny_model, *ray)], log, RAY_ADDRESS=address), log)
+    check(url, run_name, tmp_path, one_process)
