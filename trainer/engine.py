@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig
 
 from lachesis.broker.errors import ConfigurationError
+from lachesis.trainer.algorithms import check_with_verl
 
 _ONE_PROCESS = {  # what torchrun would set; verl reads it whoever starts the process
     "RANK": "0",
@@ -77,9 +78,10 @@ def build_engine(config: DictConfig) -> Engine:
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
     try:
+        check_with_verl(config)
         model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
-    except (InstantiationException, AssertionError, ValueError) as error:
+    except (InstantiationException, AssertionError, ValueError, NotImplementedError) as error:
         raise ConfigurationError(f"verl refuses the configuration: {_one_line(error.__cause__ or error)}") from error
     actor.model_config = model
     engine = actor.engine

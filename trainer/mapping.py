@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,54 +18,11 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from lachesis.broker.records import Group
+from lachesis.trainer.batch import TrainingBatch
+
+__all__ = ["TrainingBatch", "to_batch"]
 
 NOT_TRAINED = -100
-
-
-@dataclass(frozen=True)
-class TrainingBatch:
-    """N sequences in the order of their groups, n of which enter the model; R is the longest response's length.
-
-    A sequence stays outside the model if none of its tokens is trained, or if it is too long or has a token id the
-    model lacks (then it counts in `unfit`); its score still belongs to its group's baseline.
-    """
-
-    model: TensorDict  # n rows, jagged: input_ids, position_ids, prompts, responses, response_mask, loss_mask
-    rows: Tensor  # int64 (n,): which of the N sequences they are
-    response_mask: Tensor  # int64 (N, R): 1 on trained tokens; rows outside the model are 0
-    token_level_rewards: (
-        Tensor  # float32 (N, R): the score, on the last trained token (outside the model: on the first)
-    )
-    rollout_log_probs: Tensor  # float32 (N, R): the sampler's, in nats; 0 where unknown
-    rollout_known: Tensor  # bool (N, R): trained tokens whose sampler's log-prob is known
-    advantages_given: Tensor  # float32 (N, R): the environment's own, 0 elsewhere
-    is_given: Tensor  # bool (N,): sequences whose environment sent advantages
-    set_to_zero: Tensor  # bool (N,): sequences whose advantage is zeroed after normalisation
-    uids: np.ndarray  # object (N,): the group of each sequence
-    group_sizes: Tensor  # int64 (N,)
-    scores: Tensor  # float64 (N,)
-    temperature: float | Tensor  # of sampling; float32 (n,) where it differs between sequences
-    tokens: int  # of all N sequences
-    unfit: int
-
-    def jagged(self, padded: Tensor) -> Tensor:
-        """The model's rows of an (N, R) tensor, as a jagged one of their response lengths."""
-        offsets = self.model["responses"].offsets()
-        found: Tensor = torch.nested.nested_tensor_from_jagged(padded[self.rows][self._in_response], offsets)
-        return found
-
-    def padded(self, jagged: Tensor) -> Tensor:
-        """The inverse: (N, R), 0 outside the model and beyond the responses."""
-        mine = jagged.values().new_zeros(self._in_response.shape)
-        mine[self._in_response] = jagged.values()
-        everyone = mine.new_zeros(self.response_mask.shape)
-        everyone[self.rows] = mine
-        return everyone
-
-    @property
-    def _in_response(self) -> Tensor:
-        lengths: Tensor = self.model["responses"].offsets().diff()
-        return torch.arange(self.response_mask.shape[1]) < lengths[:, None]
 
 
 def to_batch(groups: Sequence[Group], *, vocab_size: int, max_tokens: int, temperature: float = 1.0) -> TrainingBatch:
