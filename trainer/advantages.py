@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from verl import DataProto
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_kl_controller
+from verl.trainer.ppo.ray_trainer import apply_kl_penalty
 
 from lachesis.trainer.batch import TrainingBatch
 
@@ -26,6 +29,28 @@ def without_flat_groups(batch: TrainingBatch, algorithm: DictConfig) -> tuple[Tr
     dropped = torch.tensor([uid in flat for uid in batch.uids]) & (batch.group_sizes > 1) & ~batch.is_given
     groups = len(set(batch.uids[dropped.numpy()]))
     return batch.only(~dropped), {"filtered_groups": float(groups), "filtered_sequences": float(dropped.sum())}
+
+
+def with_kl_in_reward(
+    batch: TrainingBatch, old: Tensor, reference: Tensor, algorithm: DictConfig
+) -> tuple[TrainingBatch, dict[str, float]]:
+    """verl's algorithm.use_kl_in_reward: take kl_ctrl.kl_coef times the divergence of each trained token off its reward.
+
+    Scores outside the model stay as they are. Log-probs are (N, R), in nats.
+    """
+    if not algorithm.use_kl_in_reward:
+        return batch, {}
+    mine = {
+        "response_mask": batch.response_mask,
+        "token_level_scores": batch.token_level_rewards,
+        "old_log_probs": old,
+        "ref_log_prob": reference,
+    }
+    data = DataProto.from_dict({name: value[batch.rows] for name, value in mine.items()})
+    data, metrics = apply_kl_penalty(data, get_kl_controller(algorithm.kl_ctrl), algorithm.kl_penalty)
+    rewards = batch.token_level_rewards.clone()
+    rewards[batch.rows] = data.batch["token_level_rewards"]
+    return replace(batch, token_level_rewards=rewards), metrics
 
 
 def estimate_advantages(batch: TrainingBatch, response_mask: Tensor, algorithm: DictConfig) -> Tensor:

@@ -17,7 +17,7 @@ from verl.utils.debug.metrics import calculate_debug_metrics
 from verl.utils.metric import Metric, reduce_metrics
 from verl.workers.utils.padding import response_from_nested
 
-from lachesis.trainer.advantages import estimate_advantages, without_flat_groups
+from lachesis.trainer.advantages import estimate_advantages, with_kl_in_reward, without_flat_groups
 from lachesis.trainer.batch import TrainingBatch
 from lachesis.trainer.correction import correct
 from lachesis.trainer.engine import Engine
@@ -29,7 +29,7 @@ class Learner:
     """Trains one policy, batch by batch."""
 
     def __init__(self, engine: Engine, algorithm: DictConfig) -> None:
-        self._worker, self._actor = engine.worker, engine.actor
+        self._worker, self._actor, self._reference = engine.worker, engine.actor, engine.reference
         self._algorithm = algorithm
         self._pad_small_steps = engine.pad_small_steps
 
@@ -47,11 +47,18 @@ class Learner:
         if len(batch.rows):
             old_log_probs, found = self._old_log_probs(batch)
             logp_s = time.perf_counter() - started
+            extra: dict[str, Tensor] = {"old_log_probs": old_log_probs}
+            if self._reference:
+                extra["ref_log_prob"] = reference = self._reference_log_probs(batch)
+                batch, penalty = with_kl_in_reward(batch, old_log_probs, reference, self._algorithm)
+                metrics |= penalty
             response_mask, weights, corrected = correct(batch, old_log_probs, self._algorithm.rollout_correction)
             metrics |= found | corrected
+            if weights is not None:
+                extra["rollout_is_weights"] = weights
             if response_mask.any():
-                advantages = estimate_advantages(batch, response_mask, self._algorithm)
-                update = self._update(batch, old_log_probs, response_mask, advantages, weights)
+                extra["advantages"] = estimate_advantages(batch, response_mask, self._algorithm)
+                update = self._update(batch, response_mask, extra)
         self._worker.engine.lr_scheduler_step()
         took = time.perf_counter() - started
         return metrics | update | {"lr": learning_rate, "logp_s": logp_s, "train_s": took - logp_s}
@@ -59,10 +66,24 @@ class Learner:
     def log_probs(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         """Log-probabilities (nats) and entropies of the present weights, each float32 (N, R)."""
         data = batch.model.select("input_ids", "position_ids", "loss_mask")
-        self._annotate(data, batch, calculate_entropy=True, compute_loss=False)
+        self._annotate(data, batch, self._worker, calculate_entropy=True, compute_loss=False)
         out, mask = self._worker.infer_batch(data), batch.model["response_mask"]
         log_probs, entropy = (response_from_nested(tu.get(out, key), mask) for key in ("log_probs", "entropy"))
         return batch.padded(log_probs), batch.padded(entropy)
+
+    def _reference_log_probs(self, batch: TrainingBatch) -> Tensor:
+        """float32 (N, R): as the environment sent them, else the reference's own."""
+        assert self._reference is not None
+        missing = (batch.response_mask.bool() & ~batch.ref_known).any(dim=1)
+        if not missing.any():
+            return batch.ref_log_probs
+        part = batch.only(missing)
+        data = part.model.select("input_ids", "position_ids", "loss_mask")
+        self._annotate(data, part, self._reference.worker, calculate_entropy=False, compute_loss=False)
+        out = self._reference.infer(data)
+        computed = torch.zeros_like(batch.ref_log_probs)
+        computed[missing] = part.padded(response_from_nested(tu.get(out, "log_probs"), part.model["response_mask"]))
+        return torch.where(batch.ref_known, batch.ref_log_probs, computed)
 
     def _old_log_probs(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         """Of the policy before the update: the engine's own; in bypass mode the sampler's wherever it is known."""
@@ -77,24 +98,21 @@ class Learner:
             metrics |= _sampler_gap(log_probs, batch.rollout_log_probs, known)
         return torch.where(known, batch.rollout_log_probs, log_probs) if bypass else log_probs, metrics
 
-    def _update(
-        self, batch: TrainingBatch, old: Tensor, response_mask: Tensor, advantages: Tensor, weights: Tensor | None
-    ) -> dict[str, float]:
+    def _update(self, batch: TrainingBatch, response_mask: Tensor, extra: dict[str, Tensor]) -> dict[str, float]:
+        """One pass of verl's loss and one step of its optimizer. `extra`: what the loss reads besides, each (N, R)."""
         data = batch.model.copy()
-        data["old_log_probs"] = batch.jagged(old)
-        data["advantages"] = batch.jagged(advantages)
+        for name, value in extra.items():
+            data[name] = batch.jagged(value)
         data["response_mask"] = data["loss_mask"] = batch.jagged(response_mask)
-        if weights is not None:
-            data["rollout_is_weights"] = batch.jagged(weights)
         entropy = self._actor.calculate_entropy or self._actor.entropy_coeff != 0
-        self._annotate(data, batch, calculate_entropy=entropy, global_batch_size=len(batch.rows))
+        self._annotate(data, batch, self._worker, calculate_entropy=entropy, global_batch_size=len(batch.rows))
         self._worker.optimizer_zero_grad()
         found = _reduced(tu.get(self._worker.forward_backward(data), "metrics"))
         grad_norm = float(self._worker.optimizer_step()["grad_norm"])
         mine = {"clip_frac": found.get("actor/pg_clipfrac", 0.0), "kl": found.get("actor/ppo_kl", 0.0)}
         return found | mine | {"grad_norm": grad_norm}
 
-    def _annotate(self, data: TensorDict, batch: TrainingBatch, **values: Any) -> None:
+    def _annotate(self, data: TensorDict, batch: TrainingBatch, worker: Any, **values: Any) -> None:
         """Add what verl's engine reads beside the tensors: temperature, `values`, and how to cut micro-batches.
 
         verl packs micro-batches of a token budget. Without a flash kernel, attention over a pack costs the square of
@@ -103,11 +121,11 @@ class Learner:
         rows, of which some may have been left out: then they get smaller.
         """
         lengths = batch.model["input_ids"].offsets().diff()
-        count, actor = len(lengths), self._actor
-        if self._pad_small_steps and count * int(lengths.max()) <= actor.ppo_max_token_len_per_gpu:
+        count, budget = len(lengths), self._actor.ppo_max_token_len_per_gpu
+        if self._pad_small_steps and count * int(lengths.max()) <= budget:
             values |= {"use_remove_padding": False, "use_dynamic_bsz": False, "micro_batch_size_per_gpu": count}
-        elif not actor.use_dynamic_bsz:
-            size = min(count, actor.ppo_micro_batch_size_per_gpu)
+        elif not worker.engine_config.use_dynamic_bsz:
+            size = min(count, worker.engine_config.infer_micro_batch_size_per_gpu)
             values["micro_batch_size_per_gpu"] = next(n for n in range(size, 0, -1) if count % n == 0)
         tu.assign_non_tensor(data, **values)
         if isinstance(batch.temperature, Tensor):

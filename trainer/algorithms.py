@@ -29,9 +29,10 @@ def check_algorithm(config: DictConfig) -> None:
         )
     if algorithm.use_pf_ppo:
         raise ConfigurationError("algorithm.use_pf_ppo: needs a critic, which this trainer does not have")
-    if actor.use_kl_loss or algorithm.use_kl_in_reward:
-        name = "actor_rollout_ref.actor.use_kl_loss" if actor.use_kl_loss else "algorithm.use_kl_in_reward"
-        raise ConfigurationError(f"{name}: needs a reference model, which this trainer does not have")
+    if algorithm.use_kl_in_reward and algorithm.kl_ctrl.type != "fixed":
+        raise ConfigurationError(
+            f"algorithm.kl_ctrl.type = {algorithm.kl_ctrl.type!r}: its coefficient is not in checkpoints; use fixed"
+        )
     _check_correction(algorithm.rollout_correction, actor.policy_loss.loss_mode)
 
 

@@ -10,8 +10,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 _PER_SEQUENCE = (
-    *("response_mask", "token_level_rewards", "rollout_log_probs", "rollout_known", "advantages_given"),
-    *("is_given", "set_to_zero", "group_sizes", "scores"),
+    *("response_mask", "token_level_rewards", "rollout_log_probs", "rollout_known", "ref_log_probs"),
+    *("ref_known", "advantages_given", "is_given", "set_to_zero", "group_sizes", "scores"),
 )
 
 
@@ -31,6 +31,8 @@ class TrainingBatch:
     )
     rollout_log_probs: Tensor  # float32 (N, R): the sampler's, in nats; 0 where unknown
     rollout_known: Tensor  # bool (N, R): trained tokens whose sampler's log-prob is known
+    ref_log_probs: Tensor  # float32 (N, R): the reference's, as sent, in nats; 0 where unknown
+    ref_known: Tensor  # bool (N, R): trained tokens whose reference's log-prob was sent
     advantages_given: Tensor  # float32 (N, R): the environment's own, 0 elsewhere
     is_given: Tensor  # bool (N,): sequences whose environment sent advantages
     set_to_zero: Tensor  # bool (N,): sequences whose advantage is zeroed after normalisation

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from lachesis.broker.errors import ConfigurationError
 from lachesis.trainer.algorithms import check_with_verl
+from lachesis.trainer.reference import Reference, needs_reference
 
 _ONE_PROCESS = {  # what torchrun would set; verl reads it whoever starts the process
     "RANK": "0",
@@ -35,6 +36,7 @@ class Engine:
     actor: Any  # verl.workers.config.FSDPActorConfig
     vocab_size: int
     tied: bool  # the output layer is the embedding
+    reference: Reference | None  # where a KL term needs one
     pad_small_steps: bool  # no flash attention, no sequence parallelism: see Learner
 
 
@@ -105,6 +107,7 @@ def build_engine(config: DictConfig) -> Engine:
         actor,
         vocab_size=model.hf_config.get_text_config().vocab_size,
         tied=bool(model.hf_config.tie_word_embeddings),
+        reference=Reference(config, worker) if needs_reference(config) else None,
         pad_small_steps=not attention.startswith("flash")
         and not model.use_fused_kernels
         and actor.use_dynamic_bsz

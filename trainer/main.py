@@ -72,8 +72,8 @@ def run(settings: TrainerSettings) -> int:
 
 def _in_force(config: DictConfig) -> DictConfig:
     """The nodes that are read."""
-    model, actor, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "rollout"))
-    theirs = {"model": model, "actor": actor, "rollout": {"temperature": rollout.temperature}}
+    model, actor, ref, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "ref", "rollout"))
+    theirs = {"model": model, "actor": actor, "ref": ref, "rollout": {"temperature": rollout.temperature}}
     return OmegaConf.create({"lachesis": config.lachesis, "actor_rollout_ref": theirs, "algorithm": config.algorithm})
 
 

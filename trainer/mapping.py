@@ -66,9 +66,8 @@ def to_batch(groups: Sequence[Group], *, vocab_size: int, max_tokens: int, tempe
     rewards[np.arange(count), np.where(response_mask.any(axis=1), last, 0)] = scores
 
     start_of = dict(zip(rows, starts, strict=True))
-    log_probs, has_log_probs = _aligned([group.inference_logprobs for group in groups], groups, start_of, width)
-    # environments write 1.0 for "none here"; no log-probability is above 0
-    known = response_mask.astype(bool) & has_log_probs[:, None] & (log_probs <= 0)
+    rollout, rollout_known = _log_probs([group.inference_logprobs for group in groups], groups, start_of, response_mask)
+    ref, ref_known = _log_probs([group.ref_logprobs for group in groups], groups, start_of, response_mask)
     advantages, is_given = _aligned([group.advantages for group in groups], groups, start_of, width)
 
     return TrainingBatch(
@@ -76,8 +75,10 @@ def to_batch(groups: Sequence[Group], *, vocab_size: int, max_tokens: int, tempe
         rows=torch.tensor(rows, dtype=torch.int64),
         response_mask=torch.from_numpy(response_mask),
         token_level_rewards=torch.from_numpy(rewards),
-        rollout_log_probs=torch.from_numpy(np.where(known, log_probs, np.float32(0))),
-        rollout_known=torch.from_numpy(known),
+        rollout_log_probs=rollout,
+        rollout_known=rollout_known,
+        ref_log_probs=ref,
+        ref_known=ref_known,
         advantages_given=torch.from_numpy(advantages * response_mask.astype(np.float32)),
         is_given=torch.from_numpy(is_given),
         set_to_zero=torch.tensor(
@@ -108,6 +109,16 @@ def _model_rows(tokens: list[np.ndarray], starts: list[int], trained: list[np.nd
         "loss_mask": response_mask,
     }
     return TensorDict(columns, batch_size=[len(tokens)])
+
+
+def _log_probs(
+    fields: Sequence[list[np.ndarray] | None], groups: Sequence[Group], start_of: dict[int, int], mask: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of trained tokens, float32 (N, R), 0 where unknown; and where they are known, bool (N, R)."""
+    values, has = _aligned(fields, groups, start_of, mask.shape[1])
+    # environments write 1.0 for "none here"; no log-probability is above 0
+    known = mask.astype(bool) & has[:, None] & (values <= 0)
+    return torch.from_numpy(np.where(known, values, np.float32(0))), torch.from_numpy(known)
 
 
 def _aligned(

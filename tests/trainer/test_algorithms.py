@@ -62,12 +62,22 @@ def batch(groups: list[Group]) -> Any:
     return to_batch(groups, vocab_size=320, max_tokens=64)
 
 
+def trained_a_little(engine: Engine) -> None:
+    """Move the weights, each in the same way every time, so that they are no longer those of the reference."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in engine.worker.engine.module.parameters():
+        if parameter.requires_grad:
+            local = parameter.data.to_local()
+            local += 0.01 * torch.randn(local.shape, generator=generator)
+
+
 @pytest.fixture(scope="module")
 def groups(built: Callable[..., Any]) -> list[Group]:
     """Six groups that an older policy sampled: some sequences exactly as this one, some a little off, some far."""
     from lachesis.trainer.algo import Learner
 
     engine, config = built()
+    trained_a_little(engine)
     rng = random.Random(7)
     found = [stored(scored_group(rng, turns=2)) for _ in range(6)]
     these = batch(found)
@@ -113,9 +123,11 @@ def assert_same_step(
     from lachesis.trainer.algo import Learner
 
     engine, config = planned(*presets, **values)
+    trained_a_little(engine)
     learner = Learner(engine, config.algorithm)
     mine, my_gradients = recorded_step(engine, lambda: learner.step(batch(groups)))
     engine, config = planned(*presets, **values)
+    trained_a_little(engine)
     driver = Driver(engine.worker, config)
     theirs, their_gradients = recorded_step(engine, lambda: driver.step(kept or groups))
 
@@ -161,6 +173,23 @@ def test_the_entropy_bonus_is_verls(planned: Planned, groups: list[Group], mode:
     values = MODES[mode] | {"actor_rollout_ref.actor.entropy_coeff": 0.01}
     mine = assert_same_step(planned, groups, **values)
     assert mine["actor/entropy_loss"] == pytest.approx(mine["entropy"], rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["kl", "abs", "mse", "low_var_kl", "k3+"])
+def test_kl_loss_against_the_reference_is_verls(planned: Planned, groups: list[Group], kind: str, mode: str) -> None:
+    actor = {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": kind}
+    values = MODES[mode] | {f"actor_rollout_ref.actor.{name}": value for name, value in actor.items()}
+    mine = assert_same_step(planned, groups, **values)
+    assert abs(mine["actor/kl_loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("algo", ["grpo", "reinforce_plus_plus", "rloo"])
+def test_kl_in_the_reward_is_verls(planned: Planned, groups: list[Group], algo: str, mode: str) -> None:
+    values = MODES[mode] | {"algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.kl_coef": 0.1}
+    mine = assert_same_step(planned, groups, f"algo={algo}", **values)
+    assert abs(mine["actor/reward_kl_penalty"]) > 1e-3
 
 
 @pytest.mark.parametrize("size", [1, 6, 24])

@@ -68,7 +68,6 @@ def test_verl_accepts_the_configuration(configured: Configured) -> None:
         ("actor_rollout_ref.rollout.temperature", 0, "must be above 0"),
         ("actor_rollout_ref.model.path", "/no/such/folder", "'/no/such/folder': no such folder"),
         ("actor_rollout_ref.actor.strategy", "fsdp", "only fsdp2 works"),
-        ("actor_rollout_ref.actor.use_kl_loss", True, "needs a reference model"),
         ("actor_rollout_ref.model.override_config.attn_implementation", "flash_attention_2", "needs an accelerator"),
         ("algorithm.adv_estimator", "gae", "needs a critic"),
     ],

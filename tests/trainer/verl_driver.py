@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -49,13 +50,24 @@ def padded_batch(groups: list[Group]) -> tuple[dict[str, Tensor], np.ndarray]:
 
 
 class Driver:
-    """verl's driver around one worker. `config` is the whole configuration, as verl's trainer has it."""
+    """verl's driver around one worker, and a reference worker where the configuration needs one.
 
-    def __init__(self, worker: Any, config: Any, reference: Any = None) -> None:
+    `config` is the whole configuration, as verl's trainer has it.
+    """
+
+    def __init__(self, worker: Any, config: Any) -> None:
         from verl.trainer.ppo.core_algos import get_kl_controller
+        from verl.trainer.ppo.utils import need_reference_policy
+        from verl.workers.engine_workers import ActorRolloutRefWorker
 
-        self._worker, self._reference, self._config = worker, reference, config
+        self._worker, self._config = worker, config
         self._kl_ctrl = get_kl_controller(config.algorithm.kl_ctrl)
+        self._no_adapter = config.actor_rollout_ref.model.lora_rank > 0  # verl's ref_in_actor
+        self._reference = worker
+        if need_reference_policy(config) and not self._no_adapter:
+            outer = ActorRolloutRefWorker(copy.deepcopy(config.actor_rollout_ref), role="ref")
+            outer.init_model()
+            self._reference = outer.ref
 
     def step(self, groups: list[Group]) -> dict[str, float]:
         """Train on the groups; verl's metrics, under the names its driver gives them."""
@@ -79,7 +91,7 @@ class Driver:
         else:
             metrics |= self._old_log_probs(batch)
         if actor.use_kl_loss or algorithm.use_kl_in_reward:
-            batch.batch["ref_log_prob"] = self._log_probs(self._reference, batch)[0]
+            batch.batch["ref_log_prob"] = self._log_probs(self._reference, batch, no_lora_adapter=self._no_adapter)[0]
         if algorithm.use_kl_in_reward:
             batch, found = apply_kl_penalty(batch, self._kl_ctrl, algorithm.kl_penalty)
             metrics |= found
@@ -114,13 +126,13 @@ class Driver:
         )
         return {"actor/entropy": mean.item(), **calculate_debug_metrics(batch)}
 
-    def _log_probs(self, worker: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    def _log_probs(self, worker: Any, batch: Any, **more: Any) -> tuple[Tensor, Tensor]:
         from verl.utils import tensordict_utils as tu
         from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
 
         data = left_right_2_no_padding(batch.to_tensordict())
         temperature = self._config.actor_rollout_ref.rollout.temperature
-        tu.assign_non_tensor(data, temperature=temperature, calculate_entropy=True, compute_loss=False)
+        tu.assign_non_tensor(data, temperature=temperature, calculate_entropy=True, compute_loss=False, **more)
         out = worker.infer_batch(data)
         log_probs, entropy = (no_padding_2_padding(tu.get(out, name), data) for name in ("log_probs", "entropy"))
         return log_probs.float(), entropy.float()
