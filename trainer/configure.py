@@ -25,7 +25,13 @@ from lachesis.trainer.settings import TrainerSettings
 READ = ("lachesis.", "actor_rollout_ref.model.", "actor_rollout_ref.actor.", "actor_rollout_ref.ref.", "algorithm.")
 GROUPS = ("device", "algo", "correction")  # folders of presets in config/
 READ_TOO = ("actor_rollout_ref.rollout.temperature",)
-NOT_READ = tuple(f"actor_rollout_ref.actor.{name}" for name in ("ppo_epochs", "ppo_mini_batch_size", "shuffle"))
+NOT_READ = {  # in those nodes, and why
+    **dict.fromkeys(
+        (f"actor_rollout_ref.actor.{name}" for name in ("ppo_epochs", "ppo_mini_batch_size", "shuffle")),
+        "one step is one pass over one batch",
+    ),
+    "actor_rollout_ref.model.lora.": "LoRA is set by model.lora_rank, lora_alpha, target_modules; versions are published merged",
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -59,11 +65,11 @@ def compose_config(overrides: Sequence[str], *, device: str) -> DictConfig:
     """Compose trainer.yaml with `overrides`; `device` (cpu or cuda) is used unless they choose one."""
     for override in overrides:
         name = override.split("=", 1)[0].lstrip("+~").split("@")[0]
-        if not (name.startswith(READ) or name in (*READ_TOO, *GROUPS)) or name in NOT_READ:
-            raise ConfigurationError(
-                f"{name}: not read by this trainer (one step is one pass over one batch, and rollouts come from Redis); "
-                f"it reads {', '.join((*GROUPS, *READ, *READ_TOO))}"
-            )
+        reason = next((reason for prefix, reason in NOT_READ.items() if name.startswith(prefix)), None)
+        if reason is None and not (name.startswith(READ) or name in (*READ_TOO, *GROUPS)):
+            reason = f"rollouts come from Redis; it reads {', '.join((*GROUPS, *READ, *READ_TOO))}"
+        if reason:
+            raise ConfigurationError(f"{name}: not read by this trainer ({reason})")
     verl = importlib.util.find_spec("verl")
     if verl is None or not verl.submodule_search_locations:
         raise ConfigurationError("verl is not installed: pip install 'lachesis-rl[trainer]'")

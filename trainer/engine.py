@@ -116,10 +116,27 @@ def build_engine(config: DictConfig) -> Engine:
 
 
 def published_tensors(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights in memory under Hugging Face's names; without the output layer where it is the embedding."""
-    for name, tensor in engine.worker.engine.get_per_tensor_param()[0]:
+    """The weights in memory under Hugging Face's names; without the output layer where it is the embedding.
+
+    A LoRA adapter is merged into them, and out of the model again only when the last one has been taken.
+    """
+    inner = engine.worker.engine
+    for name, tensor in _merged(inner.module) if inner._is_lora else inner.get_per_tensor_param()[0]:
         if not (engine.tied and name == "lm_head.weight"):
             yield name, tensor
+
+
+def _merged(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What verl's engine exports with lora.merge, but in the dtype it has: verl rounds to bfloat16."""
+    from torch.distributed.tensor import DTensor
+    from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
+    from verl.utils.model import convert_weight_keys
+
+    with merged_lora_context(module, backup_adapters=True):
+        tensors = convert_weight_keys(normalize_peft_param_name(module.state_dict()), module)
+        for name, tensor in tensors.items():
+            # a copy: the parameter's own memory gets the base weights back
+            yield name, tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
 @contextmanager

@@ -192,6 +192,13 @@ def test_kl_in_the_reward_is_verls(planned: Planned, groups: list[Group], algo: 
     assert abs(mine["actor/reward_kl_penalty"]) > 1e-3
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_of_an_adapter_is_verls(planned: Planned, groups: list[Group], mode: str) -> None:
+    """With the KL to the model without it, as in verl."""
+    adapter = {"actor_rollout_ref.model.lora_rank": 4, "actor_rollout_ref.actor.use_kl_loss": True}
+    assert_same_step(planned, groups, **MODES[mode], **adapter)
+
+
 @pytest.mark.parametrize("size", [1, 6, 24])
 def test_gradients_accumulate_over_micro_batches(planned: Planned, groups: list[Group], size: int) -> None:
     values = {

@@ -90,6 +90,7 @@ def test_what_cannot_work_is_refused_in_one_line(
         ("actor_rollout_ref.actor.optim.learning_rate=1", "learning_rate"),
         ("trainer.total_epochs=3", "trainer.total_epochs: not read by this trainer"),
         ("actor_rollout_ref.actor.ppo_epochs=2", "actor_rollout_ref.actor.ppo_epochs: not read by this trainer"),
+        ("actor_rollout_ref.model.lora.rank=8", "LoRA is set by model.lora_rank"),
         ("lachesis.num_steps", "lachesis.num_steps"),
         ("device=tpu", "device/tpu"),
     ],
