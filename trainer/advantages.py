@@ -18,6 +18,10 @@ from lachesis.trainer.batch import TrainingBatch
 WITHOUT_GROUPS = ("reinforce_plus_plus",)  # estimators whose baseline is the batch
 
 
+def compares_within_groups(algorithm: DictConfig) -> bool:
+    return algorithm.adv_estimator not in WITHOUT_GROUPS
+
+
 def without_flat_groups(batch: TrainingBatch, algorithm: DictConfig) -> tuple[TrainingBatch, dict[str, float]]:
     """DAPO's filter, algorithm.filter_groups: leave out groups whose scores are all equal, as they teach nothing.
 
@@ -59,7 +63,7 @@ def estimate_advantages(batch: TrainingBatch, response_mask: Tensor, algorithm: 
     A group of one has no baseline to be compared with: its advantage is 0.
     """
     estimated = ~batch.is_given
-    if algorithm.adv_estimator not in WITHOUT_GROUPS:
+    if compares_within_groups(algorithm):
         estimated &= batch.group_sizes > 1
     advantages = batch.advantages_given * response_mask
     if estimated.any():

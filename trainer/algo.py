@@ -17,7 +17,12 @@ from verl.utils.debug.metrics import calculate_debug_metrics
 from verl.utils.metric import Metric, reduce_metrics
 from verl.workers.utils.padding import response_from_nested
 
-from lachesis.trainer.advantages import estimate_advantages, with_kl_in_reward, without_flat_groups
+from lachesis.trainer.advantages import (
+    compares_within_groups,
+    estimate_advantages,
+    with_kl_in_reward,
+    without_flat_groups,
+)
 from lachesis.trainer.batch import TrainingBatch
 from lachesis.trainer.correction import correct
 from lachesis.trainer.engine import Engine
@@ -32,6 +37,7 @@ class Learner:
         self._worker, self._actor, self._reference = engine.worker, engine.actor, engine.reference
         self._algorithm = algorithm
         self._pad_small_steps = engine.pad_small_steps
+        self.compares = compares_within_groups(algorithm)
 
     def step(self, batch: TrainingBatch) -> dict[str, float]:
         """Update the weights once. Returns this step's metrics: verl's under verl's names; seconds as logp_s, train_s.

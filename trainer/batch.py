@@ -9,6 +9,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from lachesis.trainer.untrainable import Untrainable
+
 _PER_SEQUENCE = (
     *("response_mask", "token_level_rewards", "rollout_log_probs", "rollout_known", "ref_log_probs"),
     *("ref_known", "advantages_given", "is_given", "set_to_zero", "group_sizes", "scores"),
@@ -19,8 +21,8 @@ _PER_SEQUENCE = (
 class TrainingBatch:
     """N sequences in the order of their groups, n of which enter the model; R is the longest response's length.
 
-    A sequence stays outside the model if none of its tokens is trained, or if it is too long or has a token id the
-    model lacks (then it counts in `unfit`); its score still belongs to its group's baseline.
+    The others are in `untrainable`, each with a reason. Their scores still belong to their groups' baselines; only a
+    sequence that has no score is none of the N.
     """
 
     model: TensorDict  # n rows, jagged: input_ids, position_ids, prompts, responses, response_mask, loss_mask
@@ -41,7 +43,12 @@ class TrainingBatch:
     scores: Tensor  # float64 (N,)
     temperature: float | Tensor  # of sampling; float32 (n,) where it differs between sequences
     tokens: int  # of all N sequences
-    unfit: int
+    untrainable: tuple[Untrainable, ...]
+
+    @property
+    def unfit(self) -> int:
+        """Sequences that the trainer can't use, besides those that train nothing on purpose."""
+        return sum(reason.field != "masks" for reason in self.untrainable)
 
     def jagged(self, padded: Tensor) -> Tensor:
         """The model's rows of an (N, R) tensor, as a jagged one of their response lengths."""

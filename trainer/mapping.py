@@ -9,6 +9,7 @@ truncated either: a sequence enters the model whole or not at all.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,57 +20,54 @@ from torch import Tensor
 
 from lachesis.broker.records import Group
 from lachesis.trainer.batch import TrainingBatch
+from lachesis.trainer.untrainable import NOT_TRAINED, Limits, Untrainable, check_score, check_sequence, targets
 
 __all__ = ["TrainingBatch", "to_batch"]
 
-NOT_TRAINED = -100
 
-
-def to_batch(groups: Sequence[Group], *, vocab_size: int, max_tokens: int, temperature: float = 1.0) -> TrainingBatch:
+def to_batch(
+    groups: Sequence[Group], *, vocab_size: int, max_tokens: int, temperature: float = 1.0, compares: bool = True
+) -> TrainingBatch:
     """Map the groups of one step.
 
     Args:
         vocab_size: token ids must be below this.
         max_tokens: the longest sequence, in tokens, that the model and one micro-batch can hold.
         temperature: of sampling, where neither the sequence nor its group says.
+        compares: whether the advantage estimator compares the sequences of a group; then a group of one, unless its
+            environment sent advantages, teaches nothing.
     """
-    count = sum(len(group.tokens) for group in groups)
+    limits = Limits(vocab_size, max_tokens, compares)
+    sequences, untrainable = _scored(groups)
+    scored = Counter(id(group) for group, _ in sequences)
     rows: list[int] = []
     starts: list[int] = []
-    tokens: list[np.ndarray] = []
-    trained: list[np.ndarray] = []
-    temperatures: list[float] = []
-    unfit = 0
-    row = 0
-    for group in groups:
-        for index, (ids, mask) in enumerate(zip(group.tokens, group.masks, strict=True)):
-            where = np.flatnonzero(mask != NOT_TRAINED)
-            where = where[where > 0]  # nothing comes before token 0, so it has no log-prob
-            if len(ids) > max_tokens or int(ids.max()) >= vocab_size:
-                unfit += 1
-            elif len(where):
-                start = int(where[0])
-                rows.append(row)
-                starts.append(start)
-                tokens.append(ids)
-                trained.append(mask[start:] != NOT_TRAINED)
-                temperatures.append(_temperature(group.rest, index, temperature))
-            row += 1
+    for row, (group, index) in enumerate(sequences):
+        reason = check_sequence(group, index, limits, scored=scored[id(group)])
+        if reason:
+            untrainable.append(reason)
+        else:
+            rows.append(row)
+            starts.append(int(targets(group, index)[0]))
+    tokens = [sequences[row][0].tokens[sequences[row][1]] for row in rows]
+    trained = [
+        sequences[row][0].masks[sequences[row][1]][start:] != NOT_TRAINED
+        for row, start in zip(rows, starts, strict=True)
+    ]
+    temperatures = [_temperature(sequences[row][0].rest, sequences[row][1], temperature) for row in rows]
 
-    width = max((len(mask) for mask in trained), default=1)
+    count, width = len(sequences), max((len(mask) for mask in trained), default=1)
     response_mask = np.zeros((count, width), dtype=np.int64)
     for row, mask in zip(rows, trained, strict=True):
         response_mask[row, : len(mask)] = mask
-    scores = np.concatenate([group.scores for group in groups])
+    scores = np.array([group.scores[index] for group, index in sequences], dtype=np.float64)
     rewards = np.zeros((count, width), dtype=np.float32)
     last = width - 1 - response_mask[:, ::-1].argmax(axis=1)
     rewards[np.arange(count), np.where(response_mask.any(axis=1), last, 0)] = scores
 
-    start_of = dict(zip(rows, starts, strict=True))
-    rollout, rollout_known = _log_probs([group.inference_logprobs for group in groups], groups, start_of, response_mask)
-    ref, ref_known = _log_probs([group.ref_logprobs for group in groups], groups, start_of, response_mask)
-    advantages, is_given = _aligned([group.advantages for group in groups], groups, start_of, width)
-
+    placed = [(row, start, *sequences[row]) for row, start in zip(rows, starts, strict=True)]
+    rollout, rollout_known = _log_probs("inference_logprobs", placed, response_mask)
+    ref, ref_known = _log_probs("ref_logprobs", placed, response_mask)
     return TrainingBatch(
         model=_model_rows(tokens, starts, trained),
         rows=torch.tensor(rows, dtype=torch.int64),
@@ -79,18 +77,30 @@ def to_batch(groups: Sequence[Group], *, vocab_size: int, max_tokens: int, tempe
         rollout_known=rollout_known,
         ref_log_probs=ref,
         ref_known=ref_known,
-        advantages_given=torch.from_numpy(advantages * response_mask.astype(np.float32)),
-        is_given=torch.from_numpy(is_given),
-        set_to_zero=torch.tensor(
-            [_zeroed(group.rest, index) for group in groups for index in range(len(group.tokens))]
-        ),
-        uids=np.array([group.gid for group in groups for _ in group.tokens], dtype=object),
-        group_sizes=torch.tensor([len(group.tokens) for group in groups for _ in group.tokens]),
+        advantages_given=torch.from_numpy(_aligned("advantages", placed, response_mask)[0] * response_mask).float(),
+        is_given=torch.tensor([bool(group.advantages) for group, _ in sequences], dtype=torch.bool),
+        set_to_zero=torch.tensor([_zeroed(group.rest, index) for group, index in sequences], dtype=torch.bool),
+        uids=np.array([group.gid for group, _ in sequences], dtype=object),
+        group_sizes=torch.tensor([scored[id(group)] for group, _ in sequences], dtype=torch.int64),
         scores=torch.from_numpy(scores),
         temperature=temperatures[0] if len(set(temperatures)) == 1 else torch.tensor(temperatures, dtype=torch.float32),
         tokens=sum(len(ids) for group in groups for ids in group.tokens),
-        unfit=unfit,
+        untrainable=tuple(untrainable),
     )
+
+
+def _scored(groups: Sequence[Group]) -> tuple[list[tuple[Group, int]], list[Untrainable]]:
+    """The sequences that have a score, in order, and why the others have none."""
+    sequences: list[tuple[Group, int]] = []
+    untrainable: list[Untrainable] = []
+    for group in groups:
+        for index in range(len(group.tokens)):
+            reason = check_score(group, index)
+            if reason:
+                untrainable.append(reason)
+            else:
+                sequences.append((group, index))
+    return sequences, untrainable
 
 
 def _model_rows(tokens: list[np.ndarray], starts: list[int], trained: list[np.ndarray]) -> TensorDict:
@@ -111,31 +121,25 @@ def _model_rows(tokens: list[np.ndarray], starts: list[int], trained: list[np.nd
     return TensorDict(columns, batch_size=[len(tokens)])
 
 
-def _log_probs(
-    fields: Sequence[list[np.ndarray] | None], groups: Sequence[Group], start_of: dict[int, int], mask: np.ndarray
-) -> tuple[Tensor, Tensor]:
+_Placed = Sequence[tuple[int, int, Group, int]]  # row of the batch, start of the response, group, row of the group
+
+
+def _log_probs(field: str, placed: _Placed, mask: np.ndarray) -> tuple[Tensor, Tensor]:
     """Log-probabilities of trained tokens, float32 (N, R), 0 where unknown; and where they are known, bool (N, R)."""
-    values, has = _aligned(fields, groups, start_of, mask.shape[1])
+    values, has = _aligned(field, placed, mask)
     # environments write 1.0 for "none here"; no log-probability is above 0
     known = mask.astype(bool) & has[:, None] & (values <= 0)
     return torch.from_numpy(np.where(known, values, np.float32(0))), torch.from_numpy(known)
 
 
-def _aligned(
-    fields: Sequence[list[np.ndarray] | None], groups: Sequence[Group], start_of: dict[int, int], width: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """A token-level field cut to the responses, float32 (N, R), and which sequences' groups have it, bool (N,)."""
-    count = sum(len(group.tokens) for group in groups)
-    values, has = np.zeros((count, width), dtype=np.float32), np.zeros(count, dtype=bool)
-    row = 0
-    for field, group in zip(fields, groups, strict=True):
-        for index in range(len(group.tokens)):
-            if field:  # some environments send an empty list for "none"
-                has[row] = True
-                if row in start_of:
-                    response = field[index][start_of[row] :]
-                    values[row, : len(response)] = response
-            row += 1
+def _aligned(field: str, placed: _Placed, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A token-level field cut to the responses, float32 (N, R), and which of the model's sequences have it, bool (N,)."""
+    values, has = np.zeros(mask.shape, dtype=np.float32), np.zeros(len(mask), dtype=bool)
+    for row, start, group, index in placed:
+        if given := getattr(group, field):  # some environments send an empty list for "none"
+            response = given[index][start:]
+            has[row] = True
+            values[row, : len(response)] = response
     return values, has
 
 

@@ -230,6 +230,7 @@ class Replica:
             vocab_size=self._engine.vocab_size,
             max_tokens=self._plan.max_token_len,
             temperature=self._plan.temperature,
+            compares=self._learner.compares,
         )
         if batch.unfit:
             self._log.warning(
