@@ -37,7 +37,11 @@ class Learner:
         self._worker, self._actor, self._reference = engine.worker, engine.actor, engine.reference
         self._algorithm = algorithm
         self._pad_small_steps = engine.pad_small_steps
-        self.compares = compares_within_groups(algorithm)
+        self.compares, self.distills = compares_within_groups(algorithm), engine.distillation is not None
+        self._update_flags = {}
+        if engine.distillation:
+            only = not engine.distillation.use_task_rewards
+            self._update_flags = {"distillation_use_topk": True, "distillation_only": only}
 
     def step(self, batch: TrainingBatch) -> dict[str, float]:
         """Update the weights once. Returns this step's metrics: verl's under verl's names; seconds as logp_s, train_s.
@@ -111,7 +115,8 @@ class Learner:
             data[name] = batch.jagged(value)
         data["response_mask"] = data["loss_mask"] = batch.jagged(response_mask)
         entropy = self._actor.calculate_entropy or self._actor.entropy_coeff != 0
-        self._annotate(data, batch, self._worker, calculate_entropy=entropy, global_batch_size=len(batch.rows))
+        flags = self._update_flags | {"calculate_entropy": entropy, "global_batch_size": len(batch.rows)}
+        self._annotate(data, batch, self._worker, **flags)
         self._worker.optimizer_zero_grad()
         found = _reduced(tu.get(self._worker.forward_backward(data), "metrics"))
         grad_norm = float(self._worker.optimizer_step()["grad_norm"])

@@ -33,7 +33,18 @@ def check_algorithm(config: DictConfig) -> None:
         raise ConfigurationError(
             f"algorithm.kl_ctrl.type = {algorithm.kl_ctrl.type!r}: its coefficient is not in checkpoints; use fixed"
         )
+    _check_distillation(config.distillation)
     _check_correction(algorithm.rollout_correction, actor.policy_loss.loss_mode)
+
+
+def _check_distillation(distillation: DictConfig) -> None:
+    only = {"loss_mode": "forward_kl_topk", "use_policy_gradient": False, "log_prob_min_clamp": None}
+    for name, value in only.items():
+        if distillation.enabled and distillation.distillation_loss[name] != value:
+            raise ConfigurationError(
+                f"distillation.distillation_loss.{name} = {distillation.distillation_loss[name]!r}: environments send a "
+                f"teacher's likeliest tokens, for which only {value!r} works"
+            )
 
 
 def _check_correction(correction: DictConfig, loss_mode: str) -> None:

@@ -25,7 +25,8 @@ class TrainingBatch:
     sequence that has no score is none of the N.
     """
 
-    model: TensorDict  # n rows, jagged: input_ids, position_ids, prompts, responses, response_mask, loss_mask
+    model: TensorDict  # n rows, jagged: input_ids, position_ids, prompts, responses, response_mask, loss_mask,
+    # and with distillation teacher_ids, teacher_logprobs (see teacher.py)
     rows: Tensor  # int64 (n,): which of the N sequences they are
     response_mask: Tensor  # int64 (N, R): 1 on trained tokens; rows outside the model are 0
     token_level_rewards: (

@@ -22,9 +22,12 @@ from lachesis.broker.keys import check_name
 from lachesis.trainer.algorithms import check_algorithm, settle_algorithm
 from lachesis.trainer.settings import TrainerSettings
 
-READ = ("lachesis.", "actor_rollout_ref.model.", "actor_rollout_ref.actor.", "actor_rollout_ref.ref.", "algorithm.")
+READ = (
+    *("lachesis.", "actor_rollout_ref.model.", "actor_rollout_ref.actor.", "actor_rollout_ref.ref.", "algorithm."),
+    "distillation.distillation_loss.",
+)
 GROUPS = ("device", "algo", "correction")  # folders of presets in config/
-READ_TOO = ("actor_rollout_ref.rollout.temperature",)
+READ_TOO = ("actor_rollout_ref.rollout.temperature", "distillation.enabled")
 NOT_READ = {  # in those nodes, and why
     **dict.fromkeys(
         (f"actor_rollout_ref.actor.{name}" for name in ("ppo_epochs", "ppo_mini_batch_size", "shuffle")),

@@ -36,6 +36,7 @@ class Engine:
     actor: Any  # verl.workers.config.FSDPActorConfig
     vocab_size: int
     tied: bool  # the output layer is the embedding
+    distillation: Any | None  # verl.workers.config.DistillationLossConfig, where the loss has that term
     reference: Reference | None  # where a KL term needs one
     pad_small_steps: bool  # no flash attention, no sequence parallelism: see Learner
 
@@ -63,9 +64,10 @@ def build_engine(config: DictConfig) -> Engine:
     with _importing_much():
         import verl.workers.engine  # noqa: F401
         from hydra.errors import InstantiationException
+        from verl.trainer.distillation.losses import distillation_ppo_loss
         from verl.utils.config import omega_conf_to_dataclass
         from verl.utils.device import get_device_name, get_nccl_backend
-        from verl.workers.config import TrainingWorkerConfig
+        from verl.workers.config import DistillationConfig, TrainingWorkerConfig
         from verl.workers.engine_workers_tinker import TinkerTrainingWorker
         from verl.workers.utils.losses import ppo_loss
 
@@ -83,6 +85,7 @@ def build_engine(config: DictConfig) -> Engine:
         check_with_verl(config)
         model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+        distillation = omega_conf_to_dataclass(config.distillation.distillation_loss)
     except (InstantiationException, AssertionError, ValueError, NotImplementedError) as error:
         raise ConfigurationError(f"verl refuses the configuration: {_one_line(error.__cause__ or error)}") from error
     actor.model_config = model
@@ -100,13 +103,18 @@ def build_engine(config: DictConfig) -> Engine:
         )
     )
     worker.reset()
-    worker.set_loss_fn(partial(ppo_loss, config=actor))
+    loss = partial(ppo_loss, config=actor)
+    if config.distillation.enabled:  # to verl "enabled" means that it runs the teacher itself
+        settings = DistillationConfig(enabled=False, distillation_loss=distillation)
+        loss = partial(distillation_ppo_loss, config=actor, distillation_config=settings)
+    worker.set_loss_fn(loss)
     attention = config.actor_rollout_ref.model.override_config.attn_implementation
     return Engine(
         worker,
         actor,
         vocab_size=model.hf_config.get_text_config().vocab_size,
         tied=bool(model.hf_config.tie_word_embeddings),
+        distillation=distillation if config.distillation.enabled else None,
         reference=Reference(config, worker) if needs_reference(config) else None,
         pad_small_steps=not attention.startswith("flash")
         and not model.use_fused_kernels

@@ -74,7 +74,9 @@ def _in_force(config: DictConfig) -> DictConfig:
     """The nodes that are read."""
     model, actor, ref, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "ref", "rollout"))
     theirs = {"model": model, "actor": actor, "ref": ref, "rollout": {"temperature": rollout.temperature}}
-    return OmegaConf.create({"lachesis": config.lachesis, "actor_rollout_ref": theirs, "algorithm": config.algorithm})
+    distillation = {name: config.distillation[name] for name in ("enabled", "distillation_loss")}
+    nodes = {"actor_rollout_ref": theirs, "algorithm": config.algorithm, "distillation": distillation}
+    return OmegaConf.create({"lachesis": config.lachesis, **nodes})
 
 
 def _make(folder: Path) -> None:

@@ -20,13 +20,20 @@ from torch import Tensor
 
 from lachesis.broker.records import Group
 from lachesis.trainer.batch import TrainingBatch
+from lachesis.trainer.teacher import teacher_columns
 from lachesis.trainer.untrainable import NOT_TRAINED, Limits, Untrainable, check_score, check_sequence, targets
 
 __all__ = ["TrainingBatch", "to_batch"]
 
 
 def to_batch(
-    groups: Sequence[Group], *, vocab_size: int, max_tokens: int, temperature: float = 1.0, compares: bool = True
+    groups: Sequence[Group],
+    *,
+    vocab_size: int,
+    max_tokens: int,
+    temperature: float = 1.0,
+    compares: bool = True,
+    distills: bool = False,
 ) -> TrainingBatch:
     """Map the groups of one step.
 
@@ -36,8 +43,9 @@ def to_batch(
         temperature: of sampling, where neither the sequence nor its group says.
         compares: whether the advantage estimator compares the sequences of a group; then a group of one, unless its
             environment sent advantages, teaches nothing.
+        distills: whether the loss has a term for a teacher's tokens; then the model's rows have them.
     """
-    limits = Limits(vocab_size, max_tokens, compares)
+    limits = Limits(vocab_size, max_tokens, compares, distills)
     sequences, untrainable = _scored(groups)
     scored = Counter(id(group) for group, _ in sequences)
     rows: list[int] = []
@@ -65,11 +73,14 @@ def to_batch(
     last = width - 1 - response_mask[:, ::-1].argmax(axis=1)
     rewards[np.arange(count), np.where(response_mask.any(axis=1), last, 0)] = scores
 
+    model = _model_rows(tokens, starts, trained)
+    if distills:
+        model.update(teacher_columns([sequences[row] for row in rows]))
     placed = [(row, start, *sequences[row]) for row, start in zip(rows, starts, strict=True)]
     rollout, rollout_known = _log_probs("inference_logprobs", placed, response_mask)
     ref, ref_known = _log_probs("ref_logprobs", placed, response_mask)
     return TrainingBatch(
-        model=_model_rows(tokens, starts, trained),
+        model=model,
         rows=torch.tensor(rows, dtype=torch.int64),
         response_mask=torch.from_numpy(response_mask),
         token_level_rewards=torch.from_numpy(rewards),

@@ -231,6 +231,7 @@ class Replica:
             max_tokens=self._plan.max_token_len,
             temperature=self._plan.temperature,
             compares=self._learner.compares,
+            distills=self._learner.distills,
         )
         if batch.unfit:
             self._log.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,7 @@ from lachesis.broker.records import Group
 
 NOT_TRAINED = -100
 TOKEN_FIELDS = ("advantages", "inference_logprobs", "ref_logprobs")
-NOT_MAPPED = {  # fields whose presence changes what training the group would mean
-    "images": "the trainer reads text only",
-    "distill_token_ids": "the trainer has no distillation loss",
-    "distill_logprobs": "the trainer has no distillation loss",
-}
+DISTILL_FIELDS = ("distill_token_ids", "distill_logprobs")
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,7 @@ class Limits:
     vocab_size: int  # token ids are below this
     max_tokens: int  # longest sequence
     compares: bool  # whether the advantage estimator compares the sequences of a group
+    distills: bool  # whether the loss has a term for a teacher's tokens
 
 
 def targets(group: Group, index: int) -> np.ndarray:
@@ -62,9 +60,12 @@ def check_sequence(group: Group, index: int, limits: Limits, *, scored: int) -> 
     def no(field: str, value: Any, rule: str) -> Untrainable:
         return Untrainable(group.gid, index, field, value, rule)
 
-    for name, rule in NOT_MAPPED.items():
-        if value := group.rest.get(name):
-            return no(name, f"{len(value)} values" if isinstance(value, list) else type(value).__name__, rule)
+    if images := group.rest.get("images"):
+        return no(
+            "images",
+            f"{len(images)} values" if isinstance(images, list) else type(images).__name__,
+            "only text can be trained",
+        )
     ids = group.tokens[index]
     if not len(ids) or len(ids) > limits.max_tokens:
         return no("tokens", f"{len(ids)} tokens", f"must have 1 to {limits.max_tokens}, what the model can hold")
@@ -79,8 +80,30 @@ def check_sequence(group: Group, index: int, limits: Limits, *, scored: int) -> 
             return no(name, f"{count} values", f"must be as long as its tokens, {len(ids)}")
         if not (finite := np.isfinite(rows[index])).all():
             return no(name, float(rows[index][int(finite.argmin())]), "must be finite")
+    if fault := _distillation_fault(group, index, limits):
+        return no(*fault)
     if not len(targets(group, index)):
         return no("masks", NOT_TRAINED, "must train at least one token after the first")
     if limits.compares and scored < 2 and not group.advantages:
         return no("scores", f"{scored} sequence", "must have others of its group to be compared with, or advantages")
+    return None
+
+
+def _distillation_fault(group: Group, index: int, limits: Limits) -> tuple[str, Any, str] | None:
+    ids, log_probs = (group.rest.get(name) or [] for name in DISTILL_FIELDS)
+    if (ids or log_probs) and not limits.distills:
+        name, rows = (DISTILL_FIELDS[0], ids) if ids else (DISTILL_FIELDS[1], log_probs)
+        return name, f"{len(rows)} values", "is trained on with distillation.enabled=true only"
+    for name, rows in zip(DISTILL_FIELDS, (ids, log_probs), strict=True):
+        if (ids or log_probs) and (index >= len(rows) or len(rows[index]) != len(group.tokens[index])):
+            count = len(rows[index]) if index < len(rows) else 0
+            return name, f"{count} values", f"must be as long as its tokens, {len(group.tokens[index])}"
+    pairs = zip(ids[index], log_probs[index], strict=True) if ids else ()
+    for place, (some_ids, some) in enumerate(pairs):
+        if len(some_ids) != len(some):
+            return f"distill_logprobs[{place}]", f"{len(some)} values", f"must be one per token id, {len(some_ids)}"
+        if not all(0 <= id_ < limits.vocab_size for id_ in some_ids):
+            return f"distill_token_ids[{place}]", some_ids, f"ids must be from 0 to {limits.vocab_size - 1}"
+        if not all(math.isfinite(value) for value in some):
+            return f"distill_logprobs[{place}]", some, "must be finite"
     return None

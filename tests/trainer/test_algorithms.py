@@ -58,8 +58,8 @@ def planned(configured: Configured, tmp_path: Path) -> Planned:
     return build
 
 
-def batch(groups: list[Group]) -> Any:
-    return to_batch(groups, vocab_size=320, max_tokens=64)
+def batch(groups: list[Group], **more: bool) -> Any:
+    return to_batch(groups, vocab_size=320, max_tokens=64, **more)
 
 
 def trained_a_little(engine: Engine) -> None:
@@ -125,7 +125,7 @@ def assert_same_step(
     engine, config = planned(*presets, **values)
     trained_a_little(engine)
     learner = Learner(engine, config.algorithm)
-    mine, my_gradients = recorded_step(engine, lambda: learner.step(batch(groups)))
+    mine, my_gradients = recorded_step(engine, lambda: learner.step(batch(groups, distills=learner.distills)))
     engine, config = planned(*presets, **values)
     trained_a_little(engine)
     driver = Driver(engine.worker, config)
@@ -197,6 +197,28 @@ def test_a_step_of_an_adapter_is_verls(planned: Planned, groups: list[Group], mo
     """With the KL to the model without it, as in verl."""
     adapter = {"actor_rollout_ref.model.lora_rank": 4, "actor_rollout_ref.actor.use_kl_loss": True}
     assert_same_step(planned, groups, **MODES[mode], **adapter)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rewards", [True, False])
+def test_distillation_is_verls(planned: Planned, groups: list[Group], rewards: bool, mode: str) -> None:
+    rng = random.Random(11)
+    taught = []
+    for group in groups:
+        scored = to_scored(group)
+        # as an inference server says it: for every token but the first, prompt included
+        scored.distill_token_ids = [
+            [rng.sample(range(250), 5) if place else [] for place in range(len(row))] for row in scored.tokens
+        ]
+        scored.distill_logprobs = [
+            [[-rng.uniform(0.5, 4) for _ in ids] for ids in row] for row in scored.distill_token_ids
+        ]
+        taught.append(stored(scored))
+    loss = {"use_task_rewards": rewards, "distillation_loss_coef": 0.5}
+    values = {f"distillation.distillation_loss.{name}": value for name, value in loss.items()}
+    mine = assert_same_step(planned, taught, **MODES[mode], **values, **{"distillation.enabled": True})
+    assert mine["actor/distillation/loss"] > 1e-2
+    assert ("actor/pg_loss" in mine) == rewards
 
 
 @pytest.mark.parametrize("size", [1, 6, 24])
@@ -350,6 +372,7 @@ def test_presets_yield_to_single_values(configured: Configured) -> None:
             ["algo=gspo", "correction=bypass_pg_is"],
             "rollout_is = 'sequence': has no effect with bypass_mode and the loss 'gspo'",
         ),
+        (["distillation.enabled=true", "distillation.distillation_loss.loss_mode=k3"], "only 'forward_kl_topk' works"),
         (["algo=dapo", "algorithm.filter_groups.metric=acc"], "environments send scores only; use reward"),
         (["actor_rollout_ref.actor.policy_loss.loss_mode=ppo"], "Unsupported loss mode: ppo"),
         (["algorithm.adv_estimator=grop"], "Unknown advantage estimator simply: grop"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ def regrets(built: Callable[..., tuple[Engine, DictConfig]], uniform_model: Path
     """The final regrets with a correction and a lag, one per seed."""
     from lachesis.trainer.algo import Learner
 
+    @functools.cache
     def play(correction: str, lag: int) -> list[float]:
         found = []
         for seed in SEEDS:
@@ -45,12 +47,12 @@ def regrets(built: Callable[..., tuple[Engine, DictConfig]], uniform_model: Path
     return play
 
 
-def test_the_best_arm_is_found_without_lag(regrets: Callable[[str, int], list[float]]) -> None:
-    assert max(regrets("token_tis", 0)) < 0.02
+@pytest.mark.parametrize("lag", [0, 4, 16])
+def test_the_best_arm_is_found_however_old_the_samples_are(
+    regrets: Callable[[str, int], list[float]], lag: int
+) -> None:
+    assert max(regrets("token_tis", lag)) < 0.06
 
 
-@pytest.mark.parametrize(("lag", "margin"), [(4, 0.03), (16, 0.07)])
-def test_correction_makes_up_for_lag(regrets: Callable[[str, int], list[float]], lag: int, margin: float) -> None:
-    corrected, uncorrected = regrets("token_tis", lag), regrets("off", lag)
-    assert max(corrected) < 0.06
-    assert min(uncorrected) > max(corrected) + margin
+def test_without_correction_it_is_not(regrets: Callable[[str, int], list[float]]) -> None:
+    assert min(regrets("off", 16)) > max(regrets("token_tis", 16)) + 0.07

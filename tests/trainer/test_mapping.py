@@ -105,12 +105,12 @@ def expected(given_groups: list[Group], *, compares: bool = True) -> tuple[list[
                 found.fault = "scores"
             elif group.rest.get("images"):
                 found.fault = "images"
-            elif group.rest.get("distill_token_ids"):
-                found.fault = "distill_token_ids"
             elif len(ids) > LONGEST or max(ids) >= VOCABULARY:
                 found.fault = "tokens"
             elif group.advantages and not all(math.isfinite(value) for value in group.advantages[index]):
                 found.fault = "advantages"
+            elif group.rest.get("distill_token_ids"):
+                found.fault = "distill_token_ids"
             elif not found.targets:
                 found.fault = "masks"
             elif compares and len(scored) == 1 and not group.advantages:
@@ -235,6 +235,55 @@ def test_padded_and_jagged_are_inverse(these: list[Group]) -> None:
     assert torch.equal(batch.jagged(batch.response_mask).values(), batch.model["response_mask"].values())
 
 
+candidates = st.lists(st.tuples(st.integers(0, 49), st.sampled_from([-0.5, -2.25, 0.0, 1.0])), max_size=3)
+
+
+@given(st.lists(st.lists(candidates, min_size=2, max_size=5), min_size=2, max_size=4), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_a_teachers_tokens_are_where_the_logits_are_that_predict_them(said: list[Any], one_without: bool) -> None:
+    rows = [[7] * len(row) for row in said]
+    group = ScoredGroup(
+        tokens=rows,
+        masks=[[-100, *row[1:]] for row in rows],
+        scores=[1.0] * len(rows),
+        distill_token_ids=[[[token for token, _ in place] for place in row] for row in said],
+        distill_logprobs=[[[value for _, value in place] for place in row] for row in said],
+    )
+    others = [one()] if one_without else []
+    batch = to_batch([stored(group), *others], vocab_size=50, max_tokens=9, distills=True)
+    assert not batch.untrainable
+    columns = zip(batch.model["teacher_ids"].unbind(), batch.model["teacher_logprobs"].unbind(), strict=True)
+    known = [
+        [
+            [pair for pair in zip(*place, strict=True) if pair[1] > -1e3]
+            for place in zip(*map(torch.Tensor.tolist, row), strict=True)
+        ]
+        for row in columns
+    ]
+    for row, places in zip(said, known, strict=False):
+        expected_places = [[pair for pair in place if pair[1] <= 0] for place in row[1:]]
+        assert places == [*expected_places, []]  # nothing comes after the last token
+    assert known[len(said) :] == ([[[]] * 3] * 2 if one_without else [])
+
+
+@pytest.mark.parametrize(
+    ("ids", "log_probs", "field", "rule"),
+    [
+        ([[[], [1], [2]]], [[[], [-1.0], [-1.0]]], "distill_token_ids", "must be as long as its tokens, 3"),
+        ([[[], [1]], [[], [1], [2]]], [[[], [-1.0]], [[], [-1.0], [-1.0]]], "distill_token_ids", "must be as long"),
+        ([[[], [1], [2, 3]]] * 2, [[[], [-1.0], [-1.0]]] * 2, "distill_logprobs[2]", "must be one per token id, 2"),
+        ([[[], [1], [50]]] * 2, [[[], [-1.0], [-1.0]]] * 2, "distill_token_ids[2]", "ids must be from 0 to 49"),
+        ([[[], [1], [2]]] * 2, [[[], [math.nan], [-1.0]]] * 2, "distill_logprobs[1]", "must be finite"),
+        ([[[], [1], [2]]] * 2, [], "distill_logprobs", "must be as long as its tokens, 3"),
+    ],
+)
+def test_what_a_teacher_cannot_have_said_is_named(ids: Any, log_probs: Any, field: str, rule: str) -> None:
+    group = one(distill_token_ids=ids, distill_logprobs=log_probs)
+    reason = to_batch([group], vocab_size=50, max_tokens=9, distills=True).untrainable[0]
+    assert reason.field == field
+    assert rule in reason.rule
+
+
 def test_an_environment_reads_what_is_wrong() -> None:
     batch = to_batch([one(tokens=[[5, 6, 7], [5, 6, 70]])], vocab_size=50, max_tokens=9)
     (reason,) = batch.untrainable
@@ -260,8 +309,11 @@ def test_an_environment_reads_what_is_wrong() -> None:
             {"tokens": [[], [5, -6, 7]], "masks": [[], [-100, 6, 7]]},
             [("tokens", "0 tokens", "must have 1 to 9"), ("tokens", -6, "ids must be from 0")],
         ),
-        ({"images": {"a": 1}}, [("images", "dict", "the trainer reads text only")] * 2),
-        ({"distill_logprobs": [[[-1.0]]]}, [("distill_logprobs", "1 values", "no distillation loss")] * 2),
+        ({"images": {"a": 1}}, [("images", "dict", "only text can be trained")] * 2),
+        (
+            {"distill_logprobs": [[[-1.0]]]},
+            [("distill_logprobs", "1 values", "with distillation.enabled=true only")] * 2,
+        ),
     ],
 )
 def test_whatever_is_stored_is_answered_for(fields: dict[str, Any], faults: list[tuple[str, Any, str]]) -> None:

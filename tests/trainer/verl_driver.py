@@ -46,7 +46,27 @@ def padded_batch(groups: list[Group]) -> tuple[dict[str, Tensor], np.ndarray]:
         "token_level_scores": rewards,
         "rollout_log_probs": rollout,
     }
+    if groups[0].rest.get("distill_token_ids"):
+        batch |= teacher_tensors(groups, attention)
     return batch, np.array([row[-1] for row in rows], dtype=object)
+
+
+def teacher_tensors(groups: list[Group], attention: Tensor) -> dict[str, Tensor]:
+    """(rows, length, K), each at the token whose logits it is compared with: the one before the teacher's."""
+    ids = [row for group in groups for row in group.rest["distill_token_ids"]]
+    log_probs = [row for group in groups for row in group.rest["distill_logprobs"]]
+    width = len(ids[0][-1])
+    found = {
+        "teacher_ids": torch.zeros((*attention.shape, width), dtype=torch.int64),
+        "teacher_logprobs": torch.full((*attention.shape, width), -1e4),
+    }
+    for row, places in enumerate(attention):
+        begin = int(places.argmax())
+        for place in range(1, len(ids[row])):
+            if ids[row][place]:
+                found["teacher_ids"][row, begin + place - 1] = torch.tensor(ids[row][place])
+                found["teacher_logprobs"][row, begin + place - 1] = torch.tensor(log_probs[row][place])
+    return found
 
 
 class Driver:
@@ -72,12 +92,14 @@ class Driver:
     def step(self, groups: list[Group]) -> dict[str, float]:
         """Train on the groups; verl's metrics, under the names its driver gives them."""
         from verl import DataProto
+        from verl.trainer.distillation.losses import distillation_ppo_loss
         from verl.trainer.ppo.ray_trainer import apply_kl_penalty, compute_advantage
         from verl.trainer.ppo.rollout_corr_helper import (
             apply_bypass_mode,
             compute_rollout_correction_and_add_to_batch,
         )
         from verl.utils.config import omega_conf_to_dataclass
+        from verl.workers.config import DistillationConfig
         from verl.workers.utils.losses import ppo_loss
 
         algorithm, actor = self._config.algorithm, self._config.actor_rollout_ref.actor
@@ -108,7 +130,14 @@ class Driver:
             norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
             config=algorithm,
         )
-        self._worker.set_loss_fn(partial(ppo_loss, config=omega_conf_to_dataclass(actor)))
+        loss = partial(ppo_loss, config=omega_conf_to_dataclass(actor))
+        if self._config.distillation.enabled:
+            settings = omega_conf_to_dataclass(self._config.distillation.distillation_loss)
+            distillation = DistillationConfig(distillation_loss=settings)
+            loss = partial(
+                distillation_ppo_loss, config=omega_conf_to_dataclass(actor), distillation_config=distillation
+            )
+        self._worker.set_loss_fn(loss)
         metrics |= self._update(batch, actor)
         return {name: float(value) for name, value in metrics.items()}
 
@@ -144,8 +173,11 @@ class Driver:
         from verl.workers.utils.padding import left_right_2_no_padding
 
         data = left_right_2_no_padding(batch.to_tensordict())
+        distillation = self._config.distillation
         tu.assign_non_tensor(
             data,
+            distillation_use_topk=distillation.enabled,
+            distillation_only=distillation.enabled and not distillation.distillation_loss.use_task_rewards,
             temperature=self._config.actor_rollout_ref.rollout.temperature,
             calculate_entropy=actor.calculate_entropy or actor.entropy_coeff != 0.0,
             global_batch_size=len(batch),
