@@ -58,11 +58,14 @@ def reader(built: Built) -> Learner:
     return learner(built)[0]
 
 
+@pytest.mark.parametrize("turns", [1, 3], ids=["one turn", "three turns"])
 @pytest.mark.parametrize("overrides", [(), (SMALL_PACKS,)], ids=["padded", "packed"])
-def test_log_probs_are_those_of_hugging_face(built: Built, tiny_model: Path, overrides: tuple[str, ...]) -> None:
+def test_log_probs_are_those_of_hugging_face(
+    built: Built, tiny_model: Path, overrides: tuple[str, ...], turns: int
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    these = batch(some_groups())
+    these = batch(some_groups(turns=turns))
     log_probs, entropy = learner(built, *overrides)[0].log_probs(these)
     reference = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager", dtype=torch.float32)
     for place, row in enumerate(these.rows.tolist()):
