@@ -16,6 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 from redis import asyncio as redis_asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from lachesis.broker.errors import ConfigurationError
 
@@ -49,13 +50,21 @@ class Patience(Retry):
     ) -> T:
         failed_at: float | None = None
 
+        async def attempt() -> T:
+            try:
+                return await do()
+            except RuntimeError as error:  # uvloop's, for a connection that was closed just before it was written to
+                if "handler is closed" in str(error):
+                    raise RedisConnectionError(str(error)) from error
+                raise
+
         def again(error: Exception) -> bool:
             nonlocal failed_at
             now = time.monotonic()
             failed_at = now if failed_at is None else failed_at
             return now - failed_at < self._seconds and (is_retryable is None or is_retryable(error))
 
-        return await super().call_with_retry(do, fail, again, with_failure_count)
+        return await super().call_with_retry(attempt, fail, again, with_failure_count)
 
 
 def open_redis(url: str, *, connections: int = COMMANDS, patience_s: float | None = None) -> Redis:

@@ -78,8 +78,15 @@ class BatchEndpoint:
             if lease is None:
                 await JSONResponse({"batch": None})(scope, receive, send)
                 return
-            blobs = await self._broker.queue.blobs(lease.batch.gids)
             step = lease.batch.step
+            try:
+                blobs = await self._broker.queue.blobs(lease.batch.gids)
+            except LookupError:
+                if await self._broker.queue.batch(step) is not None:
+                    raise  # a batch that is still to be trained has lost a group
+                # while this process slept the lease lapsed, and another trainer trained the batch
+                await JSONResponse({"batch": None})(scope, receive, send)
+                return
             on_cut(scope, lambda: self._take_back(consumer, step))
             async with Peer(receive, send) as peer:
                 writer = _Writer(peer, gzip="gzip" in Headers(scope=scope).get("accept-encoding", ""))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,117 +12,156 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
 from verl import DataProto
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn
-from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
+from verl.trainer.ppo.core_algos import agg_loss
 from verl.utils import tensordict_utils as tu
-from verl.utils.metric import Metric
+from verl.utils.debug.metrics import calculate_debug_metrics
+from verl.utils.metric import Metric, reduce_metrics
 from verl.workers.utils.padding import response_from_nested
 
+from lachesis.trainer.advantages import (
+    compares_within_groups,
+    estimate_advantages,
+    with_kl_in_reward,
+    without_flat_groups,
+)
+from lachesis.trainer.batch import TrainingBatch
+from lachesis.trainer.correction import correct
 from lachesis.trainer.engine import Engine
-from lachesis.trainer.mapping import TrainingBatch
 from lachesis.trainer.ranks import share
 
-WITHOUT_GROUPS = ("reinforce_plus_plus",)  # estimators whose baseline is the batch
+NO_UPDATE = {"loss": 0.0, "grad_norm": 0.0}
 
 
 class Learner:
     """Trains one policy, batch by batch."""
 
     def __init__(self, engine: Engine, algorithm: DictConfig) -> None:
-        self._worker, self._actor, self._ranks = engine.worker, engine.actor, engine.ranks
+        self._worker, self._actor, self._reference = engine.worker, engine.actor, engine.reference
+        self._ranks = engine.ranks
         self._algorithm = algorithm
         self._pad_small_steps = engine.pad_small_steps
+        self.compares, self.distills = compares_within_groups(algorithm), engine.distillation is not None
+        self._update_flags = {}
+        if engine.distillation:
+            only = not engine.distillation.use_task_rewards
+            self._update_flags = {"distillation_use_topk": True, "distillation_only": only}
 
     def step(self, batch: TrainingBatch) -> dict[str, float]:
-        """Update the weights once. Returns this step's metrics; seconds under logp_s and train_s.
+        """Update the weights once. Returns this step's metrics: verl's under verl's names; seconds as logp_s, train_s.
 
-        A batch without a trained token changes nothing and has a loss of 0.
+        Where nothing is left to train (no trained token, or all filtered or rejected) the weights stay, the loss is 0,
+        and the learning rate's schedule goes on.
         """
-        if len(batch.rows) == 0:
-            return {"loss": 0.0, "grad_norm": 0.0, "logp_s": 0.0, "train_s": 0.0}
         started = time.perf_counter()
-        old_log_probs, metrics = self._old_log_probs(batch)
-        after_log_probs = time.perf_counter()
-        response_mask, weights, correction = correct(batch, old_log_probs, self._algorithm.rollout_correction)
-        advantages = estimate_advantages(batch, response_mask, self._algorithm)
-        metrics |= correction | self._update(batch, old_log_probs, response_mask, advantages, weights)
-        return metrics | {"logp_s": after_log_probs - started, "train_s": time.perf_counter() - after_log_probs}
+        batch, metrics = without_flat_groups(batch, self._algorithm)
+        learning_rate = float(self._worker.engine.optimizer.param_groups[0]["lr"])
+        logp_s = 0.0
+        update = NO_UPDATE
+        if len(batch.rows):
+            old_log_probs, found = self._old_log_probs(batch)
+            logp_s = time.perf_counter() - started
+            extra: dict[str, Tensor] = {"old_log_probs": old_log_probs}
+            if self._reference:
+                extra["ref_log_prob"] = reference = self._reference_log_probs(batch)
+                batch, penalty = with_kl_in_reward(batch, old_log_probs, reference, self._algorithm)
+                metrics |= penalty
+            response_mask, weights, corrected = correct(batch, old_log_probs, self._algorithm.rollout_correction)
+            metrics |= found | corrected
+            if weights is not None:
+                extra["rollout_is_weights"] = weights
+            if response_mask.any():
+                extra["advantages"] = estimate_advantages(batch, response_mask, self._algorithm)
+                update = self._update(batch, response_mask, extra)
+        self._worker.engine.lr_scheduler_step()
+        took = time.perf_counter() - started
+        return metrics | update | {"lr": learning_rate, "logp_s": logp_s, "train_s": took - logp_s}
 
     def log_probs(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (nats) and entropies of the present weights, each float32 (N, R); the same on every rank."""
-        mine = self._share(batch)
-        data = mine.model.select("input_ids", "position_ids", "loss_mask")
-        self._annotate(data, batch, mine, calculate_entropy=True, compute_loss=False)
-        out, mask = self._worker.infer_batch(data), mine.model["response_mask"]
-        found = torch.zeros(2, *batch.response_mask.shape)
-        if out is not None:  # else another rank of its sequence-parallel group has it
-            for place, key in enumerate(("log_probs", "entropy")):
-                found[place] = mine.padded(response_from_nested(tu.get(out, key), mask).cpu())
-        log_probs, entropy = self._ranks.sum(found)
+        """Log-probabilities (nats) and entropies of the present weights, each float32 (N, R)."""
+        log_probs, entropy = self._inferred(batch, self._worker, self._worker.infer_batch, "log_probs", "entropy")
         return log_probs, entropy
 
+    def _reference_log_probs(self, batch: TrainingBatch) -> Tensor:
+        """float32 (N, R): as the environment sent them, else the reference's own."""
+        assert self._reference is not None
+        missing = (batch.response_mask.bool() & ~batch.ref_known).any(dim=1)
+        if not missing.any():
+            return batch.ref_log_probs
+        computed = torch.zeros_like(batch.ref_log_probs)
+        [computed[missing]] = self._inferred(
+            batch.only(missing), self._reference.worker, self._reference.infer, "log_probs"
+        )
+        return torch.where(batch.ref_known, batch.ref_log_probs, computed)
+
+    def _inferred(self, batch: TrainingBatch, worker: Any, infer: Callable[[TensorDict], Any], *names: str) -> Tensor:
+        """What a forward pass says of every trained token, float32 (names, N, R), the same on every rank."""
+        mine = self._share(batch)
+        data = mine.model.select("input_ids", "position_ids", "loss_mask")
+        self._annotate(data, batch, mine, worker, calculate_entropy="entropy" in names, compute_loss=False)
+        out, mask = infer(data), mine.model["response_mask"]
+        found = torch.zeros(len(names), *batch.response_mask.shape)
+        if out is not None:  # else another rank of this one's sequence-parallel group has it
+            for place, name in enumerate(names):
+                found[place] = mine.padded(response_from_nested(tu.get(out, name), mask))
+        return self._ranks.sum(found)
+
     def _share(self, batch: TrainingBatch) -> TrainingBatch:
-        """This rank's rows. All ranks have as many, so that their numbers of micro-batches, which verl makes equal, can be."""
+        """This rank's rows. All have as many: verl makes the ranks' numbers of micro-batches equal, and each needs a row."""
         engine = self._worker.engine
         ranks, lengths = engine.get_data_parallel_size(), batch.model["input_ids"].offsets().diff().tolist()
+        if ranks == 1:
+            return batch
         shares = share(lengths, ranks)
-        rows = max(map(len, shares))
-        if not self._actor.use_dynamic_bsz:  # verl wants whole micro-batches
-            rows += -rows % self._actor.ppo_micro_batch_size_per_gpu
         mine = shares[engine.get_data_parallel_rank()]
-        return batch if len(mine) == len(lengths) == rows else batch.part(mine, filler=rows - len(mine))
+        return batch.part(mine, filler=max(map(len, shares)) - len(mine))
 
     def _old_log_probs(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         """Of the policy before the update: the engine's own; in bypass mode the sampler's wherever it is known."""
-        trained = batch.response_mask.bool()
+        trained, known = batch.response_mask.bool(), batch.rollout_known
         bypass = self._algorithm.rollout_correction.bypass_mode
-        if bypass and torch.equal(batch.rollout_known, trained):
+        if bypass and torch.equal(known, trained):
             return batch.rollout_log_probs, {}
         log_probs, entropy = self.log_probs(batch)
-        metrics = {"entropy": entropy[trained].mean().item()}
-        if batch.rollout_known.any():
-            gap = (log_probs - batch.rollout_log_probs)[batch.rollout_known].abs()
-            metrics |= {"logp_gap_mean": gap.mean().item(), "logp_gap_max": gap.max().item()}
-        if bypass:
-            log_probs = torch.where(batch.rollout_known, batch.rollout_log_probs, log_probs)
-        return log_probs, metrics
+        mean = agg_loss(entropy, trained, self._actor.loss_agg_mode, loss_scale_factor=self._actor.loss_scale_factor)
+        metrics = {"entropy": entropy[trained].mean().item(), "actor/entropy": mean.item()}
+        if known.any():
+            metrics |= _sampler_gap(log_probs, batch.rollout_log_probs, known)
+        return torch.where(known, batch.rollout_log_probs, log_probs) if bypass else log_probs, metrics
 
-    def _update(
-        self, batch: TrainingBatch, old: Tensor, response_mask: Tensor, advantages: Tensor, weights: Tensor | None
-    ) -> dict[str, float]:
+    def _update(self, batch: TrainingBatch, response_mask: Tensor, extra: dict[str, Tensor]) -> dict[str, float]:
+        """One pass of verl's loss and one step of its optimizer. `extra`: what the loss reads besides, each (N, R)."""
         mine = self._share(batch)
         data = mine.model.copy()
-        data["old_log_probs"] = mine.jagged(old)
-        data["advantages"] = mine.jagged(advantages)
+        for name, value in extra.items():
+            data[name] = mine.jagged(value)
         data["response_mask"] = data["loss_mask"] = mine.jagged(response_mask)
-        if weights is not None:
-            data["rollout_is_weights"] = mine.jagged(weights)
         entropy = self._actor.calculate_entropy or self._actor.entropy_coeff != 0
-        self._annotate(data, batch, mine, calculate_entropy=entropy, global_batch_size=len(batch.rows))
+        flags = self._update_flags | {"calculate_entropy": entropy, "global_batch_size": len(batch.rows)}
+        self._annotate(data, batch, mine, self._worker, **flags)
         self._worker.optimizer_zero_grad()
         out = self._worker.forward_backward(data)
-        found = {"loss": 0.0} if out is None else _across_ranks(tu.get(out, "metrics"))
-        grad_norm = self._worker.optimizer_step().get("grad_norm", 0.0)
-        learning_rate = self._worker.engine.optimizer.param_groups[0]["lr"]
-        self._worker.engine.lr_scheduler_step()
-        return {
-            "loss": float(found["loss"]),
-            "grad_norm": float(grad_norm),
-            "clip_frac": float(found.get("actor/pg_clipfrac", 0.0)),
-            "kl": float(found.get("actor/ppo_kl", 0.0)),
-            "lr": float(learning_rate),
-        }
+        found = NO_UPDATE if out is None else _reduced(tu.get(out, "metrics"))
+        grad_norm = float(self._worker.optimizer_step().get("grad_norm", 0.0))
+        short = {"clip_frac": found.get("actor/pg_clipfrac", 0.0), "kl": found.get("actor/ppo_kl", 0.0)}
+        return found | short | {"grad_norm": grad_norm}
 
-    def _annotate(self, data: TensorDict, batch: TrainingBatch, mine: TrainingBatch, **values: Any) -> None:
-        """Add what verl's engine reads beside the tensors of `mine`: temperature, `values`, and how to cut micro-batches.
+    def _annotate(
+        self, data: TensorDict, batch: TrainingBatch, mine: TrainingBatch, worker: Any, **values: Any
+    ) -> None:
+        """Add what verl's engine reads beside the tensors of `mine`: temperature, `values`, how to cut micro-batches.
 
         verl packs micro-batches of a token budget. Without a flash kernel, attention over a pack costs the square of
         its length, so a step that fits one micro-batch as a padded rectangle is computed as that: short sequences
-        take half the time, and the values are the same to rounding.
+        take half the time, and the values are the same to rounding. Micro-batches of a fixed size must divide the
+        rows, of which some may have been left out: then they get smaller.
         """
-        longest, rows = int(batch.model["input_ids"].offsets().diff().max()), len(data)
-        if self._pad_small_steps and rows * longest <= self._actor.ppo_max_token_len_per_gpu:
-            values |= {"use_remove_padding": False, "use_dynamic_bsz": False, "micro_batch_size_per_gpu": rows}
+        longest = int(batch.model["input_ids"].offsets().diff().max())  # of all ranks: they must decide alike
+        count, budget = len(data), self._actor.ppo_max_token_len_per_gpu
+        if self._pad_small_steps and count * longest <= budget:
+            values |= {"use_remove_padding": False, "use_dynamic_bsz": False, "micro_batch_size_per_gpu": count}
+        elif not worker.engine_config.use_dynamic_bsz:
+            size = min(count, worker.engine_config.infer_micro_batch_size_per_gpu)
+            values["micro_batch_size_per_gpu"] = next(n for n in range(size, 0, -1) if count % n == 0)
         tu.assign_non_tensor(data, **values)
         if isinstance(mine.temperature, Tensor):
             data["temperature"] = mine.temperature
@@ -129,58 +169,24 @@ class Learner:
             tu.assign_non_tensor(data, temperature=mine.temperature)
 
 
-def correct(
-    batch: TrainingBatch, old: Tensor, rollout_correction: DictConfig
-) -> tuple[Tensor, Tensor | None, dict[str, float]]:
-    """Correct for the sampler's policy not being the old one, by verl's rollout correction (importance weights, rejection).
-
-    Returns the response mask after rejection and the weights or None, each (N, R), and verl's rollout_corr/* metrics.
-    In bypass mode the loss does it itself.
-    """
-    if rollout_correction.bypass_mode or not batch.rollout_known.any():
-        return batch.response_mask, None, {}
-    # a token whose sampler's log-prob is unknown counts as on-policy: ratio 1
-    rollout = torch.where(batch.rollout_known, batch.rollout_log_probs, old)
-    mine = {"old_log_probs": old, "rollout_log_probs": rollout, "response_mask": batch.response_mask}
-    data = DataProto.from_dict({key: value[batch.rows] for key, value in mine.items()})
-    data, metrics = compute_rollout_correction_and_add_to_batch(data, rollout_correction)
-
-    def everyone(part: Tensor) -> Tensor:
-        full = part.new_zeros(batch.response_mask.shape)
-        full[batch.rows] = part
-        return full
-
-    weights = data.batch.get("rollout_is_weights")
-    return everyone(data.batch["response_mask"]), None if weights is None else everyone(weights), metrics
+def _sampler_gap(log_probs: Tensor, rollout: Tensor, known: Tensor) -> dict[str, float]:
+    """How far the trainer's log-probs are from the sampler's; verl's training/* are of probabilities."""
+    gap = (log_probs - rollout)[known].abs()
+    tensors = {"old_log_probs": log_probs, "rollout_log_probs": rollout, "response_mask": known, "responses": known}
+    theirs = calculate_debug_metrics(DataProto.from_dict(tensors))
+    # a deviation or correlation of one token, or of equal ones, is not a number
+    finite = {name: float(value) for name, value in theirs.items() if math.isfinite(value)}
+    return {"logp_gap_mean": gap.mean().item(), "logp_gap_max": gap.max().item()} | finite
 
 
-def estimate_advantages(batch: TrainingBatch, response_mask: Tensor, algorithm: DictConfig) -> Tensor:
-    """float32 (N, R): the environment's where it sent any, else verl's estimator; then the overrides.
-
-    A group of one has no baseline to be compared with: its advantage is 0.
-    """
-    estimated = ~batch.is_given
-    if algorithm.adv_estimator not in WITHOUT_GROUPS:
-        estimated &= batch.group_sizes > 1
-    advantages = batch.advantages_given * response_mask
-    if estimated.any():
-        estimator = get_adv_estimator_fn(algorithm.adv_estimator)
-        arguments: dict[str, Any] = {
-            "token_level_rewards": batch.token_level_rewards[estimated],
-            "response_mask": response_mask[estimated],
-            "index": batch.uids[estimated.numpy()],
-            "config": algorithm,
-        }
-        if "norm_adv_by_std_in_grpo" in inspect.signature(estimator).parameters:
-            arguments["norm_adv_by_std_in_grpo"] = algorithm.norm_adv_by_std_in_grpo
-        advantages[estimated] = estimator(**arguments)[0]
-    advantages[batch.set_to_zero] = 0.0
-    return advantages
-
-
-def _across_ranks(gathered: dict[str, Any]) -> dict[str, float]:
-    """verl gathers its own metrics as one `Metric` per data-parallel rank and reduces the rest itself."""
-    return {
-        name: Metric.aggregate_dp(value) if isinstance(value, list) and isinstance(value[0], Metric) else value
-        for name, value in gathered.items()
-    }
+def _reduced(gathered: dict[str, Any]) -> dict[str, float]:
+    """verl's metrics, one value each, as its own driver reduces them: over ranks, then over micro-batches."""
+    found = {}
+    for name, value in gathered.items():
+        if isinstance(value, list):
+            by_metric = isinstance(value[0], Metric)
+            value = Metric.aggregate_dp(value) if by_metric else [one for rank in value for one in rank]
+        if not name.startswith("perf/"):
+            prefixed = name == "loss" or name.startswith(("actor/", "rollout_corr/"))
+            found[name if prefixed else f"actor/{name}"] = value
+    return {name: float(value) for name, value in reduce_metrics(found).items()}

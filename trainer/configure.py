@@ -18,20 +18,24 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.keys import check_name
+from lachesis.trainer.algorithms import check_algorithm, settle_algorithm
 from lachesis.trainer.settings import TrainerSettings
 
-READ = ("lachesis.", "device", "actor_rollout_ref.model.", "actor_rollout_ref.actor.", "algorithm.")
-READ_TOO = ("actor_rollout_ref.rollout.temperature",)
-NOT_READ = tuple(f"actor_rollout_ref.actor.{name}" for name in ("ppo_epochs", "ppo_mini_batch_size", "shuffle"))
+READ = (
+    *("lachesis.", "actor_rollout_ref.model.", "actor_rollout_ref.actor.", "actor_rollout_ref.ref.", "algorithm."),
+    "distillation.distillation_loss.",
+)
+GROUPS = ("device", "algo", "correction")  # folders of presets in config/
+READ_TOO = ("actor_rollout_ref.rollout.temperature", "distillation.enabled")
+NOT_READ = {  # in those nodes, and why
+    **dict.fromkeys(
+        (f"actor_rollout_ref.actor.{name}" for name in ("ppo_epochs", "ppo_mini_batch_size", "shuffle")),
+        "one step is one pass over one batch",
+    ),
+    "actor_rollout_ref.model.lora.": "LoRA is set by model.lora_rank, lora_alpha, target_modules; versions are published merged",
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHT_FILES = ("*.safetensors", "*.bin")
-NEEDS_MORE = {  # estimators whose further inputs rollouts from environments don't have
-    "gae": "a critic",
-    "remax": "greedy baseline rewards",
-    "gdpo": "rewards by component",
-    "optimal_token_baseline": "full token distributions",
-    "tir_optimal_token_baseline": "full token distributions",
-}
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -63,11 +67,11 @@ def compose_config(overrides: Sequence[str], *, device: str) -> DictConfig:
     """Compose trainer.yaml with `overrides`; `device` (cpu or cuda) is used unless they choose one."""
     for override in overrides:
         name = override.split("=", 1)[0].lstrip("+~").split("@")[0]
-        if not (name.startswith(READ) or name in READ_TOO) or name in NOT_READ:
-            raise ConfigurationError(
-                f"{name}: not read by this trainer (one step is one pass over one batch, and rollouts come from Redis); "
-                f"it reads {', '.join((*READ, *READ_TOO))}"
-            )
+        reason = next((reason for prefix, reason in NOT_READ.items() if name.startswith(prefix)), None)
+        if reason is None and not (name.startswith(READ) or name in (*READ_TOO, *GROUPS)):
+            reason = f"rollouts come from Redis; it reads {', '.join((*GROUPS, *READ, *READ_TOO))}"
+        if reason:
+            raise ConfigurationError(f"{name}: not read by this trainer ({reason})")
     verl = importlib.util.find_spec("verl")
     if verl is None or not verl.submodule_search_locations:
         raise ConfigurationError("verl is not installed: pip install 'lachesis-rl[trainer]'")
@@ -84,7 +88,7 @@ def compose_config(overrides: Sequence[str], *, device: str) -> DictConfig:
 
 def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
     """Check everything that can be checked without building the engine. The model's path in `config` becomes local."""
-    ours, actor, algorithm = config.lachesis, config.actor_rollout_ref.actor, config.algorithm
+    ours, actor = config.lachesis, config.actor_rollout_ref.actor
     for name in ("batch_size", "num_steps", "publish_every", "checkpoint_every", "keep_versions"):
         if not isinstance(ours[name], int) or ours[name] < 1:
             raise ConfigurationError(f"lachesis.{name} = {ours[name]!r}: must be a whole number of at least 1")
@@ -96,7 +100,8 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         )
     if ours.weights_dtype not in DTYPES:
         raise ConfigurationError(f"lachesis.weights_dtype = {ours.weights_dtype!r}: must be one of {', '.join(DTYPES)}")
-    _check_algorithm(config)
+    check_algorithm(config)
+    _check_device(config)
     temperature = config.actor_rollout_ref.rollout.temperature
     if not temperature > 0:
         raise ConfigurationError(f"actor_rollout_ref.rollout.temperature = {temperature!r}: must be above 0")
@@ -107,16 +112,13 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         )
     model_dir = find_model(config.actor_rollout_ref.model.path)
     config.actor_rollout_ref.model.path = str(model_dir)
-    if algorithm.rollout_correction.bypass_mode:  # what verl's own driver does with it (apply_bypass_mode)
-        OmegaConf.update(actor.policy_loss, "loss_mode", "bypass_mode")
-        OmegaConf.update(actor.policy_loss, "rollout_correction", algorithm.rollout_correction, force_add=True)
-
     longest = min(_max_positions(model_dir), actor.ppo_max_token_len_per_gpu)
     if ours.max_token_len is not None and not 0 < ours.max_token_len <= longest:
         raise ConfigurationError(
             f"lachesis.max_token_len = {ours.max_token_len!r}: must be from 1 to {longest}, what the model and one "
             "micro-batch (actor_rollout_ref.actor.ppo_max_token_len_per_gpu) can hold"
         )
+    settle_algorithm(config, ours.max_token_len or longest)
     policy = check_name("lachesis.policy", ours.policy)
     place = Path(settings.run, policy)
     return Plan(
@@ -174,16 +176,8 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _check_algorithm(config: DictConfig) -> None:
-    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
-    if algorithm.adv_estimator in NEEDS_MORE:
-        raise ConfigurationError(
-            f"algorithm.adv_estimator = {algorithm.adv_estimator!r}: needs {NEEDS_MORE[algorithm.adv_estimator]}, "
-            "which this trainer does not have; use grpo, rloo, opo, reinforce_plus_plus, …"
-        )
-    if actor.use_kl_loss or algorithm.use_kl_in_reward:
-        name = "actor_rollout_ref.actor.use_kl_loss" if actor.use_kl_loss else "algorithm.use_kl_in_reward"
-        raise ConfigurationError(f"{name}: needs a reference model, which this trainer does not have")
+def _check_device(config: DictConfig) -> None:
+    actor = config.actor_rollout_ref.actor
     on_cpu = config.lachesis.device == "cpu"
     if on_cpu and actor.strategy != "fsdp2":
         raise ConfigurationError(

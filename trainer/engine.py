@@ -17,7 +17,9 @@ import torch
 from omegaconf import DictConfig
 
 from lachesis.broker.errors import ConfigurationError
+from lachesis.trainer.algorithms import check_with_verl
 from lachesis.trainer.ranks import Ranks, init_process_group
+from lachesis.trainer.reference import Reference, needs_reference
 
 _ONE_PROCESS = {  # what torchrun would set; verl reads it whoever starts the process
     "RANK": "0",
@@ -36,6 +38,8 @@ class Engine:
     ranks: Ranks
     vocab_size: int
     tied: bool  # the output layer is the embedding
+    distillation: Any | None  # verl.workers.config.DistillationLossConfig, where the loss has that term
+    reference: Reference | None  # where a KL term needs one
     pad_small_steps: bool  # no flash attention, no sequence parallelism: see Learner
 
 
@@ -62,9 +66,10 @@ def build_engine(config: DictConfig) -> Engine:
     with _importing_much():
         import verl.workers.engine  # noqa: F401
         from hydra.errors import InstantiationException
+        from verl.trainer.distillation.losses import distillation_ppo_loss
         from verl.utils.config import omega_conf_to_dataclass
         from verl.utils.device import get_device_name, get_nccl_backend
-        from verl.workers.config import TrainingWorkerConfig
+        from verl.workers.config import DistillationConfig, TrainingWorkerConfig
         from verl.workers.engine_workers_tinker import TinkerTrainingWorker
         from verl.workers.utils.losses import ppo_loss
 
@@ -76,9 +81,11 @@ def build_engine(config: DictConfig) -> Engine:
     init_process_group(get_device_name(), get_nccl_backend())
 
     try:
+        check_with_verl(config)
         model = omega_conf_to_dataclass(config.actor_rollout_ref.model)
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
-    except (InstantiationException, AssertionError, ValueError) as error:
+        distillation = omega_conf_to_dataclass(config.distillation.distillation_loss)
+    except (InstantiationException, AssertionError, ValueError, NotImplementedError) as error:
         raise ConfigurationError(f"verl refuses the configuration: {_one_line(error.__cause__ or error)}") from error
     actor.model_config = model
     engine = actor.engine
@@ -95,7 +102,11 @@ def build_engine(config: DictConfig) -> Engine:
         )
     )
     worker.reset()
-    worker.set_loss_fn(partial(ppo_loss, config=actor))
+    loss = partial(ppo_loss, config=actor)
+    if config.distillation.enabled:  # to verl "enabled" means that it runs the teacher itself
+        settings = DistillationConfig(enabled=False, distillation_loss=distillation)
+        loss = partial(distillation_ppo_loss, config=actor, distillation_config=settings)
+    worker.set_loss_fn(loss)
     attention = config.actor_rollout_ref.model.override_config.attn_implementation
     return Engine(
         worker,
@@ -103,6 +114,8 @@ def build_engine(config: DictConfig) -> Engine:
         Ranks(),
         vocab_size=model.hf_config.get_text_config().vocab_size,
         tied=bool(model.hf_config.tie_word_embeddings),
+        distillation=distillation if config.distillation.enabled else None,
+        reference=Reference(config, worker) if needs_reference(config) else None,
         pad_small_steps=not attention.startswith("flash")
         and not model.use_fused_kernels
         and actor.use_dynamic_bsz
@@ -111,10 +124,39 @@ def build_engine(config: DictConfig) -> Engine:
 
 
 def published_tensors(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights in memory under Hugging Face's names; without the output layer where it is the embedding."""
-    for name, tensor in engine.worker.engine.get_per_tensor_param()[0]:
+    """The weights in memory under Hugging Face's names; without the output layer where it is the embedding.
+
+    A LoRA adapter is merged into them, and out of the model again only when the last one has been taken.
+    """
+    inner = engine.worker.engine
+    for name, tensor in _merged(inner) if inner._is_lora else inner.get_per_tensor_param()[0]:
         if not (engine.tied and name == "lm_head.weight"):
             yield name, tensor
+
+
+def _merged(inner: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What verl's engine exports with lora.merge, but in the dtype it has: verl rounds to bfloat16."""
+    from torch.distributed.tensor import DTensor
+    from verl.utils.fsdp_utils import (
+        load_fsdp_model_to_gpu,
+        merged_lora_context,
+        normalize_peft_param_name,
+        offload_fsdp_model_to_cpu,
+    )
+    from verl.utils.model import convert_weight_keys
+
+    module = inner.module
+    if inner.is_param_offload_enabled:
+        load_fsdp_model_to_gpu(module)
+    try:
+        with merged_lora_context(module, backup_adapters=True):
+            tensors = convert_weight_keys(normalize_peft_param_name(module.state_dict()), module)
+            for name, tensor in tensors.items():
+                # a copy: the parameter's own memory gets the base weights back
+                yield name, tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
+    finally:
+        if inner.is_param_offload_enabled:
+            offload_fsdp_model_to_cpu(module)
 
 
 @contextmanager

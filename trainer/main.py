@@ -96,18 +96,26 @@ def _follow(config: DictConfig, plan: Plan, settings: TrainerSettings) -> int:
     if not settings.dry_run:
         from lachesis.trainer.algo import Learner
 
+        learner = Learner(engine, config.algorithm)
         mapped = partial(
-            to_batch, vocab_size=engine.vocab_size, max_tokens=plan.max_token_len, temperature=plan.temperature
+            to_batch,
+            vocab_size=engine.vocab_size,
+            max_tokens=plan.max_token_len,
+            temperature=plan.temperature,
+            compares=learner.compares,
+            distills=learner.distills,
         )
-        Crew(engine, Learner(engine, config.algorithm)).follow(mapped)
+        Crew(engine, learner).follow(mapped)
     return 0
 
 
 def _in_force(config: DictConfig) -> DictConfig:
     """The nodes that are read."""
-    model, actor, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "rollout"))
-    theirs = {"model": model, "actor": actor, "rollout": {"temperature": rollout.temperature}}
-    return OmegaConf.create({"lachesis": config.lachesis, "actor_rollout_ref": theirs, "algorithm": config.algorithm})
+    model, actor, ref, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "ref", "rollout"))
+    theirs = {"model": model, "actor": actor, "ref": ref, "rollout": {"temperature": rollout.temperature}}
+    distillation = {name: config.distillation[name] for name in ("enabled", "distillation_loss")}
+    nodes = {"actor_rollout_ref": theirs, "algorithm": config.algorithm, "distillation": distillation}
+    return OmegaConf.create({"lachesis": config.lachesis, **nodes})
 
 
 def _make(folder: Path) -> None:

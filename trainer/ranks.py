@@ -20,8 +20,8 @@ from lachesis.broker.records import Group
 
 if TYPE_CHECKING:
     from lachesis.trainer.algo import Learner
+    from lachesis.trainer.batch import TrainingBatch
     from lachesis.trainer.engine import Engine
-    from lachesis.trainer.mapping import TrainingBatch
 
 IDLE = timedelta(
     days=30
@@ -71,6 +71,7 @@ class Crew:
 
     def __init__(self, engine: Engine, learner: Learner) -> None:
         self._engine, self._learner, self._ranks = engine, learner, engine.ranks
+        self.compares, self.distills = learner.compares, learner.distills
 
     def __enter__(self) -> Crew:
         return self

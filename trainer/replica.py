@@ -231,6 +231,8 @@ class Replica:
             vocab_size=self._engine.vocab_size,
             max_tokens=self._plan.max_token_len,
             temperature=self._plan.temperature,
+            compares=self._crew.compares,
+            distills=self._crew.distills,
         )
         if batch.unfit:
             self._log.warning(

@@ -118,6 +118,19 @@ def register_cpu_engine() -> None:
     from verl.workers.engine.base import EngineRegistry
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-    if "cpu" not in EngineRegistry._engines["language_model"]["fsdp2"]:
-        register = EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")
-        register(type("CPUFSDPEngineWithLMHead", (FSDPEngineWithLMHead,), {"__doc__": "verl's own, on gloo."}))
+    if "cpu" in EngineRegistry._engines["language_model"]["fsdp2"]:
+        return
+
+    @EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")
+    class CPUFSDPEngineWithLMHead(FSDPEngineWithLMHead):
+        """verl's own, on gloo."""
+
+        def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
+            # verl offloads what only runs forward to pinned memory, which is an accelerator's; here it is in memory anyway
+            forward_only = self.engine_config.forward_only
+            self.engine_config.forward_only = False
+            try:
+                built: torch.nn.Module = super()._build_fsdp_module(module)
+            finally:
+                self.engine_config.forward_only = forward_only
+            return built

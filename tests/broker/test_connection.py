@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from redis_servers import TOO_OLD, binary
 from structlog.testing import capture_logs
 
@@ -127,6 +128,28 @@ async def test_a_server_that_forgets_a_script_once_more_is_given_it_once_more(br
     await redis.script_flush()
     note = Scripts(Forgetful(), broker.connections.wire).note
     assert await note(keys=[broker.keys.state], args=["mark", "1"]) == 1
+
+
+def test_a_connection_that_was_closed_a_moment_ago_is_made_again(shared_redis: EmbeddedRedis) -> None:
+    async def ping() -> bool:
+        redis = open_redis(shared_redis.url)
+        connection = await redis.connection_pool.get_connection()
+        closed = [connection._writer.transport]
+
+        class Closing(type(connection)):  # type: ignore[misc]
+            async def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
+                if closed:
+                    closed.pop().abort()
+                await super().send_packed_command(*args, **kwargs)
+
+        connection.__class__ = Closing
+        await redis.connection_pool.release(connection)
+        pong = bool(await redis.ping())
+        assert not closed
+        await redis.aclose()
+        return pong
+
+    assert uvloop.run(ping())
 
 
 async def test_a_server_that_still_loads_its_file_is_not_called_forgetful(tmp_path: Path) -> None:

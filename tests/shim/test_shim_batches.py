@@ -7,16 +7,18 @@ import json
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 import anyio
 import httpx
 import pytest
+from scored import trained
 from trajectories import TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker
+from lachesis.broker.queue import Queue
 from lachesis.broker.records import WeightsEntry
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
@@ -195,6 +197,35 @@ async def test_a_lapsed_lease_goes_to_another_trainer(broker: Broker) -> None:
         assert await take(client, "dead") is None  # too late: its batch is committed by another
     entries = [entry async for entry in broker.queue.ledger("main")]
     assert [(entry.step, entry.replica) for entry in entries] == [(1, "http:alive")]
+
+
+async def test_a_batch_that_another_trained_meanwhile_is_nobodys(
+    registered: httpx.AsyncClient, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await post(registered, 1, 2)
+    fetch = Queue.blobs
+
+    async def sleepy(queue: Queue, gids: Sequence[str]) -> list[bytes]:
+        """As in a shim that was stopped between its lease and this for longer than a lease lasts."""
+        monkeypatch.setattr(Queue, "blobs", fetch)
+        stolen = await broker.queue.lease("main", "other", lapse_s=0)
+        assert stolen is not None
+        await broker.queue.commit("main", stolen, trained(stolen.batch))
+        await broker.queue.retire("main", stolen.batch.step)
+        return await fetch(queue, gids)
+
+    monkeypatch.setattr(Queue, "blobs", sleepy)
+    assert await take(registered, "slow") is None
+    assert await committed(broker) == [1]
+    assert await take(registered, "slow") == [2]
+
+
+async def test_a_batch_that_lost_a_group_is_not_hidden(registered: httpx.AsyncClient, broker: Broker) -> None:
+    await post(registered, 1)
+    (gid,) = [entry.gid for _, entry in await broker.queue.queued()]
+    await broker.redis.delete(broker.keys.blob(gid))
+    response = await registered.get("/batch")
+    assert response.status_code == 500
 
 
 async def test_a_replica_that_dies_before_the_last_byte_has_not_sent_the_batch(

@@ -26,14 +26,28 @@ def batches(count: int) -> list[TrainingBatch]:
     return [to_batch([stored(scored_group(rng))], vocab_size=320, max_tokens=128) for _ in range(count)]
 
 
-def test_resuming_is_bit_for_bit(built: Callable[..., tuple[Engine, DictConfig]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("actor_rollout_ref.model.lora_rank=4",),
+        ("actor_rollout_ref.actor.use_kl_loss=true",),
+        ("algorithm.use_kl_in_reward=true",),
+    ],
+    ids=["all weights", "adapter", "KL loss", "KL in the reward"],
+)
+def test_resuming_is_bit_for_bit(
+    built: Callable[..., tuple[Engine, DictConfig]], tmp_path: Path, more: tuple[str, ...]
+) -> None:
     from lachesis.trainer.algo import Learner
     from lachesis.trainer.checkpoint import Checkpoints
+    from lachesis.trainer.engine import published_tensors
 
     schedule = [  # so that a scheduler that starts over would show
         "lachesis.num_steps=4",
         "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine",
         "actor_rollout_ref.actor.optim.lr_warmup_steps=1",
+        *more,
     ]
 
     def trained(engine: Engine, config: DictConfig, these: list[TrainingBatch]) -> list[dict[str, float]]:
@@ -53,7 +67,7 @@ def test_resuming_is_bit_for_bit(built: Callable[..., tuple[Engine, DictConfig]]
     checkpoints.load(2)
     assert torch.equal(torch.rand(1), noise)
     assert trained(second, config, batches(4)[2:]) == expected[2:]
-    left, right = (dict(engine.worker.engine.get_per_tensor_param()[0]) for engine in (whole, second))
+    left, right = (dict(published_tensors(engine)) for engine in (whole, second))
     assert all(left[name].equal(right[name]) for name in left)
     assert expected[2]["lr"] > expected[3]["lr"] > 0
 

@@ -20,7 +20,14 @@ CASES = {
     "packed": (f"{ACTOR}.ppo_max_token_len_per_gpu=80",),
     "sequence_mean": (f"{ACTOR}.loss_agg_mode=seq-mean-token-mean",),
     "fixed_micro_batches": (f"{ACTOR}.use_dynamic_bsz=false", f"{ACTOR}.ppo_micro_batch_size_per_gpu=2"),
-    "reinforce_plus_plus": ("algorithm.adv_estimator=reinforce_plus_plus",),
+    "reinforce_plus_plus": ("algo=reinforce_plus_plus",),
+    "dapo": ("algo=dapo", "correction=sequence_tis", f"{ACTOR}.entropy_coeff=0.01"),
+    "reference": (
+        f"{ACTOR}.use_kl_loss=true",
+        "algorithm.use_kl_in_reward=true",
+        f"{ACTOR}.ppo_max_token_len_per_gpu=80",
+    ),
+    "lora": ("actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora_alpha=8"),
 }
 
 

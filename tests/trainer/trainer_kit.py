@@ -20,7 +20,9 @@ from lachesis.broker.records import Group, ScoredGroup
 VOCABULARY = 250
 
 
-def make_tiny_model(folder: Path, *, hidden: int = 32, tied: bool = False) -> Path:
+def make_tiny_model(
+    folder: Path, *, hidden: int = 32, tied: bool = False, vocab_size: int = 320, spread: float = 0.2
+) -> Path:
     """A two-layer Qwen2 with random weights, and a tokenizer of bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -35,7 +37,7 @@ def make_tiny_model(folder: Path, *, hidden: int = 32, tied: bool = False) -> Pa
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=320,
+        vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=2,
@@ -43,7 +45,7 @@ def make_tiny_model(folder: Path, *, hidden: int = 32, tied: bool = False) -> Pa
         num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
-        initializer_range=0.2,  # far from uniform, so that errors of position or mask show
+        initializer_range=spread,  # far from uniform, so that errors of position or mask show
         eos_token_id=1,
         pad_token_id=0,
         bos_token_id=None,

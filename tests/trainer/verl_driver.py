@@ -1,7 +1,9 @@
-"""One GRPO step the way verl's own driver does it (RayPPOTrainer): padded tensors, its conversions, its calls."""
+"""One step the way verl's own driver makes it (RayPPOTrainer.fit): padded tensors, its conversions, its calls, its order."""
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,39 +43,149 @@ def padded_batch(groups: list[Group]) -> tuple[dict[str, Tensor], np.ndarray]:
         "attention_mask": attention,
         "position_ids": (attention.cumsum(1) - 1).clamp(min=0),
         "response_mask": mask_.long(),
-        "token_level_rewards": rewards,
+        "token_level_scores": rewards,
         "rollout_log_probs": rollout,
     }
+    if groups[0].rest.get("distill_token_ids"):
+        batch |= teacher_tensors(groups, attention)
     return batch, np.array([row[-1] for row in rows], dtype=object)
 
 
-def grpo_step(worker: Any, groups: list[Group], rollout_correction: Any) -> dict[str, float]:
-    from verl import DataProto
-    from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
-    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
-    from verl.utils import tensordict_utils as tu
-    from verl.utils.metric import reduce_metrics
-    from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
+def teacher_tensors(groups: list[Group], attention: Tensor) -> dict[str, Tensor]:
+    """(rows, length, K), each at the token whose logits it is compared with: the one before the teacher's."""
+    ids = [row for group in groups for row in group.rest["distill_token_ids"]]
+    log_probs = [row for group in groups for row in group.rest["distill_logprobs"]]
+    width = len(ids[0][-1])
+    found = {
+        "teacher_ids": torch.zeros((*attention.shape, width), dtype=torch.int64),
+        "teacher_logprobs": torch.full((*attention.shape, width), -1e4),
+    }
+    for row, places in enumerate(attention):
+        begin = int(places.argmax())
+        for place in range(1, len(ids[row])):
+            if ids[row][place]:
+                found["teacher_ids"][row, begin + place - 1] = torch.tensor(ids[row][place])
+                found["teacher_logprobs"][row, begin + place - 1] = torch.tensor(log_probs[row][place])
+    return found
 
-    tensors, uids = padded_batch(groups)
-    data = DataProto.from_dict(tensors)
-    jagged = left_right_2_no_padding(data.to_tensordict())
-    tu.assign_non_tensor(jagged, temperature=1.0, calculate_entropy=True, compute_loss=False)
-    data.batch["old_log_probs"] = no_padding_2_padding(tu.get(worker.infer_batch(jagged), "log_probs"), jagged)
-    data, _ = compute_rollout_correction_and_add_to_batch(data, rollout_correction)
-    data.batch["advantages"], _ = compute_grpo_outcome_advantage(
-        data.batch["token_level_rewards"], data.batch["response_mask"], uids
-    )
-    jagged = left_right_2_no_padding(data.to_tensordict())
-    tu.assign_non_tensor(
-        jagged,
-        temperature=1.0,
-        calculate_entropy=False,
-        global_batch_size=len(uids),
-        mini_batch_size=len(uids),
-        epochs=1,
-        seed=1,
-        dataloader_kwargs={"shuffle": False},
-        compute_loss=True,
-    )
-    return {k: float(v) for k, v in reduce_metrics(dict(tu.get(worker.train_mini_batch(jagged), "metrics"))).items()}
+
+class Driver:
+    """verl's driver around one worker, and a reference worker where the configuration needs one.
+
+    `config` is the whole configuration, as verl's trainer has it.
+    """
+
+    def __init__(self, worker: Any, config: Any) -> None:
+        from verl.trainer.ppo.core_algos import get_kl_controller
+        from verl.trainer.ppo.utils import need_reference_policy
+        from verl.workers.engine_workers import ActorRolloutRefWorker
+
+        self._worker, self._config = worker, config
+        self._kl_ctrl = get_kl_controller(config.algorithm.kl_ctrl)
+        self._no_adapter = config.actor_rollout_ref.model.lora_rank > 0  # verl's ref_in_actor
+        self._reference = worker
+        if need_reference_policy(config) and not self._no_adapter:
+            outer = ActorRolloutRefWorker(copy.deepcopy(config.actor_rollout_ref), role="ref")
+            outer.init_model()
+            self._reference = outer.ref
+
+    def step(self, groups: list[Group]) -> dict[str, float]:
+        """Train on the groups; verl's metrics, under the names its driver gives them."""
+        from verl import DataProto
+        from verl.trainer.distillation.losses import distillation_ppo_loss
+        from verl.trainer.ppo.ray_trainer import apply_kl_penalty, compute_advantage
+        from verl.trainer.ppo.rollout_corr_helper import (
+            apply_bypass_mode,
+            compute_rollout_correction_and_add_to_batch,
+        )
+        from verl.utils.config import omega_conf_to_dataclass
+        from verl.workers.config import DistillationConfig
+        from verl.workers.utils.losses import ppo_loss
+
+        algorithm, actor = self._config.algorithm, self._config.actor_rollout_ref.actor
+        correction, metrics = algorithm.rollout_correction, {}
+        tensors, uids = padded_batch(groups)
+        batch = DataProto.from_dict(tensors, non_tensors={"uid": uids})
+        if correction.bypass_mode and actor.policy_loss.loss_mode in ("vanilla", "bypass_mode"):
+            apply_bypass_mode(batch, correction, actor.policy_loss)
+        elif correction.bypass_mode:  # as verl's V1 trainer does: the loss stays
+            batch.batch["old_log_probs"] = batch.batch["rollout_log_probs"]
+        else:
+            metrics |= self._old_log_probs(batch)
+        if actor.use_kl_loss or algorithm.use_kl_in_reward:
+            batch.batch["ref_log_prob"] = self._log_probs(self._reference, batch, no_lora_adapter=self._no_adapter)[0]
+        if algorithm.use_kl_in_reward:
+            batch, found = apply_kl_penalty(batch, self._kl_ctrl, algorithm.kl_penalty)
+            metrics |= found
+        else:
+            batch.batch["token_level_rewards"] = batch.batch["token_level_scores"]
+        if not correction.bypass_mode:
+            batch, found = compute_rollout_correction_and_add_to_batch(batch, correction)
+            metrics |= found
+        batch = compute_advantage(
+            batch,
+            adv_estimator=algorithm.adv_estimator,
+            gamma=algorithm.gamma,
+            lam=algorithm.lam,
+            norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
+            config=algorithm,
+        )
+        loss = partial(ppo_loss, config=omega_conf_to_dataclass(actor))
+        if self._config.distillation.enabled:
+            settings = omega_conf_to_dataclass(self._config.distillation.distillation_loss)
+            distillation = DistillationConfig(distillation_loss=settings)
+            loss = partial(
+                distillation_ppo_loss, config=omega_conf_to_dataclass(actor), distillation_config=distillation
+            )
+        self._worker.set_loss_fn(loss)
+        metrics |= self._update(batch, actor)
+        return {name: float(value) for name, value in metrics.items()}
+
+    def _old_log_probs(self, batch: Any) -> dict[str, float]:
+        from verl.trainer.ppo.core_algos import agg_loss
+        from verl.utils.debug.metrics import calculate_debug_metrics
+
+        actor = self._config.actor_rollout_ref.actor
+        batch.batch["old_log_probs"], entropy = self._log_probs(self._worker, batch)
+        mean = agg_loss(
+            loss_mat=entropy,
+            loss_mask=batch.batch["response_mask"],
+            loss_agg_mode=actor.loss_agg_mode,
+            loss_scale_factor=actor.loss_scale_factor,
+        )
+        return {"actor/entropy": mean.item(), **calculate_debug_metrics(batch)}
+
+    def _log_probs(self, worker: Any, batch: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        from verl.utils import tensordict_utils as tu
+        from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
+
+        data = left_right_2_no_padding(batch.to_tensordict())
+        temperature = self._config.actor_rollout_ref.rollout.temperature
+        tu.assign_non_tensor(data, temperature=temperature, calculate_entropy=True, compute_loss=False, **more)
+        out = worker.infer_batch(data)
+        log_probs, entropy = (no_padding_2_padding(tu.get(out, name), data) for name in ("log_probs", "entropy"))
+        return log_probs.float(), entropy.float()
+
+    def _update(self, batch: Any, actor: Any) -> dict[str, float]:
+        from verl.utils import tensordict_utils as tu
+        from verl.utils.metric import reduce_metrics
+        from verl.utils.py_functional import rename_dict
+        from verl.workers.utils.padding import left_right_2_no_padding
+
+        data = left_right_2_no_padding(batch.to_tensordict())
+        distillation = self._config.distillation
+        tu.assign_non_tensor(
+            data,
+            distillation_use_topk=distillation.enabled,
+            distillation_only=distillation.enabled and not distillation.distillation_loss.use_task_rewards,
+            temperature=self._config.actor_rollout_ref.rollout.temperature,
+            calculate_entropy=actor.calculate_entropy or actor.entropy_coeff != 0.0,
+            global_batch_size=len(batch),
+            mini_batch_size=len(batch),
+            epochs=1,
+            seed=1,
+            dataloader_kwargs={"shuffle": False},
+            compute_loss=True,
+        )
+        found = dict(tu.get(self._worker.train_mini_batch(data), "metrics"))
+        return reduce_metrics(rename_dict(found, "actor/"))

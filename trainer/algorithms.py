@@ -1,0 +1,89 @@
+"""Which of verl's settings for algorithms can work here, and what follows from them. Imports no verl: refusals are quick."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig, OmegaConf
+
+from lachesis.broker.errors import ConfigurationError
+
+NEEDS_MORE = {  # estimators whose further inputs rollouts from environments don't have
+    "gae": "a critic",
+    "remax": "greedy baseline rewards",
+    "gdpo": "rewards by component",
+    "optimal_token_baseline": "full token distributions",
+    "tir_optimal_token_baseline": "full token distributions",
+}
+
+
+def check_algorithm(config: DictConfig) -> None:
+    """Raise ConfigurationError, one line, for what can't be trained."""
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    if algorithm.adv_estimator in NEEDS_MORE:
+        raise ConfigurationError(
+            f"algorithm.adv_estimator = {algorithm.adv_estimator!r}: needs {NEEDS_MORE[algorithm.adv_estimator]}, "
+            "which this trainer does not have; use grpo, rloo, opo, reinforce_plus_plus, …"
+        )
+    if algorithm.filter_groups.enable and algorithm.filter_groups.metric != "reward":
+        raise ConfigurationError(
+            f"algorithm.filter_groups.metric = {algorithm.filter_groups.metric!r}: environments send scores only; use reward"
+        )
+    if algorithm.use_pf_ppo:
+        raise ConfigurationError("algorithm.use_pf_ppo: needs a critic, which this trainer does not have")
+    if algorithm.use_kl_in_reward and algorithm.kl_ctrl.type != "fixed":
+        raise ConfigurationError(
+            f"algorithm.kl_ctrl.type = {algorithm.kl_ctrl.type!r}: its coefficient is not in checkpoints; use fixed"
+        )
+    _check_distillation(config.distillation)
+    _check_correction(algorithm.rollout_correction, actor.policy_loss.loss_mode)
+
+
+def _check_distillation(distillation: DictConfig) -> None:
+    only = {"loss_mode": "forward_kl_topk", "use_policy_gradient": False, "log_prob_min_clamp": None}
+    for name, value in only.items():
+        if distillation.enabled and distillation.distillation_loss[name] != value:
+            raise ConfigurationError(
+                f"distillation.distillation_loss.{name} = {distillation.distillation_loss[name]!r}: environments send a "
+                f"teacher's likeliest tokens, for which only {value!r} works"
+            )
+
+
+def _check_correction(correction: DictConfig, loss_mode: str) -> None:
+    if not correction.bypass_mode or loss_mode in ("vanilla", "bypass_mode"):
+        return
+    # these are the business of the loss "bypass_mode", which another one takes the place of
+    rest = {"rollout_is": None, "rollout_rs": None, "loss_type": "ppo_clip"}
+    for name, only in rest.items():
+        if correction[name] != only:
+            raise ConfigurationError(
+                f"algorithm.rollout_correction.{name} = {correction[name]!r}: has no effect with bypass_mode and the loss "
+                f"{loss_mode!r}; use correction=bypass_ppo_clip, or a decoupled correction"
+            )
+
+
+def check_with_verl(config: DictConfig) -> None:
+    """Raise ValueError or NotImplementedError where verl knows no such loss, estimator or correction. Imports verl."""
+    import torch
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn, kl_penalty
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
+
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    get_adv_estimator_fn(algorithm.adv_estimator)
+    get_policy_loss_fn(actor.policy_loss.loss_mode)
+    nothing, correction = torch.zeros(1, 1), algorithm.rollout_correction
+    for name in (actor.kl_loss_type, algorithm.kl_penalty):
+        kl_penalty(nothing, nothing, name)
+    names = ("rollout_is", "rollout_is_threshold", "rollout_rs", "rollout_rs_threshold", "rollout_is_batch_normalize")
+    compute_rollout_correction_and_rejection_mask(
+        nothing, nothing, nothing + 1, **{name: correction[name] for name in names}
+    )
+
+
+def settle_algorithm(config: DictConfig, max_token_len: int) -> None:
+    """Set, in `config`, what verl's own drivers set from other values."""
+    actor, correction = config.actor_rollout_ref.actor, config.algorithm.rollout_correction
+    if correction.bypass_mode and actor.policy_loss.loss_mode == "vanilla":  # verl's apply_bypass_mode
+        OmegaConf.update(actor.policy_loss, "loss_mode", "bypass_mode")
+        OmegaConf.update(actor.policy_loss, "rollout_correction", correction, force_add=True)
+    if actor.loss_agg_mode == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None:
+        # verl would take the longest response of each micro-batch: another constant every time
+        OmegaConf.update(actor, "loss_scale_factor", max_token_len)
