@@ -146,6 +146,23 @@ class Queue:
         batch = from_entry(BatchEntry, dict(zip(flat[::2], flat[1::2], strict=True)))
         return Lease(batch=batch, consumer=consumer, deliveries=int(deliveries))
 
+    async def upcoming(self, policy: str, after: int) -> BatchEntry | None:
+        """What `lease` lends to a reader that has step `after` in work once that is committed, if it is formed already.
+
+        A look that changes nothing: the batch goes on counting as queued. Raises Redis's NOGROUP if `policy` does not
+        read (any more).
+        """
+        batches = self._keys.batches
+        pending = await self._redis.xpending_range(batches, policy, f"({after}-0", "+", 1)
+        if pending:
+            start = pending[0]["message_id"].decode()
+        else:
+            readers = await self._redis.xinfo_groups(batches)
+            delivered = {reader["name"]: reader["last-delivered-id"].decode() for reader in readers}
+            start = f"({delivered.get(policy.encode(), '0-0')}"
+        found = await self._redis.xrange(batches, start, count=1)
+        return from_entry(BatchEntry, found[0][1]) if found else None
+
     async def lease_or_form(
         self, policy: str, consumer: str, batch_size: int, *, lapse_s: float, max_deliveries: int = MAX_DELIVERIES
     ) -> Lease | None:

@@ -47,6 +47,7 @@ class Plan:
     batch_size: int
     max_token_len: int
     num_steps: int
+    prefetch: int  # batches made ready while one trains: 0 or 1
     publish_every: int
     checkpoint_every: int
     keep_versions: int
@@ -89,6 +90,8 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
     for name in ("batch_size", "num_steps", "publish_every", "checkpoint_every", "keep_versions"):
         if not isinstance(ours[name], int) or ours[name] < 1:
             raise ConfigurationError(f"lachesis.{name} = {ours[name]!r}: must be a whole number of at least 1")
+    if ours.prefetch not in (0, 1):
+        raise ConfigurationError(f"lachesis.prefetch = {ours.prefetch!r}: must be 0 or 1")
     if not ours.lease_s >= 1:
         raise ConfigurationError(f"lachesis.lease_s = {ours.lease_s!r}: must be at least 1 second")
     if not isinstance(ours.max_deliveries, int) or ours.max_deliveries < 0:
@@ -130,6 +133,7 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         batch_size=ours.batch_size,
         max_token_len=ours.max_token_len or longest,
         num_steps=ours.num_steps,
+        prefetch=ours.prefetch,
         publish_every=ours.publish_every,
         checkpoint_every=ours.checkpoint_every,
         keep_versions=ours.keep_versions,

@@ -45,6 +45,8 @@ def run(settings: TrainerSettings) -> int:
             # these need verl, which build_engine has imported for the right platform
             from lachesis.trainer.algo import Learner
             from lachesis.trainer.checkpoint import Checkpoints
+            from lachesis.trainer.feed import Feed
+            from lachesis.trainer.publisher import Publisher
             from lachesis.trainer.replica import Replica
             from lachesis.trainer.versions import VersionStore
 
@@ -52,20 +54,27 @@ def run(settings: TrainerSettings) -> int:
                 unless=stop.is_set, on_standby=lambda: log.info("standby: another trainer holds this policy")
             ):
                 return 0
-            replica = Replica(
-                broker=broker,
-                plan=plan,
-                engine=engine,
-                learner=Learner(engine, config.algorithm),
-                checkpoints=Checkpoints(plan.checkpoint_dir, engine.worker),
-                versions=VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype),
-                tenure=tenure,
-                log=log,
-            )
-            replica.resume()
-            replica.register()
-            log.info("training", step=replica.step, num_steps=plan.num_steps, batch_size=plan.batch_size)
-            replica.train(stop.is_set)
+            versions = VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype)
+            checkpoints = Checkpoints(plan.checkpoint_dir, engine.worker)
+            with (
+                Publisher(broker, plan.policy, versions, tenure, keep_versions=plan.keep_versions) as publisher,
+                Feed(broker, plan, tenure, vocab_size=engine.vocab_size) as feed,
+            ):
+                replica = Replica(
+                    broker=broker,
+                    plan=plan,
+                    engine=engine,
+                    learner=Learner(engine, config.algorithm),
+                    checkpoints=checkpoints,
+                    publisher=publisher,
+                    feed=feed,
+                    tenure=tenure,
+                    log=log,
+                )
+                replica.resume()
+                replica.register()
+                log.info("training", step=replica.step, num_steps=plan.num_steps, batch_size=plan.batch_size)
+                replica.train(stop.is_set)
             log.info("stopped" if replica.step < plan.num_steps else "finished", step=replica.step)
     return 0
 

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lachesis.broker.crash import crash_point
-from lachesis.broker.errors import WeightsRefused
+from lachesis.broker.errors import StorageError, WeightsRefused
 from lachesis.broker.records import FileInfo, Manifest, TensorInfo, WeightsEntry
 from lachesis.trainer.durable import rename_durably, sync
 
@@ -53,18 +54,40 @@ class VersionStore:
         names = (re.fullmatch(r"v(\d{6,})", path.name) for path in self.folder.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
-    def write(self, version: int, step: int, parent: int, tensors: Iterable[tuple[str, Tensor]]) -> WeightsEntry:
+    def copy(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        """The tensors in host memory, in the published dtype, apart from those that training goes on to change.
+
+        Raises WeightsRefused for a value that is not finite in that dtype.
+        """
+        copied = []
+        for name, tensor in tensors:
+            narrow = tensor.detach().to(self._dtype)
+            if not torch.isfinite(narrow).all():
+                raise WeightsRefused(
+                    f"version {version} is not published: {name} holds values that are not finite as {self._dtype_name}. "
+                    "Lower actor_rollout_ref.actor.optim.lr and go on from an earlier checkpoint"
+                )
+            host = narrow.to("cpu")
+            copied.append((name, (host.clone() if host.data_ptr() == tensor.data_ptr() else host).contiguous()))
+        return copied
+
+    def write(self, version: int, step: int, parent: int, copied: Iterable[tuple[str, Tensor]]) -> WeightsEntry:
         """Write a version and return the event that announces it; one that is there already is replaced.
 
-        Raises WeightsRefused for a value that is not finite in the published dtype; nothing is left behind then.
+        Raises StorageError if it can't be written; nothing is left behind then.
         """
         temporary = self.folder / f".tmp-v{version}"
-        temporary.mkdir()
         try:
-            files, infos = self._write_shards(temporary, version, tensors)
-        except WeightsRefused:
-            shutil.rmtree(temporary)
-            raise
+            return self._write(temporary, version, step, parent, copied)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise StorageError(f"version {version} can't be written to {self.folder}: {error}") from error
+
+    def _write(
+        self, temporary: Path, version: int, step: int, parent: int, copied: Iterable[tuple[str, Tensor]]
+    ) -> WeightsEntry:
+        temporary.mkdir()
+        files, infos = self._write_shards(temporary, copied)
         for name in self._shared_files:
             try:
                 os.link(self._shared / name, temporary / name)
@@ -103,7 +126,7 @@ class VersionStore:
         return collected
 
     def _write_shards(
-        self, folder: Path, version: int, tensors: Iterable[tuple[str, Tensor]]
+        self, folder: Path, tensors: Iterable[tuple[str, Tensor]]
     ) -> tuple[dict[str, FileInfo], dict[str, TensorInfo]]:
         files: dict[str, FileInfo] = {}
         infos: dict[str, TensorInfo] = {}
@@ -119,17 +142,11 @@ class VersionStore:
 
         size = 0
         for key, tensor in tensors:
-            ready = tensor.detach().to(device="cpu", dtype=self._dtype).contiguous()
-            if not torch.isfinite(ready).all():
-                raise WeightsRefused(
-                    f"version {version} is not published: {key} holds values that are not finite as {self._dtype_name}. "
-                    "Lower actor_rollout_ref.actor.optim.lr and go on from an earlier checkpoint"
-                )
-            if shard and size + ready.nbytes > SHARD_BYTES:
+            if shard and size + tensor.nbytes > SHARD_BYTES:
                 flush(f"model-{len(files) + 1:05d}.safetensors")
                 size = 0
-            shard[key] = ready
-            size += ready.nbytes
+            shard[key] = tensor
+            size += tensor.nbytes
         if not files:
             flush("model.safetensors")
             return files, infos

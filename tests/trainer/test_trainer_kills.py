@@ -122,6 +122,7 @@ def test_an_undisturbed_run_trains_exactly_its_steps(undisturbed: tuple[Run, lis
 
 
 KILLS = [
+    ("prefetched:2", "after a batch was made ready, while the one before it trains"),
     ("trained:2", "after the optimizer step, before the commit"),
     ("committed:3", "after the commit, before publishing"),
     ("checkpoint:4", "while a checkpoint is written"),

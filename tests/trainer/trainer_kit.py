@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -18,6 +19,7 @@ from lachesis.broker.packing import from_blob, pack, to_blob
 from lachesis.broker.records import Group, ScoredGroup
 
 VOCABULARY = 250
+PATIENCE_S = 60.0
 
 
 def make_tiny_model(folder: Path, *, hidden: int = 32, tied: bool = False) -> Path:
@@ -84,6 +86,14 @@ async def fill(broker: Broker, *, groups: int, first: int = 0) -> None:
     for number in range(first, first + groups):
         group = scored_group(random.Random(number))
         assert await broker.queue.put(f"{number:08d}", group, v_min=0, v_max=0) == "stored"
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until it holds, however long a busy machine takes."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
 
 
 _context = multiprocessing.get_context("forkserver")
