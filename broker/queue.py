@@ -130,15 +130,22 @@ class Queue:
         await self._scripts.subscribe(keys=[self._keys.batches], args=[policy])
 
     async def lease(
-        self, policy: str, consumer: str, *, lapse_s: float, max_deliveries: int = MAX_DELIVERIES
+        self,
+        policy: str,
+        consumer: str,
+        *,
+        lapse_s: float,
+        max_deliveries: int = MAX_DELIVERIES,
+        delivered: bool = True,
     ) -> Lease | None:
         """Borrow a formed batch: one's own unfinished one, one whose lease lapsed, or the next. None if there is none.
 
-        A batch that was lent `max_deliveries` times (0: any number) and never committed is given up instead.
+        A batch that was lent `max_deliveries` times (0: any number) and never committed is given up instead. From now
+        on it counts as delivered, so that environments make more; unless `delivered` is false: then from `deliver` on.
         """
         reply = await self._scripts.lease(
             keys=[self._keys.batches, self._keys.state, self._keys.dead, self._keys.skipped],
-            args=[policy, consumer, int(lapse_s * 1000), max_deliveries],
+            args=[policy, consumer, int(lapse_s * 1000), max_deliveries, int(delivered)],
         )
         if reply is None:
             return None
@@ -171,6 +178,10 @@ class Queue:
         if lease is None and await self.form(batch_size) is not None:
             lease = await self.lease(policy, consumer, lapse_s=lapse_s, max_deliveries=max_deliveries)
         return lease
+
+    async def deliver(self, step: int) -> bool:
+        """Batches up to `step` count as delivered from now on. False if they did already."""
+        return bool(await self._scripts.deliver(keys=[self._keys.batches, self._keys.state], args=[step]))
 
     async def renew(self, policy: str, lease: Lease) -> bool:
         """Keep a lease alive: resets its idle time without counting as a delivery. False if it is not ours any more."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import anyio
 import pytest
+from redis.exceptions import ResponseError
 from scored import group, trained
 
 from lachesis.broker import Broker, LeaseLost
@@ -179,6 +180,51 @@ async def test_a_lease_asked_for_twice_is_the_same_batch(broker: Broker) -> None
     assert (first.deliveries, again.deliveries) == (1, 2)
     status = await broker.queue.status()
     assert (status.formed, status.delivered, status.groups) == (1, 1, 2)
+
+
+async def test_a_batch_lent_without_counting_stays_queued_until_it_is_delivered(broker: Broker) -> None:
+    await broker.queue.subscribe("main")
+    await put(broker, 1, 2, 3, 4)
+    for _ in range(2):
+        await broker.queue.form(4)
+    first = await broker.queue.lease("main", "a", lapse_s=600, delivered=False)
+    assert first is not None
+    await broker.queue.commit("main", first, trained(first.batch))
+    assert await broker.queue.retire("main", 1) == 0  # the counters still count it
+    status = await broker.queue.status()
+    assert (status.delivered, status.groups, status.sequences) == (0, 4, 8)
+    assert (await audit(broker)).findings == []
+    assert await broker.queue.deliver(1)
+    assert not await broker.queue.deliver(1)
+    assert not await broker.queue.deliver(9)  # never formed
+    assert await broker.queue.retire("main", 1) == 1
+    status = await broker.queue.status()
+    assert (status.delivered, status.groups, status.sequences) == (1, 2, 4)
+    second = await lease(broker)
+    assert (second.batch.step, (await broker.queue.status()).groups) == (2, 0)
+
+
+async def test_what_comes_next_is_told_without_lending_it(broker: Broker) -> None:
+    upcoming = broker.queue.upcoming
+    with pytest.raises(ResponseError, match="NOGROUP"):
+        await upcoming("main", 0)
+    await broker.queue.subscribe("main")
+    await put(broker, *range(6))
+    assert await upcoming("main", 0) is None
+    for _ in range(3):
+        await broker.queue.form(4)
+    first, second = await upcoming("main", 0), await lease(broker)
+    assert first == second.batch
+    found = await upcoming("main", 1)
+    assert found is not None
+    assert found.step == 2
+    assert await broker.queue.lease("main", "b", lapse_s=600) is not None
+    for after, step in ((0, 1), (1, 2), (2, 3)):  # what is pending comes first
+        found = await upcoming("main", after)
+        assert found is not None
+        assert found.step == step
+    status = await broker.queue.status()
+    assert (status.delivered, status.groups) == (2, 2)
 
 
 async def test_only_a_lapsed_lease_goes_to_another_consumer(broker: Broker) -> None:
