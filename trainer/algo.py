@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +24,19 @@ from lachesis.trainer.mapping import TrainingBatch
 WITHOUT_GROUPS = ("reinforce_plus_plus",)  # estimators whose baseline is the batch
 
 
+@dataclass(frozen=True)
+class Estimated:
+    """What a step trained on: the batch as it was after filtering, and its tokens' advantages."""
+
+    batch: TrainingBatch
+    response_mask: Tensor  # int64 (N, R), after rejection
+    advantages: Tensor  # float32 (N, R)
+
+
 class Learner:
     """Trains one policy, batch by batch."""
+
+    estimated: Estimated | None = None  # of the newest step, if it trained anything
 
     def __init__(self, engine: Engine, algorithm: DictConfig) -> None:
         self._worker, self._actor = engine.worker, engine.actor
@@ -36,6 +48,7 @@ class Learner:
 
         A batch without a trained token changes nothing and has a loss of 0.
         """
+        self.estimated = None
         if len(batch.rows) == 0:
             return {"loss": 0.0, "grad_norm": 0.0, "logp_s": 0.0, "train_s": 0.0}
         started = time.perf_counter()
@@ -43,6 +56,7 @@ class Learner:
         after_log_probs = time.perf_counter()
         response_mask, weights, correction = correct(batch, old_log_probs, self._algorithm.rollout_correction)
         advantages = estimate_advantages(batch, response_mask, self._algorithm)
+        self.estimated = Estimated(batch, response_mask, advantages)
         metrics |= correction | self._update(batch, old_log_probs, response_mask, advantages, weights)
         return metrics | {"logp_s": after_log_probs - started, "train_s": time.perf_counter() - after_log_probs}
 

@@ -32,6 +32,8 @@ _ONE_PROCESS = {  # what torchrun would set; verl reads it whoever starts the pr
 class Engine:
     worker: Any  # verl.workers.engine_workers_tinker.TinkerTrainingWorker
     actor: Any  # verl.workers.config.FSDPActorConfig
+    tokenizer: Any
+    flops_counter: Any  # verl's, on an accelerator; else None
     vocab_size: int
     tied: bool  # the output layer is the embedding
     pad_small_steps: bool  # no flash attention, no sequence parallelism: see Learner
@@ -101,6 +103,8 @@ def build_engine(config: DictConfig) -> Engine:
     return Engine(
         worker,
         actor,
+        tokenizer=model.tokenizer,
+        flops_counter=None if get_device_name() == "cpu" else worker.flops_counter,
         vocab_size=model.hf_config.get_text_config().vocab_size,
         tied=bool(model.hf_config.tie_word_embeddings),
         pad_small_steps=not attention.startswith("flash")

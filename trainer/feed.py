@@ -124,7 +124,12 @@ class Feed:
         with self._noticing_resets():
             # as holder of the writer lock, whoever else holds a lease of this policy is gone: no need to let it lapse
             return self._broker.call(
-                self._queue.lease, plan.policy, plan.replica, lapse_s=0, max_deliveries=plan.max_deliveries
+                self._queue.lease,
+                plan.policy,
+                plan.replica,
+                lapse_s=0,
+                max_deliveries=plan.max_deliveries,
+                delivered=False,  # see Publisher.deliver
             )
 
     @contextmanager

@@ -12,10 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from lachesis.broker import connect_blocking
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.logs import configure_logging
-from lachesis.trainer.configure import compose_config, make_plan
+from lachesis.trainer.configure import Plan, compose_config, make_plan
 from lachesis.trainer.engine import build_engine, device_name
 from lachesis.trainer.settings import TrainerSettings
 from lachesis.trainer.tenure import Tenure
+from lachesis.trainer.tracking import Tracker
 
 
 def run(settings: TrainerSettings) -> int:
@@ -59,6 +60,7 @@ def run(settings: TrainerSettings) -> int:
             with (
                 Publisher(broker, plan.policy, versions, tenure, keep_versions=plan.keep_versions) as publisher,
                 Feed(broker, plan, tenure, vocab_size=engine.vocab_size) as feed,
+                _tracker(plan, config) as tracker,
             ):
                 replica = Replica(
                     broker=broker,
@@ -69,6 +71,7 @@ def run(settings: TrainerSettings) -> int:
                     publisher=publisher,
                     feed=feed,
                     tenure=tenure,
+                    tracker=tracker,
                     log=log,
                 )
                 replica.resume()
@@ -77,6 +80,18 @@ def run(settings: TrainerSettings) -> int:
                 replica.train(stop.is_set)
             log.info("stopped" if replica.step < plan.num_steps else "finished", step=replica.step)
     return 0
+
+
+def _tracker(plan: Plan, config: DictConfig) -> Tracker:
+    told = OmegaConf.to_container(_in_force(config), resolve=True)
+    assert isinstance(told, dict)
+    return Tracker(
+        plan.tracking,
+        project=plan.wandb_project,
+        name=f"{plan.wandb_group}-{plan.policy}",
+        folder=plan.tracking_dir,
+        config={str(node): values for node, values in told.items()} | {"trainer": {}},  # verl looks for a proxy there
+    )
 
 
 def _in_force(config: DictConfig) -> DictConfig:

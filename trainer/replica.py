@@ -16,14 +16,16 @@ from structlog.stdlib import BoundLogger
 from lachesis.broker import BlockingBroker, Conflict
 from lachesis.broker.crash import crash_point
 from lachesis.broker.records import Lease, LedgerEntry, TrainerConfig
-from lachesis.trainer.algo import Learner
+from lachesis.trainer.algo import Estimated, Learner
 from lachesis.trainer.checkpoint import Checkpoints
 from lachesis.trainer.configure import Plan
 from lachesis.trainer.engine import Engine, published_tensors
+from lachesis.trainer.examples import examples
 from lachesis.trainer.feed import Feed, Ready
-from lachesis.trainer.metrics import batch_metrics
+from lachesis.trainer.metrics import batch_metrics, mfu
 from lachesis.trainer.publisher import Publisher
 from lachesis.trainer.tenure import Tenure
+from lachesis.trainer.tracking import Tracker
 
 
 class Replica:
@@ -39,11 +41,12 @@ class Replica:
         publisher: Publisher,
         feed: Feed,
         tenure: Tenure,
+        tracker: Tracker,
         log: BoundLogger,
     ) -> None:
         self._broker, self._plan, self._engine, self._learner = broker, plan, engine, learner
         self._checkpoints, self._publisher, self._feed = checkpoints, publisher, feed
-        self._tenure, self._log = tenure, log
+        self._tenure, self._tracker, self._log = tenure, tracker, log
         self.step = 0  # of the weights in memory
         self._published = -1  # newest version handed to the publisher
         self._saved = 0  # newest checkpoint
@@ -92,6 +95,7 @@ class Replica:
         for entry in ledger:
             if entry.step > self._saved:
                 self._replay(entry)
+        self._publisher.deliver(committed)  # a process may have died before it did
         self._publisher.flush()
         self._save()  # so that crashes in a row don't make the replay longer and longer
 
@@ -138,12 +142,14 @@ class Replica:
             mark = self._one_step(*found, since=mark)
         if self._due():  # where num_steps was lowered to where an earlier process had stopped
             self._publish()
-        self._publisher.flush()
+        self._publisher.flush(hurry=True)
         self._save()
 
     def _one_step(self, lease: Lease, ready: Ready, *, since: float) -> float:
         """`since`: when the step before this one ended, and this one's wait began. Returns when this one ended."""
         leased = time.perf_counter()
+        if not self._plan.lockstep:
+            self._publisher.deliver(lease.batch.step)
         if ready.batch.unfit:
             self._log.warning(
                 "sequences too long or with token ids the model lacks are left out",
@@ -179,6 +185,8 @@ class Replica:
         committed = time.perf_counter()
         if self._due():
             self._publish()
+        if self._plan.lockstep:
+            self._publisher.deliver(step, served=True)
         published = time.perf_counter()
         if step % self._plan.checkpoint_every == 0:
             self._save()
@@ -192,7 +200,11 @@ class Replica:
             "checkpoint_s": finished - published,
             "step_s": finished - since,
         }
-        self._report(batch_metrics(entry, ready.groups, ready.batch) | learned | seconds)
+        estimated = self._learner.estimated
+        self._report(batch_metrics(entry, ready.groups, ready.batch, estimated) | learned | seconds, estimated)
+        if self._plan.examples_every and step % self._plan.examples_every == 0:
+            for values in examples(ready.groups, ready.batch, estimated, self._engine.tokenizer):
+                self._broker.call(self._broker.broker.journal.metric, "example", {"step": step} | values)
         return finished
 
     # -- what others see ------------------------------------------------------------------------------------------
@@ -216,11 +228,14 @@ class Replica:
         if self._saved:
             self._broker.call(self._broker.broker.queue.retire, self._plan.policy, self._saved)
 
-    def _report(self, values: dict[str, float]) -> None:
+    def _report(self, values: dict[str, float], estimated: Estimated | None) -> None:
         values["queue"] = self._broker.call(self._broker.broker.queue.status).groups
         values["num_steps"], values["version"] = self._plan.num_steps, self._publisher.newest
         values["wait_share"] = values["wait_s"] / values["step_s"]
         values["tokens_per_s"] = values["tokens"] / values["step_s"]
+        if estimated is not None and self._engine.flops_counter is not None:
+            values["perf/mfu/actor"] = mfu(self._engine.flops_counter, estimated.batch, values["train_s"])
         self._broker.call(self._broker.broker.journal.metric, "step", values)
+        self._tracker.log(self.step, values)
         shown = ("step", "reward", "loss", "grad_norm", "lag", "queue", "wait_s", "step_s")
         self._log.info("trained", **{name: round(values[name], 4) for name in shown})

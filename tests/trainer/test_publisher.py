@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from trainer_kit import until
+from trainer_kit import fill, until
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, LeaseLost, StorageError, WeightsRefused, connect_blocking
-from lachesis.broker.records import WeightsEntry
+from lachesis.broker.records import ServerStatus, WeightsEntry
 from lachesis.trainer.publisher import Publisher
 from lachesis.trainer.tenure import Tenure
 from lachesis.trainer.versions import VersionStore
@@ -82,6 +83,55 @@ def test_training_does_not_wait_for_the_disk(publisher: Publisher, store: SlowSt
     publisher.publish(3, 2, weights(3.0))
     publisher.flush()
     assert store.versions() == [2, 3]  # no server has 1
+
+
+def test_a_batch_counts_as_queued_until_the_versions_before_it_are_out(
+    publisher: Publisher, store: SlowStore, blocking: BlockingBroker
+) -> None:
+    queue = blocking.broker.queue
+    blocking.call(fill, blocking.broker, groups=2)
+    assert [blocking.call(queue.form, 4) for _ in range(2)] == [1, 2]
+    publisher.deliver(1)  # nothing is in work
+    publisher.flush()
+    publisher.publish(1, 0, weights(1.0))
+    publisher.deliver(2)
+    assert store.writing.wait(30)
+    assert blocking.call(queue.status).delivered == 1
+    store.let_go.set()
+    publisher.flush()
+    status = blocking.call(queue.status)
+    assert (status.delivered, status.groups) == (2, 0)
+
+
+def test_in_lockstep_it_counts_as_queued_until_servers_have_the_version(
+    publisher: Publisher, store: SlowStore, blocking: BlockingBroker
+) -> None:
+    queue, parties = blocking.broker.queue, blocking.broker.parties
+    blocking.call(fill, blocking.broker, groups=2)
+    assert [blocking.call(queue.form, 4) for _ in range(2)] == [1, 2]
+
+    def report(server: str, state: str, version: int, *, heard: float = 0.0) -> None:
+        blocking.call(parties.report, ServerStatus(server, "main", "http://s", state, version, -1, time.time() - heard))
+
+    def delivered() -> int:
+        return blocking.call(queue.status).delivered
+
+    report("dead", "ready", 0, heard=60.0)
+    report("failed", "failed", 0)
+    report("behind", "ready", 0)
+    store.let_go.set()
+    publisher.publish(1, 0, weights(1.0))
+    publisher.deliver(1, served=True)
+    until(lambda: announced(blocking) == 1)
+    report("behind", "updating", 0)
+    time.sleep(0.2)
+    assert delivered() == 0
+    report("behind", "ready", 1)
+    until(lambda: delivered() == 1)
+    publisher.publish(2, 1, weights(2.0))
+    publisher.deliver(2, served=True)
+    publisher.flush(hurry=True)  # nobody waits for a server at the end
+    assert delivered() == 2
 
 
 def test_a_failed_write_is_raised_once_by_the_next_call(
