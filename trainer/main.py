@@ -25,9 +25,12 @@ def run(settings: TrainerSettings) -> int:
     Raises LachesisError with one line for what a user can put right, and LeaseLost if another trainer took over.
     """
     config = compose_config(settings.overrides, device=device_name())
+    if settings.cfg and not config.actor_rollout_ref.model.path:  # what there is to choose can be seen without a model
+        print(_resolved(config), end="")
+        return 0
     plan = make_plan(config, settings)
-    if settings.print_config:
-        print(OmegaConf.to_yaml(_in_force(config), resolve=True), end="")
+    if settings.cfg:
+        print(_resolved(config), end="")
         return 0
     for folder in (plan.weights_dir, plan.checkpoint_dir):
         _make(folder)
@@ -39,7 +42,12 @@ def run(settings: TrainerSettings) -> int:
     with settings.redis() as url, connect_blocking(url, plan.run) as broker:
         if settings.dry_run:
             build_engine(config)
-            log.info("dry run: all is well", model=str(plan.model_dir), device=config.lachesis.device)
+            written = settings.state_dir.absolute() / "runs" / plan.run / f"trainer-{plan.policy}.yaml"
+            _make(written.parent)
+            written.write_text(_resolved(config))
+            log.info(
+                "dry run: all is well", config=str(written), model=str(plan.model_dir), device=config.lachesis.device
+            )
             return 0
         with Tenure(broker, plan.policy, ttl_s=plan.lease_s) as tenure:
             engine = build_engine(config)
@@ -99,6 +107,10 @@ def _in_force(config: DictConfig) -> DictConfig:
     model, actor, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "rollout"))
     theirs = {"model": model, "actor": actor, "rollout": {"temperature": rollout.temperature}}
     return OmegaConf.create({"lachesis": config.lachesis, "actor_rollout_ref": theirs, "algorithm": config.algorithm})
+
+
+def _resolved(config: DictConfig) -> str:
+    return OmegaConf.to_yaml(_in_force(config), resolve=True)
 
 
 def _make(folder: Path) -> None:

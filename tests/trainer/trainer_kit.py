@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,18 +109,24 @@ def preload() -> None:
 
 
 def start_trainer(
-    url: str, run: str, state_dir: Path, overrides: Sequence[str], *, crash_at: str = "", log: Path | None = None
+    url: str,
+    run: str,
+    state_dir: Path,
+    overrides: Sequence[str],
+    *,
+    crash_at: str = "",
+    log: Path | None = None,
+    dry_run: bool = False,
 ) -> ForkServerProcess:
     """A trainer as a process of its own, with its own state folder and log."""
-    process = _context.Process(
-        target=_train, args=(url, run, state_dir, list(overrides), crash_at, log or state_dir / "trainer.log")
-    )
+    settings = {"redis_url": url, "run": run, "state_dir": state_dir, "overrides": list(overrides), "dry_run": dry_run}
+    process = _context.Process(target=_train, args=(settings, crash_at, log or state_dir / "trainer.log"))
     process.start()
     return process
 
 
-def _train(url: str, run: str, state_dir: Path, overrides: list[str], crash_at: str, log: Path) -> None:
-    state_dir.mkdir(parents=True, exist_ok=True)
+def _train(settings: dict[str, Any], crash_at: str, log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -127,4 +134,4 @@ def _train(url: str, run: str, state_dir: Path, overrides: list[str], crash_at: 
     from lachesis.trainer.main import run as run_trainer
     from lachesis.trainer.settings import TrainerSettings
 
-    raise SystemExit(run_trainer(TrainerSettings(redis_url=url, run=run, state_dir=state_dir, overrides=overrides)))
+    raise SystemExit(run_trainer(TrainerSettings(**settings)))
