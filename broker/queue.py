@@ -210,17 +210,28 @@ class Queue:
             blobs += found
         return blobs
 
-    async def commit(self, policy: str, lease: Lease, entry: LedgerEntry, *, token: str = "") -> None:
+    async def commit(
+        self,
+        policy: str,
+        lease: Lease,
+        entry: LedgerEntry,
+        *,
+        token: str = "",
+        untrainable: Sequence[DeadEntry] = (),
+    ) -> None:
         """Acknowledge a trained batch and write it to the ledger; repeating it changes nothing.
 
+        `untrainable` are sequences that the step was trained without (see dead.untrainable). They are noted for triage,
+        once; their groups count as trained.
         Raises LeaseLost if the batch belongs to someone else by now: the update must then be thrown away.
         """
         step = lease.batch.step
         entry = structs.replace(entry, at=entry.at or time.time())
-        fields = [text for pair in to_entry(entry).items() for text in pair]
+        fields = [text for record in (*untrainable, entry) for pair in to_entry(record).items() for text in pair]
+        keys = self._keys
         reply = await self._scripts.commit(
-            keys=[self._keys.batches, self._keys.ledger(policy), self._keys.state, self._keys.writer(policy)],
-            args=[policy, lease.consumer, step, token, *fields],
+            keys=[keys.batches, keys.ledger(policy), keys.state, keys.writer(policy), keys.refused],
+            args=[policy, lease.consumer, step, token, REFUSED_KEPT, len(untrainable), *fields],
         )
         if reply not in (b"committed", b"already"):
             why = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from redis.exceptions import ResponseError
 
 from lachesis.broker import BlockingBroker, Conflict
 from lachesis.broker.crash import crash_point
-from lachesis.broker.records import BatchEntry, Group, Lease, LedgerEntry
+from lachesis.broker.dead import untrainable
+from lachesis.broker.records import BatchEntry, DeadEntry, Group, Lease, LedgerEntry
 from lachesis.trainer.configure import Plan
 from lachesis.trainer.mapping import TrainingBatch, to_batch
 from lachesis.trainer.tenure import Tenure
@@ -35,6 +36,7 @@ class Ready:
     entry: BatchEntry | LedgerEntry
     groups: list[Group]
     batch: TrainingBatch
+    untrainable: tuple[DeadEntry, ...]  # sequences that the step is trained without
     fetch_s: float
     map_s: float
 
@@ -102,7 +104,19 @@ class Feed:
             max_tokens=self._plan.max_token_len,
             temperature=self._plan.temperature,
         )
-        return Ready(entry, groups, batch, fetched - began, time.perf_counter() - fetched)
+        mapped = time.perf_counter()
+        return Ready(entry, groups, batch, self._untrainable(groups), fetched - began, mapped - fetched)
+
+    def _untrainable(self, groups: Sequence[Group]) -> tuple[DeadEntry, ...]:
+        longest, vocabulary = self._plan.max_token_len, self._vocab_size
+        found = []
+        for group in groups:
+            for row, tokens in enumerate(group.tokens):
+                if len(tokens) > longest:
+                    found.append(untrainable(group.gid, row, f"{len(tokens)} tokens: must not exceed {longest}"))
+                elif (highest := int(tokens.max())) >= vocabulary:
+                    found.append(untrainable(group.gid, row, f"token id {highest}: must be below {vocabulary}"))
+        return tuple(found)
 
     def _make_ready(self, after: int) -> Ready | None:
         """In the worker: what will be lent after step `after`, formed if need be; None once the feed is closed."""

@@ -150,12 +150,13 @@ class Replica:
         leased = time.perf_counter()
         if not self._plan.lockstep:
             self._publisher.deliver(lease.batch.step)
-        if ready.batch.unfit:
+        if ready.untrainable:
+            first = ready.untrainable[0]
             self._log.warning(
-                "sequences too long or with token ids the model lacks are left out",
-                sequences=ready.batch.unfit,
-                max_tokens=self._plan.max_token_len,
-                vocab_size=self._engine.vocab_size,
+                "sequences that can't be trained are left out: lachesis dead list",
+                step=lease.batch.step,
+                sequences=len(ready.untrainable),
+                first=f"{first.gid}: {first.detail}",
             )
         learned = self._learner.step(ready.batch)
         version_before, step = self.step, lease.batch.step
@@ -177,7 +178,14 @@ class Replica:
         )
         self._tenure.check()
         self._publisher.check()
-        self._broker.call(self._broker.broker.queue.commit, self._plan.policy, lease, entry, token=self._tenure.token)
+        self._broker.call(
+            self._broker.broker.queue.commit,
+            self._plan.policy,
+            lease,
+            entry,
+            token=self._tenure.token,
+            untrainable=ready.untrainable,
+        )
         self._tenure.lease = None
         self.step = step
         crash_point("committed", step)

@@ -12,7 +12,7 @@ from scored import group, trained
 from lachesis.broker import Broker, LeaseLost
 from lachesis.broker.audit import audit
 from lachesis.broker.codec import to_entry
-from lachesis.broker.dead import Letter
+from lachesis.broker.dead import Letter, untrainable
 from lachesis.broker.errors import NotFound
 from lachesis.broker.packing import pack, to_blob
 from lachesis.broker.queue import BLOB_TTL_S, SEEN_TTL_S
@@ -237,6 +237,30 @@ async def test_only_a_lapsed_lease_goes_to_another_consumer(broker: Broker) -> N
     assert taken.batch == held.batch
     assert not await broker.queue.renew("main", held)  # a late heartbeat does not take the batch back
     assert await broker.queue.lease("main", "a", lapse_s=600) is None
+
+
+async def test_sequences_that_a_step_is_trained_without_are_noted_once(broker: Broker) -> None:
+    await put(broker, 1, 2)
+    held = await lease(broker)
+    letters = [
+        untrainable("g1", 1, "token id 9: must be below 8"),
+        untrainable("g/2", 0, "9 tokens: must not exceed 8"),
+    ]
+    for _ in range(2):  # the second changes nothing
+        await broker.queue.commit("main", held, trained(held.batch), untrainable=letters)
+    found = await broker.dead.all()
+    assert [(letter.accepted, letter.sequence, letter.entry) for letter in found] == [
+        (False, ("g1", 1), letters[0]),
+        (False, ("g/2", 0), letters[1]),
+    ]
+    status = await broker.queue.status()
+    assert (status.untrainable, status.dead) == (2, 0)
+    assert await broker.dead.body(found[0]) == (await broker.queue.blobs(["g1"]))[0]
+    report = await audit(broker)
+    assert (report.findings, report.trained) == ([], 2)
+    await broker.queue.retire("main", 1)
+    with pytest.raises(NotFound, match="the data of 'g1' is gone: the group was trained"):
+        await broker.dead.body(found[0])
 
 
 async def test_each_policy_gets_every_batch(broker: Broker) -> None:
