@@ -134,9 +134,14 @@ class Replica:
 
         Raises LeaseLost if another trainer took over: the update in memory must be thrown away.
         """
+
+        def ending() -> bool:
+            self._publisher.check()  # a disk may be full while no batch comes
+            return stopping()
+
         mark = time.perf_counter()
-        while self.step < self._plan.num_steps and not stopping():
-            found = self._feed.next(self.step, stopping)
+        while self.step < self._plan.num_steps and not ending():
+            found = self._feed.next(self.step, ending)
             if found is None:
                 break
             mark = self._one_step(*found, since=mark)
