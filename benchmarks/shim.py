@@ -29,6 +29,7 @@ from servers import (
     BATCH,
     SEQUENCES,
     Server,
+    cpu_model,
     cpu_ms,
     group,
     lachesis,
@@ -312,17 +313,17 @@ def main() -> int:
     console.print(table(rows))
     target = Path(__file__).parent / "results" / "shim.json"
     target.parent.mkdir(exist_ok=True)
-    machine = {"python": platform.python_version(), "cores": os.cpu_count(), "cpu": _cpu(), "quick": sizes is QUICK}
+    machine = {
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "cpu": cpu_model(),
+        "quick": sizes is QUICK,
+    }
     target.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     missed = [row.measure for row in rows if not row.good]
     if missed:
         console.print(f"missed: {'; '.join(missed)}")
     return 1 if missed else 0
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 if __name__ == "__main__":

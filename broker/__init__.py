@@ -14,6 +14,7 @@ from lachesis.broker.errors import (
     LeaseLost,
     RedisUnreachable,
     RedisUnsuitable,
+    StorageError,
     WeightsRefused,
 )
 
@@ -31,6 +32,7 @@ __all__ = [
     "LeaseLost",
     "RedisUnreachable",
     "RedisUnsuitable",
+    "StorageError",
     "WeightsRefused",
     "connect_blocking",
 ]

@@ -1,7 +1,8 @@
 """Dead letters: accepted groups that could not be trained, and posts that were refused. To be read, put back, given up.
 
 Accepted groups are accounted for until somebody gives them up: their stream is never trimmed and their data stays.
-Refused posts are kept for whoever wants to know why, for a week.
+Refused posts are kept for whoever wants to know why, for a week. Beside them stand single sequences that their groups
+were trained without: notes only, whose data goes with the group's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lachesis.broker.queue import queue_entry
 from lachesis.broker.records import DeadEntry, Group
 
 SLICE = 1000
+UNTRAINABLE = "untrainable"
 
 
 class Letter(Struct, frozen=True):
@@ -26,8 +28,21 @@ class Letter(Struct, frozen=True):
 
     id: str  # in its stream
     at: float  # seconds since the epoch
-    accepted: bool  # else it is a refused post
+    accepted: bool  # else it is a refused post, or one sequence of a trained group
     entry: DeadEntry
+
+    @property
+    def sequence(self) -> tuple[str, int] | None:
+        """The group's id and the sequence's place in it, if this is about one."""
+        if self.entry.reason != UNTRAINABLE:
+            return None
+        gid, _, row = self.entry.gid.rpartition("/")
+        return gid, int(row)
+
+
+def untrainable(gid: str, row: int, detail: str) -> DeadEntry:
+    """What COMMIT is to note of a sequence that its group was trained without."""
+    return DeadEntry(gid=f"{gid}/{row}", reason=UNTRAINABLE, deliveries=0, detail=detail)
 
 
 class DeadLetters:
@@ -51,8 +66,14 @@ class DeadLetters:
         return [letters[gid] for gid in gids]
 
     async def body(self, letter: Letter) -> bytes:
-        """What is kept of it: a blob, or the body as it was posted. Raises NotFound if that has expired."""
-        body = await self._redis.get(self._keys.blob(letter.entry.gid))
+        """What is kept of it: a blob (of a sequence: its group's), or the body as it was posted.
+
+        Raises NotFound if that has expired.
+        """
+        gid, _ = letter.sequence or (letter.entry.gid, 0)
+        body = await self._redis.get(self._keys.blob(gid))
+        if body is None and letter.sequence:
+            raise NotFound(f"the data of {gid!r} is gone: the group was trained, and a checkpoint covers it")
         if body is None:
             raise NotFound(f"the data of {letter.entry.gid!r} is gone: refused posts are kept for a week")
         return bytes(body)

@@ -40,6 +40,10 @@ class WeightsRefused(LachesisError, ValueError):
     """A published version does not match its manifest, or its manifest does not match the event."""
 
 
+class StorageError(LachesisError, OSError):
+    """Weights or a checkpoint can't be written: no room, no right, no such place."""
+
+
 class InvalidGroup(LachesisError, ValueError):
     """A scored group that can't be trained. Names the field, the offending value and the rule."""
 

@@ -130,6 +130,7 @@ def read_status(state: Mapping[bytes, bytes]) -> QueueStatus:
         waiting=waiting,
         dead=counter(b"dead"),
         purged=counter(b"purged"),
+        untrainable=counter(b"untrainable"),
         dropped={
             name.removeprefix(b"dropped:").decode(): int(count)
             for name, count in state.items()

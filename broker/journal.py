@@ -13,6 +13,7 @@ from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 
 KEEP = 100_000  # entries, approximately
+SLICE = 500  # entries read at a time
 ONCE_S = 300  # a command is not sent again after so long
 
 
@@ -21,7 +22,7 @@ class Journal:
         self._redis, self._blocking, self._scripts, self._keys = redis, blocking, scripts, keys
 
     async def metric(self, kind: str, values: Mapping[str, object]) -> None:
-        """Append one entry of `kind`: step | update | eval | queue."""
+        """Append one entry of `kind`: step | update | eval | example."""
         fields = {"kind": kind, **{key: f"{v:.6g}" if isinstance(v, float) else str(v) for key, v in values.items()}}
         await self._append(self._keys.metrics, fields)
 
@@ -31,7 +32,20 @@ class Journal:
             entries = await wait_for_entries(self._blocking, self._keys.metrics, after, block_s, count=1000)
         else:
             entries = await self._redis.xrange(self._keys.metrics, f"({after}", count=1000)
-        return [(id_.decode(), {k.decode(): v.decode() for k, v in fields.items()}) for id_, fields in entries]
+        return [(id_.decode(), _text(fields)) for id_, fields in entries]
+
+    async def newest(self, count: int, kinds: set[str]) -> tuple[str, list[dict[str, str]]]:
+        """The newest `count` entries of these kinds, oldest first; and where the log ends, for `metrics` to go on from."""
+        found: list[dict[str, str]] = []
+        start, end = "+", ""
+        while len(found) < count or not end:
+            entries = await self._redis.xrevrange(self._keys.metrics, start, count=SLICE)
+            end = end or (entries[0][0].decode() if entries else "0-0")
+            found += [_text(fields) for _, fields in entries if fields[b"kind"].decode() in kinds]
+            if len(entries) < SLICE:
+                break
+            start = f"({entries[-1][0].decode()}"
+        return end, found[:count][::-1]
 
     async def control(self, event: str, who: str, detail: str = "") -> None:
         await self._append(self._keys.control, {"event": event, "who": who, "detail": detail})
@@ -39,3 +53,7 @@ class Journal:
     async def _append(self, log: str, fields: Mapping[str, str]) -> None:
         flat = [text for pair in fields.items() for text in pair]
         await self._scripts.append(keys=[log, self._keys.once(uuid4().hex)], args=[ONCE_S, KEEP, *flat])
+
+
+def _text(fields: Mapping[bytes, bytes]) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in fields.items()}

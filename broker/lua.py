@@ -18,8 +18,8 @@ from lachesis.broker.connection import Redis
 from lachesis.broker.wire import Command, Wire
 
 NAMES = (
-    "arrive", "put", "bury", "form", "drop", "lease", "renew", "commit", "retire", "cover", "leave", "requeue", "purge", "subscribe",
-    "acquire", "adopt", "register_env", "publish", "note", "append", "reset",
+    "arrive", "put", "bury", "form", "drop", "lease", "deliver", "renew", "commit", "retire", "cover", "leave", "requeue",
+    "purge", "subscribe", "acquire", "adopt", "register_env", "publish", "note", "append", "reset",
 )  # fmt: skip
 
 EVERY_POST = ("arrive", "put")  # what every posted group needs
@@ -68,6 +68,7 @@ class Scripts:
     form: Script
     drop: Script
     lease: Script
+    deliver: Script
     renew: Script
     commit: Script
     retire: Script

@@ -130,21 +130,45 @@ class Queue:
         await self._scripts.subscribe(keys=[self._keys.batches], args=[policy])
 
     async def lease(
-        self, policy: str, consumer: str, *, lapse_s: float, max_deliveries: int = MAX_DELIVERIES
+        self,
+        policy: str,
+        consumer: str,
+        *,
+        lapse_s: float,
+        max_deliveries: int = MAX_DELIVERIES,
+        delivered: bool = True,
     ) -> Lease | None:
         """Borrow a formed batch: one's own unfinished one, one whose lease lapsed, or the next. None if there is none.
 
-        A batch that was lent `max_deliveries` times (0: any number) and never committed is given up instead.
+        A batch that was lent `max_deliveries` times (0: any number) and never committed is given up instead. From now
+        on it counts as delivered, so that environments make more; unless `delivered` is false: then from `deliver` on.
         """
         reply = await self._scripts.lease(
             keys=[self._keys.batches, self._keys.state, self._keys.dead, self._keys.skipped],
-            args=[policy, consumer, int(lapse_s * 1000), max_deliveries],
+            args=[policy, consumer, int(lapse_s * 1000), max_deliveries, int(delivered)],
         )
         if reply is None:
             return None
         _, flat, deliveries = reply
         batch = from_entry(BatchEntry, dict(zip(flat[::2], flat[1::2], strict=True)))
         return Lease(batch=batch, consumer=consumer, deliveries=int(deliveries))
+
+    async def upcoming(self, policy: str, after: int) -> BatchEntry | None:
+        """What `lease` lends to a reader that has step `after` in work once that is committed, if it is formed already.
+
+        A look that changes nothing: the batch goes on counting as queued. Raises Redis's NOGROUP if `policy` does not
+        read (any more).
+        """
+        batches = self._keys.batches
+        pending = await self._redis.xpending_range(batches, policy, f"({after}-0", "+", 1)
+        if pending:
+            start = pending[0]["message_id"].decode()
+        else:
+            readers = await self._redis.xinfo_groups(batches)
+            delivered = {reader["name"]: reader["last-delivered-id"].decode() for reader in readers}
+            start = f"({delivered.get(policy.encode(), '0-0')}"
+        found = await self._redis.xrange(batches, start, count=1)
+        return from_entry(BatchEntry, found[0][1]) if found else None
 
     async def lease_or_form(
         self, policy: str, consumer: str, batch_size: int, *, lapse_s: float, max_deliveries: int = MAX_DELIVERIES
@@ -154,6 +178,10 @@ class Queue:
         if lease is None and await self.form(batch_size) is not None:
             lease = await self.lease(policy, consumer, lapse_s=lapse_s, max_deliveries=max_deliveries)
         return lease
+
+    async def deliver(self, step: int) -> bool:
+        """Batches up to `step` count as delivered from now on. False if they did already."""
+        return bool(await self._scripts.deliver(keys=[self._keys.batches, self._keys.state], args=[step]))
 
     async def renew(self, policy: str, lease: Lease) -> bool:
         """Keep a lease alive: resets its idle time without counting as a delivery. False if it is not ours any more."""
@@ -182,17 +210,28 @@ class Queue:
             blobs += found
         return blobs
 
-    async def commit(self, policy: str, lease: Lease, entry: LedgerEntry, *, token: str = "") -> None:
+    async def commit(
+        self,
+        policy: str,
+        lease: Lease,
+        entry: LedgerEntry,
+        *,
+        token: str = "",
+        untrainable: Sequence[DeadEntry] = (),
+    ) -> None:
         """Acknowledge a trained batch and write it to the ledger; repeating it changes nothing.
 
+        `untrainable` are sequences that the step was trained without (see dead.untrainable). They are noted for triage,
+        once; their groups count as trained.
         Raises LeaseLost if the batch belongs to someone else by now: the update must then be thrown away.
         """
         step = lease.batch.step
         entry = structs.replace(entry, at=entry.at or time.time())
-        fields = [text for pair in to_entry(entry).items() for text in pair]
+        fields = [text for record in (*untrainable, entry) for pair in to_entry(record).items() for text in pair]
+        keys = self._keys
         reply = await self._scripts.commit(
-            keys=[self._keys.batches, self._keys.ledger(policy), self._keys.state, self._keys.writer(policy)],
-            args=[policy, lease.consumer, step, token, *fields],
+            keys=[keys.batches, keys.ledger(policy), keys.state, keys.writer(policy), keys.refused],
+            args=[policy, lease.consumer, step, token, REFUSED_KEPT, len(untrainable), *fields],
         )
         if reply not in (b"committed", b"already"):
             why = {

@@ -80,10 +80,12 @@ class Limits(Struct, frozen=True):
 
 
 class DeadEntry(Struct, frozen=True):
-    """An accepted group that could not be trained (stream `dead`), or a post that was not accepted (`refused`)."""
+    """An accepted group that could not be trained (stream `dead`), or a post that was not accepted (`refused`), or a
+    sequence that its group was trained without (`refused` too, gid `<gid>/<sequence>`).
+    """
 
     gid: str
-    reason: str  # stale | deliveries; of a post: invalid
+    reason: str  # stale | deliveries; of a post: invalid; of a sequence: untrainable
     deliveries: int  # how often its batch was lent
     detail: str
 
@@ -229,6 +231,7 @@ class QueueStatus(Struct, frozen=True):
     waiting: dict[str, dict[int, int]]  # number of groups not yet in a batch, by environment ("-": none) and sequences
     dead: int = 0  # accepted groups among the dead letters now
     purged: int = 0  # dead letters given up, ever
+    untrainable: int = 0  # sequences that their groups were trained without, ever
     dropped: dict[str, int] = field(default_factory=dict)  # groups that ever became dead letters, by reason
 
 

@@ -33,6 +33,7 @@ Dead letters are groups that could not be trained. Reasons:
   stale       accepted; by the time there was a batch for it, it lay more than --max-lag versions behind
   deliveries  accepted; its batch was lent to trainers too often without being committed
   invalid     a post that was refused: NaN, ragged, over-long, …; kept for a week
+  untrainable a sequence that its trainer could not use (group/place); the rest of its group was trained
 requeue puts them back at the end of the queue, refused posts if they are valid now; purge gives them up for good.
 Every action takes --redis-url and --run; `lachesis dead list --help` explains them. docs/guarantees.md says more."""
 
@@ -44,7 +45,7 @@ WHO = "lachesis dead"
 class ListSettings(RedisSettings):
     """Show the dead letters of a run, oldest first."""
 
-    reason: str = Field("", description="only those with this reason: stale, deliveries, invalid")
+    reason: str = Field("", description="only those with this reason: stale, deliveries, invalid, untrainable")
     json_output: bool = Field(False, alias="json", description="print one JSON array")
 
 
@@ -109,14 +110,16 @@ def show(arguments: Sequence[str]) -> int:
     async def run(broker: Broker) -> int:
         (letter,) = await broker.dead.find([settings.id])
         body = await broker.dead.body(letter)
-        group = from_blob(body) if letter.accepted else None
+        group = from_blob(body) if letter.accepted or letter.sequence else None
         if settings.json_output:
             kept = {"group": to_scored(group)} if group else {"body": body.decode(errors="replace")}
             print(msgspec.json.encode({**_plain(letter), **kept}).decode())
             return 0
         for name, value in _plain(letter).items():
             print(f"{name:<10}  {value}")
-        print("\n".join(_summary(group, settings.tokens) if group else _excerpt(body, settings.tokens)))
+        print(
+            "\n".join(_summary(group, letter.sequence, settings.tokens) if group else _excerpt(body, settings.tokens))
+        )
         return 0
 
     return _with_broker(settings, run)
@@ -127,7 +130,8 @@ def requeue(arguments: Sequence[str]) -> int:
 
     async def run(broker: Broker) -> int:
         stayed = 0
-        for letter in await _chosen(broker, settings):
+        chosen = await _chosen(broker, settings)
+        for letter in chosen if settings.ids else [letter for letter in chosen if not letter.sequence]:
             why = await _requeue(broker, letter, settings.policy)
             stayed += bool(why)
             print(f"{letter.entry.gid}: {f'not requeued: {why}' if why else 'requeued'}")
@@ -142,7 +146,7 @@ def purge(arguments: Sequence[str]) -> int:
     async def run(broker: Broker) -> int:
         letters = await _chosen(broker, settings)
         purged = [letter for letter in letters if await broker.dead.purge(letter, who=WHO)]
-        counts = Counter("accepted groups" if letter.accepted else "refused posts" for letter in purged)
+        counts = Counter(_kind(letter) for letter in purged)
         print(f"purged {' and '.join(f'{count} {what}' for what, count in sorted(counts.items())) or 'nothing'}")
         return 0
 
@@ -150,6 +154,10 @@ def purge(arguments: Sequence[str]) -> int:
 
 
 ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"list": list_, "show": show, "requeue": requeue, "purge": purge}
+
+
+def _kind(letter: Letter) -> str:
+    return "accepted groups" if letter.accepted else "sequences" if letter.sequence else "refused posts"
 
 
 async def _chosen(broker: Broker, settings: Selection) -> list[Letter]:
@@ -169,6 +177,8 @@ async def _chosen(broker: Broker, settings: Selection) -> list[Letter]:
 
 async def _requeue(broker: Broker, letter: Letter, policy: str) -> str:
     """Put it back; else say why it stays."""
+    if letter.sequence:
+        return "the rest of its group was trained without it"
     body = await broker.dead.body(letter)
     if not letter.accepted:
         return await _post_again(broker, letter, body, policy)
@@ -252,11 +262,13 @@ def _table(letters: Sequence[Letter]) -> None:
     Console(highlight=False, markup=False).print(table)
 
 
-def _summary(group: Group, tokens: bool) -> list[str]:
+def _summary(group: Group, only: tuple[str, int] | None, tokens: bool) -> list[str]:
     lines = [
         f"group       environment {'-' if group.env is None else group.env}, versions {group.v_min} to {group.v_max}"
     ]
     for index, (row, mask, score) in enumerate(zip(group.tokens, group.masks, group.scores, strict=True)):
+        if only and only[1] != index:
+            continue
         lines.append(
             f"sequence {index}  score {score:g}, {len(row)} tokens, {int((mask != -100).sum())} of them trained"
         )

@@ -21,6 +21,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "up": Command("train here: start and supervise every part, show the progress", "lachesis.cli.up"),
     "status": Command("what a run is doing now", "lachesis.cli.status"),
+    "tail": Command("the newest steps and evaluations of a run, or its rollouts in words", "lachesis.cli.tail"),
     "audit": Command("is every accepted group in exactly one committed step, or still queued?", "lachesis.cli.audit"),
     "token": Command("make, list and revoke the tokens that a run's callers need", "lachesis.cli.token"),
     "dead": Command("what could not be trained: list, show, requeue, purge", "lachesis.cli.dead"),

@@ -17,9 +17,13 @@ def shim(arguments: Sequence[str]) -> int:
 
 
 def trainer(arguments: Sequence[str]) -> int:
-    from lachesis.trainer.settings import TrainerSettings
+    from lachesis.trainer.settings import TrainerSettings, explain_overrides
 
-    settings = parse(TrainerSettings, "trainer", arguments)
+    try:
+        settings = parse(TrainerSettings, "trainer", arguments)
+    except SystemExit:  # --help
+        print(f"\n{explain_overrides()}")
+        raise
     from lachesis.trainer.main import run
 
     return run(settings)

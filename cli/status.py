@@ -87,6 +87,8 @@ def _show(snapshot: dict[str, Any]) -> None:
     if queue.dead or queue.dropped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(queue.dropped.items()))
         table.add_row("dead", f"{queue.dead} groups (lachesis dead list); dropped so far: {reasons}")
+    if queue.untrainable:
+        table.add_row("untrainable", f"{queue.untrainable} sequences that their groups were trained without")
     kept = snapshot["kept"]
     if kept.keep_bytes or ARCHIVE in kept.covered:
         table.add_row("kept", f"{kept.batches} batches, {kept.bytes:,} bytes, steps {kept.first} to {kept.last}")

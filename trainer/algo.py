@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,8 +33,19 @@ from lachesis.trainer.ranks import share
 NO_UPDATE = {"loss": 0.0, "grad_norm": 0.0}
 
 
+@dataclass(frozen=True)
+class Estimated:
+    """What a step trained on: the batch as it was after filtering, and its tokens' advantages."""
+
+    batch: TrainingBatch
+    response_mask: Tensor  # int64 (N, R), after rejection
+    advantages: Tensor  # float32 (N, R)
+
+
 class Learner:
     """Trains one policy, batch by batch."""
+
+    estimated: Estimated | None = None  # of the newest step, if it trained anything
 
     def __init__(self, engine: Engine, algorithm: DictConfig) -> None:
         self._worker, self._actor, self._reference = engine.worker, engine.actor, engine.reference
@@ -52,6 +64,7 @@ class Learner:
         Where nothing is left to train (no trained token, or all filtered or rejected) the weights stay, the loss is 0,
         and the learning rate's schedule goes on.
         """
+        self.estimated = None
         started = time.perf_counter()
         batch, metrics = without_flat_groups(batch, self._algorithm)
         learning_rate = float(self._worker.engine.optimizer.param_groups[0]["lr"])
@@ -70,7 +83,8 @@ class Learner:
             if weights is not None:
                 extra["rollout_is_weights"] = weights
             if response_mask.any():
-                extra["advantages"] = estimate_advantages(batch, response_mask, self._algorithm)
+                extra["advantages"] = advantages = estimate_advantages(batch, response_mask, self._algorithm)
+                self.estimated = Estimated(batch, response_mask, advantages)
                 update = self._update(batch, response_mask, extra)
         self._worker.engine.lr_scheduler_step()
         took = time.perf_counter() - started

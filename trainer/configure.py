@@ -20,6 +20,7 @@ from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.keys import check_name
 from lachesis.trainer.algorithms import check_algorithm, settle_algorithm
 from lachesis.trainer.settings import TrainerSettings
+from lachesis.trainer.tracking import check_backends
 
 READ = (
     *("lachesis.", "actor_rollout_ref.model.", "actor_rollout_ref.actor.", "actor_rollout_ref.ref.", "algorithm."),
@@ -50,6 +51,8 @@ class Plan:
     batch_size: int
     max_token_len: int
     num_steps: int
+    prefetch: int  # batches made ready while one trains: 0 or 1
+    lockstep: bool  # whether environments wait for the version trained from a batch before they make the next
     publish_every: int
     checkpoint_every: int
     keep_versions: int
@@ -59,6 +62,9 @@ class Plan:
     lease_s: float
     max_deliveries: int
     temperature: float
+    examples_every: int  # steps; 0: no examples
+    tracking: tuple[str, ...]  # verl's backends
+    tracking_dir: Path  # of this run and policy
     wandb_project: str
     wandb_group: str
 
@@ -92,12 +98,15 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
     for name in ("batch_size", "num_steps", "publish_every", "checkpoint_every", "keep_versions"):
         if not isinstance(ours[name], int) or ours[name] < 1:
             raise ConfigurationError(f"lachesis.{name} = {ours[name]!r}: must be a whole number of at least 1")
+    if ours.prefetch not in (0, 1):
+        raise ConfigurationError(f"lachesis.prefetch = {ours.prefetch!r}: must be 0 or 1")
+    if not isinstance(ours.lockstep, bool):
+        raise ConfigurationError(f"lachesis.lockstep = {ours.lockstep!r}: must be true or false")
     if not ours.lease_s >= 1:
         raise ConfigurationError(f"lachesis.lease_s = {ours.lease_s!r}: must be at least 1 second")
-    if not isinstance(ours.max_deliveries, int) or ours.max_deliveries < 0:
-        raise ConfigurationError(
-            f"lachesis.max_deliveries = {ours.max_deliveries!r}: must be a whole number; 0 for no limit"
-        )
+    for name, zero in (("max_deliveries", "for no limit"), ("examples_every", "for none")):
+        if not isinstance(ours[name], int) or ours[name] < 0:
+            raise ConfigurationError(f"lachesis.{name} = {ours[name]!r}: must be a whole number; 0 {zero}")
     if ours.weights_dtype not in DTYPES:
         raise ConfigurationError(f"lachesis.weights_dtype = {ours.weights_dtype!r}: must be one of {', '.join(DTYPES)}")
     check_algorithm(config)
@@ -129,6 +138,8 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         batch_size=ours.batch_size,
         max_token_len=ours.max_token_len or longest,
         num_steps=ours.num_steps,
+        prefetch=ours.prefetch,
+        lockstep=ours.lockstep,
         publish_every=ours.publish_every,
         checkpoint_every=ours.checkpoint_every,
         keep_versions=ours.keep_versions,
@@ -138,6 +149,9 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         lease_s=float(ours.lease_s),
         max_deliveries=ours.max_deliveries,
         temperature=float(temperature),
+        examples_every=ours.examples_every,
+        tracking=check_backends(ours.tracking),
+        tracking_dir=settings.state_dir.absolute() / "tracking" / place,
         wandb_project=ours.wandb_project,
         wandb_group=ours.wandb_group or settings.run,
     )

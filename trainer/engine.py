@@ -36,6 +36,8 @@ class Engine:
     worker: Any  # verl.workers.engine_workers_tinker.TinkerTrainingWorker
     actor: Any  # verl.workers.config.FSDPActorConfig
     ranks: Ranks
+    tokenizer: Any
+    flops_counter: Any  # verl's, on an accelerator; else None
     vocab_size: int
     tied: bool  # the output layer is the embedding
     distillation: Any | None  # verl.workers.config.DistillationLossConfig, where the loss has that term
@@ -111,7 +113,9 @@ def build_engine(config: DictConfig) -> Engine:
     return Engine(
         worker,
         actor,
-        Ranks(),
+        ranks=Ranks(),
+        tokenizer=model.tokenizer,
+        flops_counter=None if get_device_name() == "cpu" else worker.flops_counter,
         vocab_size=model.hf_config.get_text_config().vocab_size,
         tied=bool(model.hf_config.tie_word_embeddings),
         distillation=distillation if config.distillation.enabled else None,

@@ -5,20 +5,29 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from lachesis.broker import connect_blocking
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.logs import configure_logging
+from lachesis.broker.records import Group
+from lachesis.trainer.batch import TrainingBatch
 from lachesis.trainer.configure import Plan, compose_config, make_plan
-from lachesis.trainer.engine import build_engine, device_name
+from lachesis.trainer.engine import Engine, build_engine, device_name
 from lachesis.trainer.mapping import to_batch
 from lachesis.trainer.ranks import LEADER, Crew, rank_of_this_process, world_size
 from lachesis.trainer.settings import TrainerSettings
 from lachesis.trainer.tenure import Tenure
+from lachesis.trainer.tracking import Tracker
+
+if TYPE_CHECKING:
+    from lachesis.trainer.algo import Learner
 
 
 def run(settings: TrainerSettings) -> int:
@@ -26,9 +35,13 @@ def run(settings: TrainerSettings) -> int:
 
     Raises LachesisError with one line for what a user can put right, and LeaseLost if another trainer took over.
     """
-    config, plan = prepare(settings)
-    if settings.print_config:
-        print(OmegaConf.to_yaml(_in_force(config), resolve=True), end="")
+    config = compose_config(settings.overrides, device=device_name())
+    if settings.cfg and not config.actor_rollout_ref.model.path:  # what there is to choose can be seen without a model
+        print(_resolved(config), end="")
+        return 0
+    plan = make_plan(config, settings)
+    if settings.cfg:
+        print(_resolved(config), end="")
         return 0
     if settings.ray_ranks:
         from lachesis.trainer.ray_group import run_on_ray
@@ -38,12 +51,6 @@ def run(settings: TrainerSettings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     return train(config, plan, settings, stop)
-
-
-def prepare(settings: TrainerSettings) -> tuple[DictConfig, Plan]:
-    """The configuration, checked."""
-    config = compose_config(settings.overrides, device=device_name())
-    return config, make_plan(config, settings)
 
 
 def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threading.Event) -> int:
@@ -57,36 +64,48 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
     with settings.redis() as url, connect_blocking(url, plan.run) as broker:
         if settings.dry_run:
             build_engine(config)
-            log.info("dry run: all is well", model=str(plan.model_dir), device=config.lachesis.device)
+            written = settings.state_dir.absolute() / "runs" / plan.run / f"trainer-{plan.policy}.yaml"
+            _make(written.parent)
+            written.write_text(_resolved(config))
+            log.info(
+                "dry run: all is well", config=str(written), model=str(plan.model_dir), device=config.lachesis.device
+            )
             return 0
-        with Tenure(broker, plan.policy, ttl_s=plan.lease_s) as tenure:
+        with Tenure(broker, plan.policy, ttl_s=plan.lease_s) as tenure, ExitStack() as parts:
             engine = build_engine(config)
             # these need verl, which build_engine has imported for the right platform
             from lachesis.trainer.algo import Learner
             from lachesis.trainer.checkpoint import Checkpoints
+            from lachesis.trainer.feed import Feed
+            from lachesis.trainer.publisher import Publisher
             from lachesis.trainer.replica import Replica
             from lachesis.trainer.versions import VersionStore
 
-            with Crew(engine, Learner(engine, config.algorithm)) as crew:
-                if not tenure.wait(
-                    unless=stop.is_set, on_standby=lambda: log.info("standby: another trainer holds this policy")
-                ):
-                    return 0
-                replica = Replica(
-                    broker=broker,
-                    plan=plan,
-                    engine=engine,
-                    crew=crew,
-                    checkpoints=Checkpoints(plan.checkpoint_dir, crew),
-                    versions=VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype),
-                    tenure=tenure,
-                    log=log,
-                )
-                replica.resume()
-                replica.register()
-                log.info("training", step=replica.step, num_steps=plan.num_steps, ranks=world_size())
-                replica.train(stop.is_set)
-                log.info("stopped" if replica.step < plan.num_steps else "finished", step=replica.step)
+            learner = Learner(engine, config.algorithm)
+            crew = parts.enter_context(Crew(engine, learner))
+            if not tenure.wait(
+                unless=stop.is_set, on_standby=lambda: log.info("standby: another trainer holds this policy")
+            ):
+                return 0
+            versions = VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype)
+            publisher = Publisher(broker, plan.policy, versions, tenure, keep_versions=plan.keep_versions)
+            replica = Replica(
+                broker=broker,
+                plan=plan,
+                engine=engine,
+                crew=crew,
+                checkpoints=Checkpoints(plan.checkpoint_dir, crew),
+                publisher=parts.enter_context(publisher),
+                feed=parts.enter_context(Feed(broker, plan, tenure, _mapping(plan, engine, learner))),
+                tenure=tenure,
+                tracker=parts.enter_context(_tracker(plan, config)),
+                log=log,
+            )
+            replica.resume()
+            replica.register()
+            log.info("training", step=replica.step, num_steps=plan.num_steps, ranks=world_size())
+            replica.train(stop.is_set)
+        log.info("stopped" if replica.step < plan.num_steps else "finished", step=replica.step)
     return 0
 
 
@@ -97,16 +116,31 @@ def _follow(config: DictConfig, plan: Plan, settings: TrainerSettings) -> int:
         from lachesis.trainer.algo import Learner
 
         learner = Learner(engine, config.algorithm)
-        mapped = partial(
-            to_batch,
-            vocab_size=engine.vocab_size,
-            max_tokens=plan.max_token_len,
-            temperature=plan.temperature,
-            compares=learner.compares,
-            distills=learner.distills,
-        )
-        Crew(engine, learner).follow(mapped)
+        Crew(engine, learner).follow(_mapping(plan, engine, learner))
     return 0
+
+
+def _mapping(plan: Plan, engine: Engine, learner: Learner) -> Callable[[Sequence[Group]], TrainingBatch]:
+    return partial(
+        to_batch,
+        vocab_size=engine.vocab_size,
+        max_tokens=plan.max_token_len,
+        temperature=plan.temperature,
+        compares=learner.compares,
+        distills=learner.distills,
+    )
+
+
+def _tracker(plan: Plan, config: DictConfig) -> Tracker:
+    told = OmegaConf.to_container(_in_force(config), resolve=True)
+    assert isinstance(told, dict)
+    return Tracker(
+        plan.tracking,
+        project=plan.wandb_project,
+        name=f"{plan.wandb_group}-{plan.policy}",
+        folder=plan.tracking_dir,
+        config={str(node): values for node, values in told.items()} | {"trainer": {}},  # verl looks for a proxy there
+    )
 
 
 def _in_force(config: DictConfig) -> DictConfig:
@@ -116,6 +150,10 @@ def _in_force(config: DictConfig) -> DictConfig:
     distillation = {name: config.distillation[name] for name in ("enabled", "distillation_loss")}
     nodes = {"actor_rollout_ref": theirs, "algorithm": config.algorithm, "distillation": distillation}
     return OmegaConf.create({"lachesis": config.lachesis, **nodes})
+
+
+def _resolved(config: DictConfig) -> str:
+    return OmegaConf.to_yaml(_in_force(config), resolve=True)
 
 
 def _make(folder: Path) -> None:

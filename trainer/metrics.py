@@ -1,26 +1,93 @@
-"""What a step's log says about its data."""
+"""What a step's log says about its data, in short names of ours and in verl's where verl has one for the same thing.
+
+The tensors' letters: N sequences, R tokens of the longest response.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lachesis.broker.records import Group, LedgerEntry
-from lachesis.trainer.mapping import TrainingBatch
+
+if TYPE_CHECKING:
+    from lachesis.trainer.algo import Estimated
+    from lachesis.trainer.batch import TrainingBatch
+
+# our short names, for what verl's drivers log under these
+VERLS = {
+    "loss": "actor/loss",
+    "grad_norm": "actor/grad_norm",
+    "lr": "actor/lr",
+    "entropy": "actor/entropy",
+    "kl": "actor/ppo_kl",
+    "clip_frac": "actor/pg_clipfrac",
+    "step": "training/global_step",
+    "version": "fully_async/count/current_param_version",
+    "wait_share": "fully_async/trainer/idle_ratio",
+    "tokens": "perf/total_num_tokens",
+    "tokens_per_s": "perf/throughput",
+    "step_s": "timing_s/step",
+    "wait_s": "timing_s/gen",
+    "logp_s": "timing_s/old_log_prob",
+    "train_s": "timing_s/update_actor",
+    "publish_s": "timing_s/update_weights",
+    "checkpoint_s": "timing_s/save_checkpoint",
+}
+VERSIONS = ("v_min", "v_max")
+NOT_TOLD = ("lag", "lag_mean", "reward")  # verl's names for them are among the step's own
 
 
-def batch_metrics(entry: LedgerEntry, groups: Sequence[Group], batch: TrainingBatch) -> dict[str, float]:
-    """Step, reward (mean score of all sequences, nothing filtered), lag in versions, sizes."""
-    lags = [entry.v_before - group.v_min for group in groups for _ in group.tokens]
-    return {
+def batch_metrics(
+    entry: LedgerEntry, groups: Sequence[Group], batch: TrainingBatch, estimated: Estimated | None
+) -> dict[str, float]:
+    """Step, reward (mean score of all sequences, nothing filtered), lag in versions, sizes, advantages."""
+    v_min, v_max = (np.repeat([getattr(g, name) for g in groups], [len(g.tokens) for g in groups]) for name in VERSIONS)
+    lags = entry.v_before - v_min
+    scores = batch.scores.numpy()
+    found = {
         "step": entry.step,
         "reward": entry.reward,
         "lag": entry.lag,
-        "lag_mean": float(np.mean(lags)),
+        "lag_mean": float(lags.mean()),
         "sequences": entry.n,
         "tokens": batch.tokens,
         "trained_tokens": int(batch.response_mask.sum()),
         "zero_variance_groups": sum(len(group.scores) > 1 and np.ptp(group.scores) == 0 for group in groups),
         "unfit_sequences": batch.unfit,
+        **spread("critic/score", scores),
+        **spread("critic/rewards", batch.token_level_rewards.sum(-1).numpy()),
+        **spread("training/off_policy/trajectory_staleness", entry.v_before - v_max),
+        **spread("training/off_policy/trajectory_staleness_worst", lags),
+        **spread("training/off_policy/trajectory_spans", v_max - v_min + 1),
     }
+    for name in ("prompt", "response"):
+        found |= spread(f"{name}_length", batch.model[f"{name}s"].offsets().diff().numpy())
+    if estimated is not None:
+        found |= spread("critic/advantages", estimated.advantages[estimated.response_mask.bool()].numpy())
+    return found
+
+
+def spread(name: str, values: np.ndarray) -> dict[str, float]:
+    """name/mean, name/max and name/min; nothing of nothing."""
+    if not len(values):
+        return {}
+    return {f"{name}/{what}": float(getattr(values, what)()) for what in ("mean", "max", "min")}
+
+
+def under_verls_names(values: Mapping[str, float]) -> dict[str, float]:
+    """A step's values as a tracker gets them: verl's names, and lachesis/… for what verl has no name for."""
+    named = {name: value for name, value in values.items() if "/" in name}
+    for name, value in values.items():
+        if "/" not in name and name not in NOT_TOLD:
+            named.setdefault(VERLS.get(name, f"lachesis/{name}"), value)
+    return named
+
+
+def mfu(flops_counter: Any, batch: TrainingBatch, seconds: float) -> float:
+    """Share of the device's peak that the update's floating-point operations took, by verl's count; 0 where unknown."""
+    lengths = batch.model["input_ids"].offsets().diff().tolist()
+    done, promised = flops_counter.estimate_flops(lengths, seconds)
+    return float(done / promised)

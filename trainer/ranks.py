@@ -19,7 +19,7 @@ from torch import Tensor
 from lachesis.broker.records import Group
 
 if TYPE_CHECKING:
-    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.algo import Estimated, Learner
     from lachesis.trainer.batch import TrainingBatch
     from lachesis.trainer.engine import Engine
 
@@ -71,7 +71,6 @@ class Crew:
 
     def __init__(self, engine: Engine, learner: Learner) -> None:
         self._engine, self._learner, self._ranks = engine, learner, engine.ranks
-        self.compares, self.distills = learner.compares, learner.distills
 
     def __enter__(self) -> Crew:
         return self
@@ -84,6 +83,11 @@ class Crew:
         """Train one batch; `batch` is made of `groups`. Returns the metrics of Learner.step."""
         self._ranks.order("step", list(groups))
         return self._learner.step(batch)
+
+    @property
+    def estimated(self) -> Estimated | None:
+        """Of the newest step (see Learner)."""
+        return self._learner.estimated
 
     def save_checkpoint(self, path: str, *args: Any) -> None:
         """verl's, with its arguments: every rank writes its shard."""

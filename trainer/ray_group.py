@@ -16,6 +16,8 @@ from verl.single_controller.base.decorator import Dispatch, register
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
 from lachesis.broker.errors import ConfigurationError
+from lachesis.trainer.configure import compose_config, make_plan
+from lachesis.trainer.engine import device_name
 from lachesis.trainer.settings import TrainerSettings
 
 
@@ -28,10 +30,11 @@ class TrainerRank(Worker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)  # type: ignore[untyped-decorator]
     def train(self, settings: dict[str, Any]) -> int:
-        from lachesis.trainer.main import prepare, train
+        from lachesis.trainer.main import train
 
         told = TrainerSettings(**settings)
-        return train(*prepare(told), told, self._stop)
+        config = compose_config(told.overrides, device=device_name())
+        return train(config, make_plan(config, told), told, self._stop)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def stop(self) -> None:

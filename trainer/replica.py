@@ -9,25 +9,24 @@ order, and neither committed nor published twice.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from redis.exceptions import ResponseError
 from structlog.stdlib import BoundLogger
 
 from lachesis.broker import BlockingBroker, Conflict
 from lachesis.broker.crash import crash_point
-from lachesis.broker.records import BatchEntry, Group, Lease, LedgerEntry, TrainerConfig
+from lachesis.broker.records import Lease, LedgerEntry, TrainerConfig
+from lachesis.trainer.algo import Estimated
 from lachesis.trainer.checkpoint import Checkpoints
 from lachesis.trainer.configure import Plan
 from lachesis.trainer.engine import Engine
-from lachesis.trainer.mapping import TrainingBatch, to_batch
-from lachesis.trainer.metrics import batch_metrics
+from lachesis.trainer.examples import examples
+from lachesis.trainer.feed import Feed, Ready
+from lachesis.trainer.metrics import batch_metrics, mfu
+from lachesis.trainer.publisher import Publisher
 from lachesis.trainer.ranks import Crew
 from lachesis.trainer.tenure import Tenure
-from lachesis.trainer.versions import VersionStore
-
-POLL_S = 0.25  # how soon a request to stop is noticed while waiting
-SERVER_GONE_S = 600.0  # a server silent for this long no longer holds a version on disk
+from lachesis.trainer.tracking import Tracker
 
 
 class Replica:
@@ -40,14 +39,17 @@ class Replica:
         engine: Engine,
         crew: Crew,
         checkpoints: Checkpoints,
-        versions: VersionStore,
+        publisher: Publisher,
+        feed: Feed,
         tenure: Tenure,
+        tracker: Tracker,
         log: BoundLogger,
     ) -> None:
         self._broker, self._plan, self._engine, self._crew = broker, plan, engine, crew
-        self._checkpoints, self._versions, self._tenure, self._log = checkpoints, versions, tenure, log
+        self._checkpoints, self._publisher, self._feed = checkpoints, publisher, feed
+        self._tenure, self._tracker, self._log = tenure, tracker, log
         self.step = 0  # of the weights in memory
-        self._published = -1  # newest version
+        self._published = -1  # newest version handed to the publisher
         self._saved = 0  # newest checkpoint
 
     # -- taking over ----------------------------------------------------------------------------------------------
@@ -88,14 +90,14 @@ class Replica:
                 f"at step {committed}: the run was reset. Train under another --run"
             )
         self._load(committed)
-        for version in self._versions.versions():
-            if version > self._published:  # complete on disk, never announced
-                self._versions.remove(version)
+        self._publisher.resume(self._published)
         if self._published < 0:
             self._publish()
         for entry in ledger:
             if entry.step > self._saved:
                 self._replay(entry)
+        self._publisher.deliver(committed)  # a process may have died before it did
+        self._publisher.flush()
         self._save()  # so that crashes in a row don't make the replay longer and longer
 
     def _load(self, committed: int) -> None:
@@ -119,18 +121,9 @@ class Replica:
     async def _ledger(self) -> list[LedgerEntry]:
         return [entry async for entry in self._broker.broker.queue.ledger(self._plan.policy)]
 
-    def _fetch(self, of: BatchEntry | LedgerEntry) -> list[Group]:
-        try:
-            return self._broker.call(self._broker.broker.queue.fetch, of.gids)
-        except LookupError as error:
-            raise Conflict(
-                f"step {of.step} can't be trained: {error}. Its weights are in the checkpoint of that step or a later one, "
-                f"if there is one to put back into {self._checkpoints.folder} (its newest is of step {self._saved})"
-            ) from error
-
     def _replay(self, entry: LedgerEntry) -> None:
-        groups = self._fetch(entry)
-        self._crew.step(groups, self._batch(groups))
+        ready = self._feed.load(entry)
+        self._crew.step(ready.groups, ready.batch)
         self.step = entry.step
         self._log.info("replayed", step=self.step)
         if self._due():
@@ -143,49 +136,36 @@ class Replica:
 
         Raises LeaseLost if another trainer took over: the update in memory must be thrown away.
         """
-        while self.step < self._plan.num_steps and not stopping():
-            started = time.perf_counter()
-            lease = self._next_batch(stopping)
-            if lease is None:
+
+        def ending() -> bool:
+            self._publisher.check()  # a disk may be full while no batch comes
+            return stopping()
+
+        mark = time.perf_counter()
+        while self.step < self._plan.num_steps and not ending():
+            found = self._feed.next(self.step, ending)
+            if found is None:
                 break
-            self._one_step(lease, started)
+            mark = self._one_step(*found, since=mark)
         if self._due():  # where num_steps was lowered to where an earlier process had stopped
             self._publish()
+        self._publisher.flush(hurry=True)
         self._save()
 
-    def _next_batch(self, stopping: Callable[[], bool]) -> Lease | None:
-        plan, queue = self._plan, self._broker.broker.queue
-        while not stopping():
-            self._tenure.check()
-            newest = self._broker.call(queue.newest_group)
-            # as holder of the writer lock, whoever else holds a lease of this policy is gone: no need to let it lapse
-            try:
-                lease = self._broker.call(
-                    queue.lease_or_form,
-                    plan.policy,
-                    plan.replica,
-                    plan.batch_size,
-                    lapse_s=0,
-                    max_deliveries=plan.max_deliveries,
-                )
-            except ResponseError as error:
-                if "NOGROUP" not in str(error):
-                    raise
-                raise Conflict(f"run {plan.run!r} was reset while policy {plan.policy!r} was trained") from error
-            if lease is not None:
-                if lease.batch.step <= self.step:
-                    raise Conflict(f"got step {lease.batch.step} after step {self.step}: run {plan.run!r} was reset")
-                self._tenure.lease = lease
-                return lease
-            self._broker.call(queue.wait_for_group, POLL_S, after=newest)
-        return None
-
-    def _one_step(self, lease: Lease, started: float) -> None:
+    def _one_step(self, lease: Lease, ready: Ready, *, since: float) -> float:
+        """`since`: when the step before this one ended, and this one's wait began. Returns when this one ended."""
         leased = time.perf_counter()
-        groups = self._fetch(lease.batch)
-        fetched = time.perf_counter()
-        batch = self._batch(groups)
-        learned = self._crew.step(groups, batch)
+        if not self._plan.lockstep:
+            self._publisher.deliver(lease.batch.step)
+        if ready.untrainable:
+            first = ready.untrainable[0]
+            self._log.warning(
+                "sequences that can't be trained are left out: lachesis dead list",
+                step=lease.batch.step,
+                sequences=len(ready.untrainable),
+                first=f"{first.gid}: {first.detail}",
+            )
+        learned = self._crew.step(ready.groups, ready.batch)
         version_before, step = self.step, lease.batch.step
         crash_point("trained", step)
 
@@ -199,12 +179,20 @@ class Replica:
             v_min=lease.batch.v_min,
             lag=version_before - lease.batch.v_min,
             replica=self._plan.replica,
-            reward=batch.scores.mean().item(),
+            reward=ready.batch.scores.mean().item(),
             loss=learned["loss"],
             seconds=time.perf_counter() - leased,
         )
         self._tenure.check()
-        self._broker.call(self._broker.broker.queue.commit, self._plan.policy, lease, entry, token=self._tenure.token)
+        self._publisher.check()
+        self._broker.call(
+            self._broker.broker.queue.commit,
+            self._plan.policy,
+            lease,
+            entry,
+            token=self._tenure.token,
+            untrainable=ready.untrainable,
+        )
         self._tenure.lease = None
         self.step = step
         crash_point("committed", step)
@@ -212,36 +200,27 @@ class Replica:
         committed = time.perf_counter()
         if self._due():
             self._publish()
+        if self._plan.lockstep:
+            self._publisher.deliver(step, served=True)
         published = time.perf_counter()
         if step % self._plan.checkpoint_every == 0:
             self._save()
         finished = time.perf_counter()
         seconds = {
-            "wait_s": leased - started,
-            "fetch_s": fetched - leased,
+            "wait_s": leased - since,
+            "fetch_s": ready.fetch_s,
+            "map_s": ready.map_s,
             "publish_s": published - committed,
+            "write_s": self._publisher.write_s,
             "checkpoint_s": finished - published,
-            "step_s": finished - started,
+            "step_s": finished - since,
         }
-        self._report(batch_metrics(entry, groups, batch) | learned | seconds)
-
-    def _batch(self, groups: Sequence[Group]) -> TrainingBatch:
-        batch = to_batch(
-            groups,
-            vocab_size=self._engine.vocab_size,
-            max_tokens=self._plan.max_token_len,
-            temperature=self._plan.temperature,
-            compares=self._crew.compares,
-            distills=self._crew.distills,
-        )
-        if batch.unfit:
-            self._log.warning(
-                "sequences too long or with token ids the model lacks are left out",
-                sequences=batch.unfit,
-                max_tokens=self._plan.max_token_len,
-                vocab_size=self._engine.vocab_size,
-            )
-        return batch
+        estimated = self._crew.estimated
+        self._report(batch_metrics(entry, ready.groups, ready.batch, estimated) | learned | seconds, estimated)
+        if self._plan.examples_every and step % self._plan.examples_every == 0:
+            for values in examples(ready.groups, ready.batch, estimated, self._engine.tokenizer):
+                self._broker.call(self._broker.broker.journal.metric, "example", {"step": step} | values)
+        return finished
 
     # -- what others see ------------------------------------------------------------------------------------------
 
@@ -250,31 +229,28 @@ class Replica:
         return wanted and self.step > self._published
 
     def _publish(self) -> None:
-        """Publish the weights in memory, then delete versions nobody needs any more."""
+        """Copy the weights in memory and let the publisher write them."""
         self._tenure.check()
-        entry = self._versions.write(self.step, self.step, self._published, self._crew.tensors())
-        crash_point("announce", self.step)
-        self._broker.call(self._broker.broker.weights.publish, self._plan.policy, entry)
+        self._publisher.publish(self.step, self._published, self._crew.tensors())
         self._published = self.step
-
-        alive = time.time() - SERVER_GONE_S
-        servers = self._broker.call(self._broker.broker.parties.servers)
-        in_use = {v for server in servers if server.heartbeat > alive for v in (server.version, server.loading)}
-        self._versions.collect(keep=self._plan.keep_versions, in_use=in_use)
 
     def _save(self) -> None:
         self._tenure.check()
         if self.step > self._saved:
+            self._publisher.flush()  # a version that a crash leaves out is made from the checkpoint before it
             self._checkpoints.save(self.step)
             self._saved = self.step
         if self._saved:
             self._broker.call(self._broker.broker.queue.retire, self._plan.policy, self._saved)
 
-    def _report(self, values: dict[str, float]) -> None:
+    def _report(self, values: dict[str, float], estimated: Estimated | None) -> None:
         values["queue"] = self._broker.call(self._broker.broker.queue.status).groups
-        values["num_steps"], values["version"] = self._plan.num_steps, self._published
+        values["num_steps"], values["version"] = self._plan.num_steps, self._publisher.newest
         values["wait_share"] = values["wait_s"] / values["step_s"]
         values["tokens_per_s"] = values["tokens"] / values["step_s"]
+        if estimated is not None and self._engine.flops_counter is not None:
+            values["perf/mfu/actor"] = mfu(self._engine.flops_counter, estimated.batch, values["train_s"])
         self._broker.call(self._broker.broker.journal.metric, "step", values)
+        self._tracker.log(self.step, values)
         shown = ("step", "reward", "loss", "grad_norm", "lag", "queue", "wait_s", "step_s")
         self._log.info("trained", **{name: round(values[name], 4) for name in shown})

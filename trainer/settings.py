@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
+from typing import Literal
+
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
@@ -15,12 +18,39 @@ class TrainerSettings(RedisSettings):
     configuration: `lachesis trainer --redis-url … actor_rollout_ref.model.path=FOLDER lachesis.num_steps=200`.
     """
 
-    print_config: bool = Field(False, description="print the resolved Hydra configuration and exit")
-    dry_run: bool = Field(False, description="check everything, build the engine, and exit without training")
+    cfg: Literal["job"] | None = Field(None, description="job: print the resolved configuration, and exit")
+    dry_run: bool = Field(
+        False,
+        description="check everything, build the engine, write the resolved configuration to the state folder, and exit",
+    )
     ray_ranks: int = Field(
         0, ge=0, description="train with so many ranks as actors of a Ray cluster (RAY_ADDRESS); 0: in this process"
     )
     ray_ranks_per_node: int = Field(0, ge=0, description="ranks on one node of that cluster; 0: all on one")
     overrides: CliPositionalArg[list[str]] = Field(
         default_factory=list, description="Hydra overrides, e.g. actor_rollout_ref.actor.optim.lr=1e-5"
+    )
+
+
+def explain_overrides() -> str:
+    """What --help says beyond the options: every override of ours, and how to write one. Imports nothing heavy."""
+    config = files("lachesis.trainer.config")
+    ours = (config / "trainer.yaml").read_text().partition("\nlachesis:")[2]
+    presets = {
+        folder.name: sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+        for folder in config.iterdir()
+        if folder.is_dir() and folder.name != "__pycache__"
+    }
+    return "\n".join(
+        (
+            "overrides, in Hydra's syntax:",
+            "  lachesis.batch_size=64                           a value",
+            "  'lachesis.tracking=[tensorboard,file]'           a list (quote it for the shell)",
+            "  actor_rollout_ref.actor.clip_ratio_high=0.28     what verl calls its own keeps its name; see",
+            "                                                   --cfg job for all of verl's that are read",
+            *(f"  {name + '=' + '|'.join(names):<48} a preset" for name, names in sorted(presets.items())),
+            "",
+            "ours, and verl's that have another default here:",
+            "  lachesis:" + ours.rstrip().replace("\n", "\n  "),
+        )
     )

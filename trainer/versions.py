@@ -16,11 +16,12 @@ from pathlib import Path
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lachesis.broker.crash import crash_point
-from lachesis.broker.errors import WeightsRefused
+from lachesis.broker.errors import StorageError, WeightsRefused
 from lachesis.broker.records import FileInfo, Manifest, TensorInfo, WeightsEntry
 from lachesis.trainer.durable import rename_durably, sync
 
@@ -40,6 +41,7 @@ class VersionStore:
             shutil.rmtree(left, ignore_errors=True)
         self._shared = folder / ".shared"
         self._shared.mkdir(parents=True)
+        self._host: dict[str, Tensor] = {}
         self._shared_files: dict[str, FileInfo] = {}
         for path in sorted(model_dir.iterdir()):
             if path.is_file() and not WEIGHTS.fullmatch(path.name) and path.name != MANIFEST:
@@ -53,18 +55,45 @@ class VersionStore:
         names = (re.fullmatch(r"v(\d{6,})", path.name) for path in self.folder.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
-    def write(self, version: int, step: int, parent: int, tensors: Iterable[tuple[str, Tensor]]) -> WeightsEntry:
+    def copy(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        """The tensors in host memory, in the published dtype, apart from those that training goes on to change.
+
+        The memory is that of the copy before, which has to be written by now: new pages cost as much as copying.
+        Raises WeightsRefused for a value that is not finite in that dtype.
+        """
+        copied = []
+        for name, tensor in tensors:
+            tensor = tensor.detach()
+            # rounding keeps order, and a NaN is its own extreme: this is isfinite of every value, ten times as fast
+            extremes = torch.stack(torch.aminmax(tensor)).to(self._dtype) if tensor.numel() else tensor
+            if not torch.isfinite(extremes).all():
+                raise WeightsRefused(
+                    f"version {version} is not published: {name} holds values that are not finite as {self._dtype_name}. "
+                    "Lower actor_rollout_ref.actor.optim.lr and go on from an earlier checkpoint"
+                )
+            host = self._host.get(name)
+            if host is None or host.shape != tensor.shape:
+                host = self._host[name] = torch.empty(tensor.shape, dtype=self._dtype)
+            copied.append((name, host.copy_(tensor)))
+        return copied
+
+    def write(self, version: int, step: int, parent: int, copied: Iterable[tuple[str, Tensor]]) -> WeightsEntry:
         """Write a version and return the event that announces it; one that is there already is replaced.
 
-        Raises WeightsRefused for a value that is not finite in the published dtype; nothing is left behind then.
+        Raises StorageError if it can't be written; nothing is left behind then.
         """
         temporary = self.folder / f".tmp-v{version}"
-        temporary.mkdir()
         try:
-            files, infos = self._write_shards(temporary, version, tensors)
-        except WeightsRefused:
-            shutil.rmtree(temporary)
-            raise
+            return self._write(temporary, version, step, parent, copied)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise StorageError(f"version {version} can't be written to {self.folder}: {error}") from error
+
+    def _write(
+        self, temporary: Path, version: int, step: int, parent: int, copied: Iterable[tuple[str, Tensor]]
+    ) -> WeightsEntry:
+        temporary.mkdir()
+        files, infos = self._write_shards(temporary, copied)
         for name in self._shared_files:
             try:
                 os.link(self._shared / name, temporary / name)
@@ -103,7 +132,7 @@ class VersionStore:
         return collected
 
     def _write_shards(
-        self, folder: Path, version: int, tensors: Iterable[tuple[str, Tensor]]
+        self, folder: Path, tensors: Iterable[tuple[str, Tensor]]
     ) -> tuple[dict[str, FileInfo], dict[str, TensorInfo]]:
         files: dict[str, FileInfo] = {}
         infos: dict[str, TensorInfo] = {}
@@ -119,17 +148,11 @@ class VersionStore:
 
         size = 0
         for key, tensor in tensors:
-            ready = tensor.detach().to(device="cpu", dtype=self._dtype).contiguous()
-            if not torch.isfinite(ready).all():
-                raise WeightsRefused(
-                    f"version {version} is not published: {key} holds values that are not finite as {self._dtype_name}. "
-                    "Lower actor_rollout_ref.actor.optim.lr and go on from an earlier checkpoint"
-                )
-            if shard and size + ready.nbytes > SHARD_BYTES:
+            if shard and size + tensor.nbytes > SHARD_BYTES:
                 flush(f"model-{len(files) + 1:05d}.safetensors")
                 size = 0
-            shard[key] = ready
-            size += ready.nbytes
+            shard[key] = tensor
+            size += tensor.nbytes
         if not files:
             flush("model.safetensors")
             return files, infos

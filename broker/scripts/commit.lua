@@ -1,7 +1,9 @@
 #!lua flags=allow-oom
 -- COMMIT: the batch has been trained: acknowledge it and write the ledger, once, and only for who holds it.
--- KEYS  1 batches (stream)  2 ledger:<policy> (stream)  3 state (hash)  4 writer:<policy> (string)
--- ARGV  1 policy (consumer group)  2 consumer  3 step  4 writer token, '' for a consumer without one  5… the ledger entry's fields and values
+-- KEYS  1 batches (stream)  2 ledger:<policy> (stream)  3 state (hash)  4 writer:<policy> (string)  5 refused (stream)
+-- ARGV  1 policy (consumer group)  2 consumer  3 step  4 writer token, '' for a consumer without one
+--       5 letters to keep, approximately  6 number k of sequences that could not be trained  7…6+8k a letter each (4 fields and values)
+--       then the ledger entry's fields and values
 -- reply "committed" | "already" | "fenced" (another writer) | "stolen" (another consumer) | "gone" (nobody holds it)
 -- XACK alone does not check ownership, so this does. Steps of several HTTP trainers may finish out of order: a late
 -- one gets the id <newest step>-<k>; the field `step` is what counts.
@@ -26,7 +28,12 @@ if #newest > 0 then
   local last = tonumber(string.match(newest[1][1], '^%d+'))
   if last >= step then entry = last .. '-*' end
 end
-redis.call('XADD', ledger, entry, unpack(ARGV, 5))
+local k = tonumber(ARGV[6])
+redis.call('XADD', ledger, entry, unpack(ARGV, 7 + 8 * k))
 redis.call('XACK', batches, policy, id)
+for i = 0, k - 1 do
+  redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[5], '*', unpack(ARGV, 7 + 8 * i, 14 + 8 * i))
+end
+if k > 0 then redis.call('HINCRBY', KEYS[3], 'untrainable', k) end
 redis.call('HINCRBY', KEYS[3], 'committed:' .. policy, 1)
 return 'committed'

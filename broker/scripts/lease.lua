@@ -2,12 +2,31 @@
 -- LEASE: lend the consumer one batch: its own unfinished one, else one whose lease lapsed, else the next new one.
 -- KEYS  1 batches (stream)  2 state (hash)  3 dead (stream)  4 skipped (hash)
 -- ARGV  1 policy (consumer group)  2 consumer  3 milliseconds after which another consumer's lease has lapsed (0: at once)
---       4 how often a batch may be lent, 0 for any number
+--       4 how often a batch may be lent, 0 for any number  5 '1' if the batch counts as delivered from now on, '0' if DELIVER will say so
 -- reply nil | {id, fields, deliveries}
 -- Idempotent: a caller that lost the reply gets the same batch again. Reading it again renews the lease and counts as a
 -- delivery. A batch that was lent too often is given up, and the next one lent: the policy goes on without it; and if
 -- no other policy has trained it or still may, its groups become dead letters.
 local stream, policy, consumer, limit = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[4])
+
+local function deliver(step)  -- the same as DELIVER
+  local delivered, groups, sequences = tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0'), 0, 0
+  if step <= delivered then return end
+  for _, entry in ipairs(redis.call('XRANGE', stream, (delivered + 1) .. '-0', step .. '-0')) do
+    for j = 1, #entry[2], 2 do
+      if entry[2][j] == 'gids' then groups = groups + select(2, string.gsub(entry[2][j + 1], '%S+', '')) end
+      if entry[2][j] == 'n' then sequences = sequences + tonumber(entry[2][j + 1]) end
+    end
+  end
+  redis.call('HSET', KEYS[2], 'delivered', step)
+  redis.call('HINCRBY', KEYS[2], 'undelivered_groups', -groups)
+  redis.call('HINCRBY', KEYS[2], 'undelivered_sequences', string.format('%.0f', -sequences))
+end
+
+local function lend(id, fields, deliveries)
+  if ARGV[5] == '1' then deliver(tonumber(string.match(id, '^%d+'))) end
+  return {id, fields, deliveries}
+end
 
 local function give_up(id, fields, deliveries)
   local step, batch, policies, wanted = string.match(id, '^%d+'), {}, {}, false
@@ -27,6 +46,7 @@ local function give_up(id, fields, deliveries)
     redis.call('HINCRBY', KEYS[2], 'dropped:deliveries', 1)
   end
   for _, name in ipairs(policies) do redis.call('HSET', KEYS[4], name .. ':' .. step, '') end
+  deliver(tonumber(step))
   redis.call('XDEL', stream, id)
   if tonumber(batch.bytes or '0') > 0 then redis.call('HINCRBY', KEYS[2], 'kept_bytes', '-' .. batch.bytes) end
 end
@@ -41,20 +61,10 @@ while true do
   end
   if not again then break end
   local deliveries = redis.call('XPENDING', stream, policy, again[1], again[1], 1)[1][4]
-  if limit == 0 or deliveries <= limit then return {again[1], again[2], deliveries} end
+  if limit == 0 or deliveries <= limit then return lend(again[1], again[2], deliveries) end
   give_up(again[1], again[2], deliveries - 1)
 end
 
 local new = redis.call('XREADGROUP', 'GROUP', policy, consumer, 'COUNT', 1, 'STREAMS', stream, '>')
 if not new then return nil end
-local id, fields = new[1][2][1][1], new[1][2][1][2]
-local step = tonumber(string.match(id, '^%d+'))
-if step > tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0') then
-  local batch = {}
-  for j = 1, #fields, 2 do batch[fields[j]] = fields[j + 1] end
-  local _, groups = string.gsub(batch.gids, '%S+', '')
-  redis.call('HSET', KEYS[2], 'delivered', step)
-  redis.call('HINCRBY', KEYS[2], 'undelivered_groups', -groups)
-  redis.call('HINCRBY', KEYS[2], 'undelivered_sequences', '-' .. batch.n)
-end
-return {id, fields, 1}
+return lend(new[1][2][1][1], new[1][2][1][2], 1)

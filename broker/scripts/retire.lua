@@ -2,11 +2,12 @@
 -- RETIRE: free a batch that every reader covers, if the batches kept are more than the run is to keep.
 -- KEYS  1 batches (stream)  2 state (hash)  3 settings (hash)  4… blob:<gid> of its groups (strings)
 -- ARGV  1 step
--- reply "freed" | "gone" (freed before) | "wanted" (some reader does not cover it) | "kept" (within `keep_bytes`)
+-- reply "freed" | "gone" (freed before) | "wanted" (some reader does not cover it, or it still counts as queued) | "kept" (within `keep_bytes`)
 -- All in one script, so that a reader that has just subscribed finds a batch whole or not at all.
 local step = tonumber(ARGV[1])
 local found = redis.call('XRANGE', KEYS[1], step .. '-0', step .. '-0')
 if #found == 0 then return 'gone' end
+if step > tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0') then return 'wanted' end
 local readers = redis.call('XINFO', 'GROUPS', KEYS[1])
 if #readers == 0 then return 'wanted' end
 for _, reader in ipairs(readers) do

@@ -100,6 +100,16 @@ async def lease(run: Run) -> None:
     assert (await run.direct.queue.status()).delivered == 1
 
 
+async def deliver(run: Run) -> None:
+    await run.filled()
+    await run.direct.queue.form(4)
+    await run.direct.queue.form(4)
+    run.lose("deliver")
+    await run.broker.queue.deliver(1)
+    status = await run.direct.queue.status()
+    assert (status.delivered, status.sequences) == (1, 4)
+
+
 async def renew(run: Run) -> None:
     found = await run.leased()
     run.lose("renew")
@@ -229,7 +239,7 @@ async def note(run: Run) -> None:
 
 
 SCRIPTS = {case.__name__: case for case in (
-    arrive, put, bury, form, drop, lease, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, adopt,
+    arrive, put, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, adopt,
     register_env,
     publish, append, note,
 )}  # fmt: skip

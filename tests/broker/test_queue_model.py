@@ -74,7 +74,7 @@ class QueueModel(RuleBasedStateMachine):
         self.dead: list[str] = []
         self.purged: list[str] = []
         self.batches: dict[int, list[str]] = {}  # still kept
-        self.formed = 0
+        self.formed = self.delivered = 0
         self.leases: list[tuple[str, Lease]] = []
         self.readers = {"main": Reader(), "shadow": Reader()}
         for policy in self.readers:
@@ -106,7 +106,7 @@ class QueueModel(RuleBasedStateMachine):
             self.max_lag = self.max_lag if limits.max_lag is None else limits.max_lag
 
     def expected_reply(self, size: int, env: int | None, stored: int, limits: Limits) -> str:
-        delivered = max(reader.delivered for reader in self.readers.values())
+        delivered = self.delivered
         waiting = sum(self.size[gid] for gid in self.waiting) + (self.formed - delivered) * BATCH
         if limits.max_lag and waiting >= limits.max_lag * BATCH:
             return "late"
@@ -133,16 +133,24 @@ class QueueModel(RuleBasedStateMachine):
         entry = WeightsEntry(self.version, self.version, "file:///v", "0", 1, "BF16", self.version - steps)
         self.call(self.broker.weights.publish, "main", entry)
 
-    @rule(policy=POLICIES, consumer=CONSUMERS, lapsed=st.booleans())
-    def lease(self, policy: str, consumer: str, lapsed: bool) -> None:
-        queue, lapse_s = self.broker.queue, 0 if lapsed else 600
-        found = self.call(queue.lease_or_form, policy, consumer, BATCH, lapse_s=lapse_s, max_deliveries=MAX_DELIVERIES)
+    @rule(policy=POLICIES, consumer=CONSUMERS, lapsed=st.booleans(), delivered=st.booleans())
+    def lease(self, policy: str, consumer: str, lapsed: bool, delivered: bool) -> None:
+        queue, options = self.broker.queue, {"lapse_s": 0 if lapsed else 600, "max_deliveries": MAX_DELIVERIES}
+        found = self.call(queue.lease, policy, consumer, delivered=delivered, **options)
+        if found is None and self.call(queue.form, BATCH) is not None:
+            found = self.call(queue.lease, policy, consumer, delivered=delivered, **options)
         step = self.expected_lease(self.readers[policy], consumer, lapsed)
         assert (found.batch.step if found else None) == step
+        self.delivered = max(self.delivered, (step or 0) * delivered)
         if found is not None:
             assert list(found.batch.gids) == self.batches[found.batch.step]
             assert found.deliveries == self.readers[policy].lent[found.batch.step]
             self.leases.append((policy, found))
+
+    @rule(step=st.integers(0, 9))
+    def deliver(self, step: int) -> None:
+        assert self.call(self.broker.queue.deliver, step) is (self.delivered < step <= self.formed)
+        self.delivered = step if step <= self.formed and step > self.delivered else self.delivered
 
     def expected_lease(self, reader: Reader, consumer: str, lapsed: bool) -> int | None:
         while True:
@@ -175,6 +183,7 @@ class QueueModel(RuleBasedStateMachine):
         reader.given_up[step] = self.batches[step]
         if all(step in each.given_up for each in self.readers.values()):
             self.dead += self.batches.pop(step)
+            self.delivered = max(self.delivered, step)
             for each in self.readers.values():
                 each.given_up[step] = []
 
@@ -249,7 +258,7 @@ class QueueModel(RuleBasedStateMachine):
         assert settled == min(reader.holder, default=reader.delivered + 1) - 1
         reader.covered = settled
         limit = min(reader.covered for reader in self.readers.values())
-        freed = [step for step in self.batches if step <= limit]
+        freed = [step for step in self.batches if step <= min(limit, self.delivered)]
         assert self.call(self.broker.queue.retire, policy, settled) == len(freed)
         for step in freed:
             del self.batches[step]
@@ -259,7 +268,7 @@ class QueueModel(RuleBasedStateMachine):
         if not hasattr(self, "stack"):
             return
         status = self.call(self.broker.queue.status)
-        delivered = max(reader.delivered for reader in self.readers.values())
+        delivered = self.delivered
         undelivered = [gid for step in range(delivered + 1, self.formed + 1) for gid in self.batches[step]]
         queued = [*self.waiting, *undelivered]
         assert (status.accepted, status.groups) == (len(self.size), len(queued))

@@ -6,12 +6,13 @@ from typing import Any
 
 import anyio
 import pytest
+from redis.exceptions import ResponseError
 from scored import group, trained
 
 from lachesis.broker import Broker, LeaseLost
 from lachesis.broker.audit import audit
 from lachesis.broker.codec import to_entry
-from lachesis.broker.dead import Letter
+from lachesis.broker.dead import Letter, untrainable
 from lachesis.broker.errors import NotFound
 from lachesis.broker.packing import pack, to_blob
 from lachesis.broker.queue import BLOB_TTL_S, SEEN_TTL_S
@@ -181,6 +182,51 @@ async def test_a_lease_asked_for_twice_is_the_same_batch(broker: Broker) -> None
     assert (status.formed, status.delivered, status.groups) == (1, 1, 2)
 
 
+async def test_a_batch_lent_without_counting_stays_queued_until_it_is_delivered(broker: Broker) -> None:
+    await broker.queue.subscribe("main")
+    await put(broker, 1, 2, 3, 4)
+    for _ in range(2):
+        await broker.queue.form(4)
+    first = await broker.queue.lease("main", "a", lapse_s=600, delivered=False)
+    assert first is not None
+    await broker.queue.commit("main", first, trained(first.batch))
+    assert await broker.queue.retire("main", 1) == 0  # the counters still count it
+    status = await broker.queue.status()
+    assert (status.delivered, status.groups, status.sequences) == (0, 4, 8)
+    assert (await audit(broker)).findings == []
+    assert await broker.queue.deliver(1)
+    assert not await broker.queue.deliver(1)
+    assert not await broker.queue.deliver(9)  # never formed
+    assert await broker.queue.retire("main", 1) == 1
+    status = await broker.queue.status()
+    assert (status.delivered, status.groups, status.sequences) == (1, 2, 4)
+    second = await lease(broker)
+    assert (second.batch.step, (await broker.queue.status()).groups) == (2, 0)
+
+
+async def test_what_comes_next_is_told_without_lending_it(broker: Broker) -> None:
+    upcoming = broker.queue.upcoming
+    with pytest.raises(ResponseError, match="NOGROUP"):
+        await upcoming("main", 0)
+    await broker.queue.subscribe("main")
+    await put(broker, *range(6))
+    assert await upcoming("main", 0) is None
+    for _ in range(3):
+        await broker.queue.form(4)
+    first, second = await upcoming("main", 0), await lease(broker)
+    assert first == second.batch
+    found = await upcoming("main", 1)
+    assert found is not None
+    assert found.step == 2
+    assert await broker.queue.lease("main", "b", lapse_s=600) is not None
+    for after, step in ((0, 1), (1, 2), (2, 3)):  # what is pending comes first
+        found = await upcoming("main", after)
+        assert found is not None
+        assert found.step == step
+    status = await broker.queue.status()
+    assert (status.delivered, status.groups) == (2, 2)
+
+
 async def test_only_a_lapsed_lease_goes_to_another_consumer(broker: Broker) -> None:
     await put(broker, 1, 2)
     held = await lease(broker, "a")
@@ -191,6 +237,30 @@ async def test_only_a_lapsed_lease_goes_to_another_consumer(broker: Broker) -> N
     assert taken.batch == held.batch
     assert not await broker.queue.renew("main", held)  # a late heartbeat does not take the batch back
     assert await broker.queue.lease("main", "a", lapse_s=600) is None
+
+
+async def test_sequences_that_a_step_is_trained_without_are_noted_once(broker: Broker) -> None:
+    await put(broker, 1, 2)
+    held = await lease(broker)
+    letters = [
+        untrainable("g1", 1, "token id 9: must be below 8"),
+        untrainable("g/2", 0, "9 tokens: must not exceed 8"),
+    ]
+    for _ in range(2):  # the second changes nothing
+        await broker.queue.commit("main", held, trained(held.batch), untrainable=letters)
+    found = await broker.dead.all()
+    assert [(letter.accepted, letter.sequence, letter.entry) for letter in found] == [
+        (False, ("g1", 1), letters[0]),
+        (False, ("g/2", 0), letters[1]),
+    ]
+    status = await broker.queue.status()
+    assert (status.untrainable, status.dead) == (2, 0)
+    assert await broker.dead.body(found[0]) == (await broker.queue.blobs(["g1"]))[0]
+    report = await audit(broker)
+    assert (report.findings, report.trained) == ([], 2)
+    await broker.queue.retire("main", 1)
+    with pytest.raises(NotFound, match="the data of 'g1' is gone: the group was trained"):
+        await broker.dead.body(found[0])
 
 
 async def test_each_policy_gets_every_batch(broker: Broker) -> None:

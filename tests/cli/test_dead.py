@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from scored import trained
 from test_commands import lachesis
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
+from lachesis.broker.dead import untrainable
 from lachesis.broker.records import Limits, ScoredGroup, TrainerConfig, WeightsEntry
 
 pytestmark = pytest.mark.anyio
@@ -75,6 +77,28 @@ async def test_they_are_put_back_unless_that_would_be_in_vain(broker: Broker, wh
     report = await audit(broker)
     assert report.findings == []
     assert (report.accepted, report.queued, report.dead, report.purged) == (5, 3, 2, 0)
+
+
+async def test_a_sequence_that_its_group_was_trained_without_can_only_be_looked_at(broker: Broker) -> None:
+    where = ("--redis-url", broker.url, "--run", broker.keys.run)
+    for number in range(2):
+        await broker.queue.put(f"g{number}", group(number), v_min=0, v_max=0)
+    await broker.queue.subscribe("main")
+    lease = await broker.queue.lease_or_form("main", "t", 4, lapse_s=0)
+    assert lease is not None
+    letter = untrainable("g1", 1, "token id 9: must be below 8")
+    await broker.queue.commit("main", lease, trained(lease.batch), untrainable=[letter])
+    listed = lachesis("dead", "list", *where).stdout
+    assert listed.split()[:2] == ["g1/1", "untrainable"]
+    shown = lachesis("dead", "show", "g1/1", *where).stdout
+    assert "sequence 1  score 1.5, 2 tokens" in shown
+    assert "sequence 0" not in shown
+    done = lachesis("dead", "requeue", "g1/1", *where)
+    assert (done.returncode, done.stdout) == (1, "g1/1: not requeued: the rest of its group was trained without it\n")
+    assert lachesis("dead", "requeue", "--all", *where).returncode == 0
+    assert "1 sequences that their groups were trained without" in lachesis("status", *where).stdout
+    assert lachesis("dead", "purge", "--all", *where).stdout == "purged 1 sequences\n"
+    assert await broker.queue.fetch(["g1"])  # the group's data is not the letter's
 
 
 async def test_they_are_given_up(broker: Broker, where: tuple[str, ...]) -> None:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from omegaconf import OmegaConf
+from trainer_kit import start_trainer
 
-from lachesis.broker import ConfigurationError
+from lachesis.broker import ConfigurationError, EmbeddedRedis
 from lachesis.trainer.configure import compose_config, find_model, make_plan
-from lachesis.trainer.settings import TrainerSettings
+from lachesis.trainer.settings import TrainerSettings, explain_overrides
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -62,6 +63,10 @@ def test_verl_accepts_the_configuration(configured: Configured) -> None:
         ("lachesis.num_steps", "many", "lachesis.num_steps = 'many'"),
         ("lachesis.lease_s", 0.1, "lachesis.lease_s = 0.1"),
         ("lachesis.max_deliveries", -1, "lachesis.max_deliveries = -1"),
+        ("lachesis.examples_every", -1, "lachesis.examples_every = -1: must be a whole number; 0 for none"),
+        ("lachesis.prefetch", 2, "lachesis.prefetch = 2: must be 0 or 1"),
+        ("lachesis.lockstep", "yes", "lachesis.lockstep = 'yes': must be true or false"),
+        ("lachesis.tracking", ["visdom"], "lachesis.tracking: no backend 'visdom'"),
         ("lachesis.policy", "a b", "lachesis.policy = 'a b'"),
         ("lachesis.weights_dtype", "int4", "must be one of fp32, bf16, fp16"),
         ("lachesis.max_token_len", 129, "must be from 1 to 128"),
@@ -137,8 +142,29 @@ def test_values_that_verl_refuses_are_one_line(configured: Configured) -> None:
 def test_the_configuration_can_be_printed(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from lachesis.trainer.main import run
 
-    overrides = [f"actor_rollout_ref.model.path={tiny_model}", "lachesis.num_steps=7"]
-    assert run(TrainerSettings(state_dir=tmp_path, overrides=overrides, print_config=True)) == 0
-    printed = OmegaConf.create(capsys.readouterr().out)
-    assert printed.lachesis.num_steps == printed.actor_rollout_ref.actor.optim.total_training_steps == 7
-    assert list(tmp_path.iterdir()) == []
+    for overrides in ([f"actor_rollout_ref.model.path={tiny_model}"], []):  # also before there is a model
+        settings = TrainerSettings(state_dir=tmp_path, overrides=["lachesis.num_steps=7", *overrides], cfg="job")
+        assert run(settings) == 0
+        printed = OmegaConf.create(capsys.readouterr().out)
+        assert printed.lachesis.num_steps == printed.actor_rollout_ref.actor.optim.total_training_steps == 7
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.verl
+def test_a_dry_run_writes_the_resolved_configuration_and_says_where(
+    shared_redis: EmbeddedRedis, tiny_model: Path, tmp_path: Path
+) -> None:
+    overrides = [f"actor_rollout_ref.model.path={tiny_model}", "lachesis.num_steps=7", "lachesis.policy=p"]
+    process = start_trainer(shared_redis.url, "dry", tmp_path, overrides, dry_run=True)
+    process.join(60)
+    assert process.exitcode == 0
+    written = tmp_path / "runs/dry/trainer-p.yaml"
+    assert OmegaConf.load(written).actor_rollout_ref.actor.optim.total_training_steps == 7
+    assert str(written) in (tmp_path / "trainer.log").read_text()
+
+
+def test_help_explains_every_setting_of_ours() -> None:
+    explained = explain_overrides()
+    for name in compose_config([], device="cpu").lachesis:
+        assert f"    {name}: " in explained, name
+    assert "device=cpu|cuda" in explained

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
-from trainer_kit import fill
+from trainer_kit import fill, until
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, LeaseLost, connect_blocking
 from lachesis.trainer.tenure import Tenure
 
 TTL_S = 1.0
-PATIENCE_S = 10.0
 
 
 @pytest.fixture
@@ -28,13 +27,6 @@ def never() -> bool:
 
 def held(tenure: Tenure) -> bool:
     return tenure.wait(unless=never, on_standby=lambda: None)
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
 
 
 def key(blocking: BlockingBroker) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import signal
 import time
@@ -13,7 +14,7 @@ import anyio
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
-from trainer_kit import fill, start_trainer
+from trainer_kit import fill, scored_group, start_trainer
 
 from lachesis.broker import BlockingBroker, Broker, EmbeddedRedis, connect_blocking
 from lachesis.broker.audit import audit
@@ -122,6 +123,7 @@ def test_an_undisturbed_run_trains_exactly_its_steps(undisturbed: tuple[Run, lis
 
 
 KILLS = [
+    ("prefetched:2", "after a batch was made ready, while the one before it trains"),
     ("trained:2", "after the optimizer step, before the commit"),
     ("committed:3", "after the commit, before publishing"),
     ("checkpoint:4", "while a checkpoint is written"),
@@ -157,6 +159,22 @@ def test_a_batch_that_kills_the_trainer_leaves_a_hole_in_the_steps(a_run: Run) -
         assert report.findings == []
         assert report.dead == 2 * BATCH // GROUP
         assert blocking.call(blocking.broker.queue.batches) == []
+
+
+def test_sequences_that_can_not_be_trained_are_left_out_and_noted_once(a_run: Run) -> None:
+    bad = scored_group(random.Random(7))
+    bad.tokens[2][-1] = 9999
+    with a_run.broker() as blocking:
+        blocking.call(fill, blocking.broker, groups=3 * BATCH // GROUP)
+        blocking.call(blocking.broker.queue.put, "bad", bad, v_min=0, v_max=0)
+        blocking.call(fill, blocking.broker, groups=1, first=100)
+        assert a_run.finish(a_run.start("lachesis.num_steps=4", crash_at="committed:4")) == -signal.SIGKILL
+        assert a_run.finish(a_run.start("lachesis.num_steps=4")) == 0  # trains step 4 again, commits it no second time
+        (letter,) = blocking.call(blocking.broker.dead.all)
+        assert (letter.sequence, letter.entry.detail) == (("bad", 2), "token id 9999: must be below 320")
+        report = blocking.call(audit, blocking.broker)
+        assert (report.findings, report.trained, report.dead) == ([], 8, 0)
+    assert "bad/2: token id 9999" in (a_run.state_dir / "trainer.log").read_text()
 
 
 def test_sigterm_finishes_the_step_and_leaves_a_checkpoint(a_run: Run) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from trainer_kit import make_tiny_model, scored_group, stored
 
-from lachesis.broker import WeightsRefused
-from lachesis.broker.records import Manifest
+from lachesis.broker import StorageError, WeightsRefused
+from lachesis.broker.records import Manifest, WeightsEntry
 from lachesis.trainer import versions
 from lachesis.trainer.mapping import to_batch
 from lachesis.trainer.versions import VersionStore
@@ -31,13 +32,17 @@ def tensors(value: float = 1.0) -> list[tuple[str, Tensor]]:
     return [("a.weight", torch.full((3, 2), value)), ("b.weight", torch.arange(4.0)), ("c.weight", torch.ones(2))]
 
 
+def write(store: VersionStore, version: int, tensors: Iterable[tuple[str, Tensor]]) -> WeightsEntry:
+    return store.write(version, version, version - 1, store.copy(version, tensors))
+
+
 @pytest.fixture
 def store(tmp_path: Path, tiny_model: Path) -> VersionStore:
     return VersionStore(tmp_path / "weights", tiny_model, dtype="bf16")
 
 
 def test_a_version_holds_what_its_manifest_says(store: VersionStore, tiny_model: Path) -> None:
-    entry = store.write(7, 7, 6, tensors())
+    entry = write(store, 7, tensors())
     folder = Path(entry.uri)
     assert folder == store.path(7)
     raw = (folder / "manifest.json").read_bytes()
@@ -59,7 +64,7 @@ def test_a_version_holds_what_its_manifest_says(store: VersionStore, tiny_model:
 
 def test_large_models_are_written_in_shards(store: VersionStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "SHARD_BYTES", 12)
-    folder = Path(store.write(1, 1, 0, tensors()).uri)
+    folder = Path(write(store, 1, tensors()).uri)
     manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
     index = msgspec.json.decode((folder / "model.safetensors.index.json").read_bytes())
     assert len({info.file for info in manifest.tensors.values()}) == 2
@@ -72,26 +77,48 @@ def test_large_models_are_written_in_shards(store: VersionStore, monkeypatch: py
 def test_values_that_are_not_finite_are_never_published(store: VersionStore, value: float) -> None:
     broken = torch.tensor([1.0, value], dtype=torch.float64)
     with pytest.raises(WeightsRefused, match=r"version 3 .* b\.weight"):
-        store.write(3, 3, 2, [("a.weight", torch.ones(1)), ("b.weight", broken)])
+        write(store, 3, [("a.weight", torch.ones(1)), ("b.weight", broken)])
     assert store.versions() == []
     assert [path.name for path in store.folder.iterdir()] == [".shared"]
 
 
+def test_a_copy_does_not_follow_the_weights(store: VersionStore, tmp_path: Path, tiny_model: Path) -> None:
+    for kept in (store, VersionStore(tmp_path / "fp32", tiny_model, dtype="fp32")):  # narrowed, or as they are
+        weight = torch.ones(2, 3)
+        copied = kept.copy(1, [("a.weight", weight), ("a.transposed", weight.T)])
+        weight.zero_()
+        assert all(tensor.eq(1).all() and tensor.is_contiguous() for _, tensor in copied)
+
+
+def test_a_full_disk_is_told_in_one_line_and_left_without_halves(store: VersionStore) -> None:
+    weights = [("a.weight", torch.ones(1 << 16))]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limit[1]))  # as if there was no more room
+    try:
+        with pytest.raises(StorageError, match=f"version 4 can't be written to {store.folder}: ") as refusal:
+            write(store, 4, weights)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "\n" not in str(refusal.value)
+    assert [path.name for path in store.folder.iterdir()] == [".shared"]
+    write(store, 4, weights)
+
+
 def test_a_version_that_was_never_announced_is_replaced(store: VersionStore) -> None:
-    store.write(1, 1, 0, tensors(1.0))
-    second = store.write(1, 1, 0, tensors(2.0))
+    write(store, 1, tensors(1.0))
+    second = write(store, 1, tensors(2.0))
     assert load_file(Path(second.uri) / "model.safetensors")["a.weight"].max() == 2
 
 
 def test_the_newest_and_those_in_use_survive_collection(store: VersionStore) -> None:
     for version in range(6):
-        store.write(version, version, version - 1, tensors())
+        write(store, version, tensors())
     assert store.collect(keep=2, in_use={1, -1}) == [0, 2, 3]
     assert store.versions() == [1, 4, 5]
 
 
 def test_what_a_crash_left_half_done_is_cleared(store: VersionStore, tiny_model: Path) -> None:
-    store.write(1, 1, 0, tensors())
+    write(store, 1, tensors())
     (store.folder / ".tmp-v2").mkdir()
     (store.folder / ".old-v0").mkdir()
     again = VersionStore(store.folder, tiny_model, dtype="bf16")
@@ -110,7 +137,7 @@ def test_adapters_are_published_as_a_whole_model(
     Learner(engine, config.algorithm).step(
         to_batch([stored(scored_group(random.Random(0)))], vocab_size=320, max_tokens=64)
     )
-    published = VersionStore(tmp_path, tiny_model, dtype="fp32").write(1, 1, 0, published_tensors(engine))
+    published = write(VersionStore(tmp_path, tiny_model, dtype="fp32"), 1, published_tensors(engine))
     after, before = load_file(Path(published.uri) / "model.safetensors"), load_file(tiny_model / "model.safetensors")
     assert after.keys() == before.keys()
     moved = [name for name in after if not torch.allclose(after[name], before[name], atol=1e-2)]
@@ -129,9 +156,8 @@ def test_an_engines_weights_load_in_hugging_face(
 
     model = make_tiny_model(tmp_path / "model", tied=tied)
     engine, _ = built(model=model)
-    folder = Path(
-        VersionStore(tmp_path / "weights", model, dtype="fp32").write(0, 0, -1, published_tensors(engine)).uri
-    )
+    store = VersionStore(tmp_path / "weights", model, dtype="fp32")
+    folder = Path(write(store, 0, published_tensors(engine)).uri)
     original, published = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (model, folder))
     assert original.keys() == published.keys()
     assert all(original[name].equal(published[name]) for name in original)

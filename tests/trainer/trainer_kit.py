@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from lachesis.broker.packing import from_blob, pack, to_blob
 from lachesis.broker.records import Group, ScoredGroup
 
 VOCABULARY = 250
+PATIENCE_S = 60.0
 
 
 def make_tiny_model(
@@ -88,6 +91,14 @@ async def fill(broker: Broker, *, groups: int, first: int = 0) -> None:
         assert await broker.queue.put(f"{number:08d}", group, v_min=0, v_max=0) == "stored"
 
 
+def until(condition: Callable[[], object]) -> None:
+    """Wait until it holds, however long a busy machine takes."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
 context = multiprocessing.get_context("forkserver")
 
 
@@ -100,18 +111,24 @@ def preload() -> None:
 
 
 def start_trainer(
-    url: str, run: str, state_dir: Path, overrides: Sequence[str], *, crash_at: str = "", log: Path | None = None
+    url: str,
+    run: str,
+    state_dir: Path,
+    overrides: Sequence[str],
+    *,
+    crash_at: str = "",
+    log: Path | None = None,
+    dry_run: bool = False,
 ) -> ForkServerProcess:
     """A trainer as a process of its own, with its own state folder and log."""
-    process = context.Process(
-        target=_train, args=(url, run, state_dir, list(overrides), crash_at, log or state_dir / "trainer.log")
-    )
+    settings = {"redis_url": url, "run": run, "state_dir": state_dir, "overrides": list(overrides), "dry_run": dry_run}
+    process = context.Process(target=_train, args=(settings, crash_at, log or state_dir / "trainer.log"))
     process.start()
     return process
 
 
-def _train(url: str, run: str, state_dir: Path, overrides: list[str], crash_at: str, log: Path) -> None:
-    state_dir.mkdir(parents=True, exist_ok=True)
+def _train(settings: dict[str, Any], crash_at: str, log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -119,4 +136,4 @@ def _train(url: str, run: str, state_dir: Path, overrides: list[str], crash_at: 
     from lachesis.trainer.main import run as run_trainer
     from lachesis.trainer.settings import TrainerSettings
 
-    raise SystemExit(run_trainer(TrainerSettings(redis_url=url, run=run, state_dir=state_dir, overrides=overrides)))
+    raise SystemExit(run_trainer(TrainerSettings(**settings)))

@@ -1,0 +1,164 @@
+"""The next batch is ready when its turn comes, and until then nobody notices that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from trainer_kit import fill, until
+
+from lachesis.broker import BlockingBroker, Conflict, EmbeddedRedis, connect_blocking
+from lachesis.broker.records import BatchEntry, Lease, LedgerEntry
+from lachesis.trainer.configure import Plan
+from lachesis.trainer.feed import Feed, Ready
+from lachesis.trainer.mapping import to_batch
+from lachesis.trainer.tenure import Tenure
+
+BATCH, GROUPS = 8, 2  # sequences and groups of a step
+
+
+@pytest.fixture
+def plan(configured: Callable[..., object], tmp_path: Path, run_name: str) -> Plan:
+    from lachesis.trainer.configure import make_plan
+    from lachesis.trainer.settings import TrainerSettings
+
+    config = configured(f"lachesis.batch_size={BATCH}", "lachesis.num_steps=4", "lachesis.replica=me")
+    return make_plan(config, TrainerSettings(state_dir=tmp_path, run=run_name))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def blocking(shared_redis: EmbeddedRedis, run_name: str) -> Iterator[BlockingBroker]:
+    with connect_blocking(shared_redis.url, run_name) as broker:
+        broker.call(broker.broker.queue.subscribe, "main")
+        yield broker
+
+
+@pytest.fixture
+def feed_of(blocking: BlockingBroker) -> Iterator[Callable[[Plan], Feed]]:
+    with Tenure(blocking, "main", ttl_s=30) as tenure:
+        yield lambda plan: Feed(
+            blocking, plan, tenure, partial(to_batch, vocab_size=320, max_tokens=plan.max_token_len)
+        )
+
+
+def never() -> bool:
+    return False
+
+
+def formed(blocking: BlockingBroker) -> int:
+    return blocking.call(blocking.broker.queue.status).formed
+
+
+def take(feed: Feed, after: int) -> tuple[Lease, Ready]:
+    found = feed.next(after, never)
+    assert found is not None
+    assert found[1].entry == found[0].batch
+    assert len(found[1].batch.scores) == BATCH
+    return found
+
+
+def commit(blocking: BlockingBroker, lease: Lease) -> None:
+    batch = lease.batch
+    entry = LedgerEntry(batch.step, batch.gids, batch.n, batch.tok, 0, 0, 0, 0, lease.consumer, 0.0, 0.0, 0.0)
+    blocking.call(blocking.broker.queue.commit, "main", lease, entry)
+
+
+def test_the_next_batch_is_ready_and_still_counts_as_queued(
+    blocking: BlockingBroker, feed_of: Callable[[Plan], Feed], plan: Plan
+) -> None:
+    broker = blocking.broker
+    blocking.call(fill, broker, groups=2 * GROUPS)
+    with feed_of(plan) as feed:
+        first, _ = take(feed, 0)
+        until(lambda: feed._ahead and feed._ahead.done())
+        status = blocking.call(broker.queue.status)
+        assert (status.formed, status.delivered, status.groups) == (2, 0, 2 * GROUPS)  # the publisher delivers
+        pending = blocking.call(broker.redis.xpending_range, broker.keys.batches, "main", "-", "+", 9)
+        assert [entry["message_id"] for entry in pending] == [b"1-0"]
+        upcoming = blocking.call(broker.queue.upcoming, "main", 1)
+        assert upcoming is not None
+        blocking.call(broker.redis.unlink, *map(broker.keys.blob, upcoming.gids))  # it has them already
+        commit(blocking, first)
+        second, ready = take(feed, 1)
+        assert (second.batch.step, second.deliveries, [group.gid for group in ready.groups]) == (
+            2,
+            1,
+            list(upcoming.gids),
+        )
+
+
+def test_it_is_made_while_a_step_trains_from_what_comes_then(
+    blocking: BlockingBroker, feed_of: Callable[[Plan], Feed], plan: Plan
+) -> None:
+    blocking.call(fill, blocking.broker, groups=GROUPS)
+    with feed_of(plan) as feed:
+        take(feed, 0)
+        blocking.call(fill, blocking.broker, groups=GROUPS, first=100)
+        until(lambda: formed(blocking) == 2)
+
+
+@pytest.mark.parametrize("changes", [{"prefetch": 0}, {"num_steps": 1}], ids=["turned off", "after the last step"])
+def test_nothing_is_made_ready_where_nothing_should(
+    blocking: BlockingBroker, feed_of: Callable[[Plan], Feed], plan: Plan, changes: dict[str, int]
+) -> None:
+    blocking.call(fill, blocking.broker, groups=2 * GROUPS)
+    with feed_of(replace(plan, **changes)) as feed:
+        lease, _ = take(feed, 0)
+        assert feed._ahead is None
+        commit(blocking, lease)
+        assert formed(blocking) == 1
+        assert take(feed, 1)[0].batch.step == 2
+
+
+def test_what_another_reader_took_meanwhile_is_thrown_away(
+    blocking: BlockingBroker, feed_of: Callable[[Plan], Feed], plan: Plan
+) -> None:
+    blocking.call(fill, blocking.broker, groups=3 * GROUPS)
+    with feed_of(plan) as feed:
+        first, _ = take(feed, 0)
+        until(lambda: feed._ahead and feed._ahead.done())
+        theirs = blocking.call(blocking.broker.queue.lease, "main", "other", lapse_s=600)
+        assert theirs is not None
+        assert theirs.batch.step == 2
+        commit(blocking, theirs)
+        commit(blocking, first)
+        assert take(feed, 1)[0].batch.step == 3
+
+
+def test_a_batch_given_up_on_leasing_is_followed_by_the_next(
+    blocking: BlockingBroker, feed_of: Callable[[Plan], Feed], plan: Plan
+) -> None:
+    """Also where another policy still wants it, so that it stays among the batches."""
+    blocking.call(blocking.broker.queue.subscribe, "shadow")
+    blocking.call(fill, blocking.broker, groups=GROUPS)
+    for _ in range(2):
+        blocking.call(blocking.broker.queue.lease_or_form, "main", "dead", BATCH, lapse_s=0)
+    with feed_of(replace(plan, max_deliveries=2)) as feed:
+        assert feed.next(0, lambda: formed(blocking) == 1 and _none_pending(blocking)) is None
+        blocking.call(fill, blocking.broker, groups=GROUPS, first=100)
+        assert take(feed, 0)[0].batch.step == 2
+
+
+def _none_pending(blocking: BlockingBroker) -> bool:
+    pending = blocking.call(blocking.broker.redis.xpending, blocking.broker.keys.batches, "main")
+    return bool(pending["pending"] == 0)
+
+
+def test_waiting_ends_when_asked_or_when_the_run_is_reset(
+    blocking: BlockingBroker, feed_of: Callable[[Plan], Feed], plan: Plan
+) -> None:
+    asked = iter([False, False, True])
+    with feed_of(plan) as feed:
+        assert feed.next(0, lambda: next(asked)) is None
+        blocking.call(blocking.broker.reset)
+        with pytest.raises(Conflict, match="was reset while policy 'main' was trained"):
+            feed.next(0, never)
+
+
+def test_groups_that_are_gone_are_told(blocking: BlockingBroker, feed_of: Callable[[Plan], Feed], plan: Plan) -> None:
+    entry = BatchEntry(3, ("a",), 1, 1, 0, 0, 0.0)
+    with feed_of(plan) as feed, pytest.raises(Conflict, match=r"step 3 can't be trained: group a has no blob"):
+        feed.load(entry)

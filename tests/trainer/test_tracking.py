@@ -1,0 +1,222 @@
+"""What a step tells: the run's metrics in short names, trackers in verl's, and examples in words."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from trainer_kit import scored_group, stored
+
+from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.records import Group, LedgerEntry
+from lachesis.trainer import tracking
+from lachesis.trainer.examples import SHOWN, examples
+from lachesis.trainer.mapping import TrainingBatch, to_batch
+from lachesis.trainer.metrics import VERLS, batch_metrics, mfu, under_verls_names
+from lachesis.trainer.tracking import BACKENDS, Tracker, check_backends
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from lachesis.trainer.algo import Estimated
+    from lachesis.trainer.engine import Engine
+
+ENTRY = LedgerEntry(7, ("a",), 8, 1, 6, 7, 3, 3, "me", 1.5, 0.25, 1.0)
+
+
+def some_groups(*, count: int = 2) -> list[Group]:
+    rng = random.Random(5)
+    groups = [stored(scored_group(rng, turns=2), v_min=3) for _ in range(count)]
+    for number, group in enumerate(groups):
+        group.v_max = 3 + 2 * number
+    return groups
+
+
+def mapped(groups: list[Group]) -> TrainingBatch:
+    return to_batch(groups, vocab_size=320, max_tokens=128)
+
+
+def estimate(batch: TrainingBatch, advantage: float) -> Estimated:
+    from lachesis.trainer.algo import Estimated
+
+    return Estimated(batch, batch.response_mask, batch.response_mask * advantage)
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return
+
+
+@pytest.mark.verl
+def test_a_steps_data_is_described_as_verl_does(built: Callable[..., tuple[Engine, DictConfig]]) -> None:
+    """The same numbers as verl's own compute_data_metrics on the same sequences."""
+    import torch
+    from verl import DataProto
+    from verl.trainer.ppo.metric_utils import compute_data_metrics
+    from verl_driver import padded_batch
+
+    groups = some_groups()
+    batch = mapped(groups)
+    tensors, _ = padded_batch(groups)
+    advantages = torch.randn(tensors["response_mask"].shape)
+    theirs = compute_data_metrics(
+        DataProto.from_dict(
+            tensors
+            | {"advantages": advantages, "returns": advantages, "token_level_scores": tensors["token_level_rewards"]}
+        ),
+        use_critic=False,
+    )
+    from lachesis.trainer.algo import Estimated
+
+    ours = batch_metrics(ENTRY, groups, batch, Estimated(batch, batch.response_mask, advantages))
+    same = ours.keys() & theirs.keys()
+    assert same == {
+        f"{name}/{what}"
+        for name in ("critic/score", "critic/rewards", "critic/advantages", "response_length", "prompt_length")
+        for what in ("mean", "max", "min")
+    }
+    assert {name: ours[name] for name in same} == pytest.approx({name: float(theirs[name]) for name in same}, rel=1e-6)
+
+
+def test_staleness_is_told_in_versions() -> None:
+    groups = some_groups()
+    values = batch_metrics(ENTRY, groups, mapped(groups), None)
+    staleness = "training/off_policy/trajectory_staleness"
+    assert [values[f"{staleness}/{what}"] for what in ("mean", "max", "min")] == [2, 3, 1]  # 6 - 3, 6 - 5
+    assert [values[f"{staleness}_worst/{what}"] for what in ("mean", "max", "min")] == [3, 3, 3]
+    assert [values[f"training/off_policy/trajectory_spans/{what}"] for what in ("mean", "max", "min")] == [2, 3, 1]
+    assert (values["lag"], values["lag_mean"], values["reward"]) == (3, 3, 1.5)
+    assert "critic/advantages/mean" not in values
+
+
+def test_trackers_get_verls_names_and_ours_only_for_what_is_ours() -> None:
+    told = under_verls_names(
+        {"loss": 1.0, "entropy": 2.0, "actor/entropy": 3.0, "queue": 4, "reward": 5.0, "rollout_corr/kl": 6.0}
+    )
+    assert told == {
+        "actor/loss": 1.0, "actor/entropy": 3.0, "lachesis/queue": 4, "rollout_corr/kl": 6.0
+    }  # fmt: skip
+    assert len(set(VERLS.values())) == len(VERLS)
+
+
+@pytest.mark.verl
+def test_the_backends_are_verls() -> None:
+    from verl.utils.tracking import Tracking
+
+    assert list(BACKENDS) == sorted(Tracking.supported_backend, key=list(BACKENDS).index)
+    assert set(BACKENDS) == set(Tracking.supported_backend)
+
+
+@pytest.mark.verl
+@pytest.mark.usefixtures("clean_environment")
+def test_what_is_tracked_can_be_read_back(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = {"reward": 0.5, "loss": -0.25, "wait_share": 0.125, "critic/rewards/mean": 0.5}
+    with Tracker(("file", "tensorboard"), project="p", name="n", folder=tmp_path, config={}) as tracker:
+        for step in (3, 4):
+            tracker.log(step, values | {"loss": step / 4})
+    (file,) = tmp_path.glob("*.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4]
+    assert lines[1]["data"] == {
+        "actor/loss": 1.0, "fully_async/trainer/idle_ratio": 0.125, "critic/rewards/mean": 0.5
+    }  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(lines[1]["data"])
+    assert [(event.step, event.value) for event in events.Scalars("actor/loss")] == [(3, 0.75), (4, 1.0)]
+
+
+def test_without_backends_nothing_is_made(tmp_path: Path) -> None:
+    with Tracker((), project="p", name="n", folder=tmp_path / "t", config={}) as tracker:
+        tracker.log(1, {"loss": 1.0})
+    assert not (tmp_path / "t").exists()
+
+
+def test_backends_that_cannot_work_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_backends(["file", "console"]) == ("file", "console")
+    assert check_backends("file") == ("file",)
+    assert check_backends(None) == ()
+    with pytest.raises(ConfigurationError, match=r"no backend 'visdom'; verl has console, file, tensorboard"):
+        check_backends(["visdom"])
+    monkeypatch.setitem(tracking.BACKENDS, "wandb", "not_there")
+    with pytest.raises(ConfigurationError, match="wandb needs a package that is not installed: pip install not_there"):
+        check_backends(["wandb"])
+
+
+@pytest.mark.verl
+@pytest.mark.usefixtures("clean_environment")
+def test_a_tracker_that_does_not_start_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigurationError, match=r"lachesis.tracking = \['tensorboard'\]: .*file"):
+        Tracker(("tensorboard",), project="p", name="n", folder=tmp_path / "file", config={})
+
+
+@pytest.mark.verl
+def test_operations_are_counted_by_verl() -> None:
+    from transformers import Qwen2Config
+    from verl.utils.flops_counter import FlopsCounter
+
+    batch = mapped(some_groups())
+    counter = FlopsCounter(Qwen2Config(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2))
+    assert 0 < mfu(counter, batch, 2.0) == pytest.approx(mfu(counter, batch, 1.0) / 2)
+
+
+class Letters:
+    """A tokenizer that can be read."""
+
+    @staticmethod
+    def decode(ids: list[int]) -> str:
+        return "".join(chr(0x100 + token) for token in ids)
+
+
+@pytest.mark.verl
+def test_examples_are_the_best_and_the_worst_of_the_most_divided_groups() -> None:
+    groups = some_groups(count=3)
+    for group, scores in zip(groups, ([1, 1, 1, 1], [0, 9, 4, 5], [2, 2, 3, 2]), strict=True):
+        group.scores = np.array(scores, dtype=np.float64)
+    batch = mapped(groups)
+    found = list(examples(groups, batch, estimate(batch, 0.5), Letters))
+    assert [(one["gid"], one["row"], one["score"]) for one in found] == [
+        (groups[1].gid, 1, 9.0),
+        (groups[1].gid, 0, 0.0),
+        (groups[2].gid, 2, 3.0),
+        (groups[2].gid, 3, 2.0),
+    ]
+    best, tokens, mask = found[0], groups[1].tokens[1], groups[1].masks[1]
+    start = int((mask != -100).argmax())
+    assert (best["prompt"], best["response"]) == (Letters.decode(tokens[:start]), Letters.decode(tokens[start:]))
+    assert (best["advantage"], best["v_min"], best["v_max"]) == (0.5, 3, 5)
+    assert (best["tokens"], best["trained_tokens"]) == (len(tokens), int((mask != -100).sum()))
+
+
+@pytest.mark.verl
+def test_examples_leave_out_what_did_not_enter_the_model_and_know_no_advantage_of_what_was_filtered() -> None:
+    groups = some_groups()
+    groups[0].tokens[0] = groups[0].tokens[0] + 1000
+    batch = mapped(groups)
+    filtered = replace(batch, uids=np.array(["other"] * len(batch.uids), dtype=object))
+    found = list(examples(groups, batch, estimate(filtered, 0.5), Letters))
+    assert len(found) == 4
+    assert (groups[0].gid, 0) not in {(one["gid"], one["row"]) for one in found}
+    assert {one["advantage"] for one in found} == {"-"}
+    assert {one["advantage"] for one in examples(groups, batch, None, Letters)} == {"-"}
+
+
+def test_long_examples_are_cut_in_the_middle() -> None:
+    from lachesis.trainer.examples import shortened
+
+    assert shortened("a" * SHOWN) == "a" * SHOWN
+    cut = shortened("a" * 5000 + "b" * 5000)
+    assert cut.startswith("a" * 1000 + " … [10,000 characters] … b")
+    assert len(cut) < SHOWN + 40
