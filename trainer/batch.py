@@ -14,7 +14,7 @@ from lachesis.trainer.untrainable import Untrainable
 
 _PER_SEQUENCE = (
     *("response_mask", "token_level_rewards", "rollout_log_probs", "rollout_known", "ref_log_probs"),
-    *("ref_known", "advantages_given", "is_given", "set_to_zero", "group_sizes", "scores"),
+    *("ref_known", "advantages_given", "is_given", "set_to_zero", "places", "group_sizes", "scores"),
 )
 
 
@@ -41,6 +41,7 @@ class TrainingBatch:
     is_given: Tensor  # bool (N,): sequences whose environment sent advantages
     set_to_zero: Tensor  # bool (N,): sequences whose advantage is zeroed after normalisation
     uids: np.ndarray  # object (N,): the group of each sequence
+    places: Tensor  # int64 (N,): which of its group's sequences each is
     group_sizes: Tensor  # int64 (N,)
     scores: Tensor  # float64 (N,)
     temperature: float | Tensor  # of sampling; float32 (n,) where it differs between sequences

@@ -21,10 +21,11 @@ def examples(
     groups: Sequence[Group], batch: TrainingBatch, estimated: Estimated | None, tokenizer: Any
 ) -> Iterator[dict[str, Any]]:
     """The values of each example's entry in the run's metrics; at most 2 × GROUPS, each of a few kilobytes."""
-    fit = set(batch.rows.tolist())
-    first = dict(zip([g.gid for g in groups], np.cumsum([0, *(len(g.tokens) for g in groups)]).tolist(), strict=False))
+    fit: dict[str, list[int]] = {}
+    for row in batch.rows.tolist():
+        fit.setdefault(batch.uids[row], []).append(int(batch.places[row]))
     for group in sorted(groups, key=lambda group: -np.ptp(group.scores))[:GROUPS]:
-        rows = [row for row in range(len(group.tokens)) if first[group.gid] + row in fit]
+        rows = fit.get(group.gid, [])
         by_score = sorted(rows, key=lambda row: -group.scores[row])
         for row in dict.fromkeys((by_score[0], by_score[-1]) if rows else ()):
             tokens, trained = group.tokens[row], group.masks[row] != -100
@@ -54,8 +55,8 @@ def _advantage(group: Group, row: int, estimated: Estimated | None) -> float | s
     """Mean over the sequence's trained tokens; "-" where none was trained."""
     if estimated is None:
         return "-"
-    rows = np.flatnonzero(estimated.batch.uids == group.gid)
-    if len(rows) != len(group.tokens):  # filtered
+    found = np.flatnonzero((estimated.batch.uids == group.gid) & (estimated.batch.places.numpy() == row))
+    if not len(found):  # filtered
         return "-"
-    mask = estimated.response_mask[int(rows[row])].bool()
-    return float(estimated.advantages[int(rows[row])][mask].mean()) if mask.any() else "-"
+    mask = estimated.response_mask[int(found[0])].bool()
+    return float(estimated.advantages[int(found[0])][mask].mean()) if mask.any() else "-"

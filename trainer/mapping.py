@@ -92,6 +92,7 @@ def to_batch(
         is_given=torch.tensor([bool(group.advantages) for group, _ in sequences], dtype=torch.bool),
         set_to_zero=torch.tensor([_zeroed(group.rest, index) for group, index in sequences], dtype=torch.bool),
         uids=np.array([group.gid for group, _ in sequences], dtype=object),
+        places=torch.tensor([index for _, index in sequences], dtype=torch.int64),
         group_sizes=torch.tensor([scored[id(group)] for group, _ in sequences], dtype=torch.int64),
         scores=torch.from_numpy(scores),
         temperature=temperatures[0] if len(set(temperatures)) == 1 else torch.tensor(temperatures, dtype=torch.float32),

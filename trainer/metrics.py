@@ -44,14 +44,15 @@ def batch_metrics(
     entry: LedgerEntry, groups: Sequence[Group], batch: TrainingBatch, estimated: Estimated | None
 ) -> dict[str, float]:
     """Step, reward (mean score of all sequences, nothing filtered), lag in versions, sizes, advantages."""
-    v_min, v_max = (np.repeat([getattr(g, name) for g in groups], [len(g.tokens) for g in groups]) for name in VERSIONS)
+    of = {group.gid: group for group in groups}
+    v_min, v_max = (np.array([getattr(of[uid], name) for uid in batch.uids], dtype=np.int64) for name in VERSIONS)
     lags = entry.v_before - v_min
     scores = batch.scores.numpy()
     found = {
         "step": entry.step,
         "reward": entry.reward,
         "lag": entry.lag,
-        "lag_mean": float(lags.mean()),
+        "lag_mean": float(lags.mean()) if len(lags) else 0.0,
         "sequences": entry.n,
         "tokens": batch.tokens,
         "trained_tokens": int(batch.response_mask.sum()),

@@ -179,7 +179,7 @@ class Replica:
             v_min=lease.batch.v_min,
             lag=version_before - lease.batch.v_min,
             replica=self._plan.replica,
-            reward=ready.batch.scores.mean().item(),
+            reward=ready.batch.scores.mean().item() if len(ready.batch.scores) else 0.0,
             loss=learned["loss"],
             seconds=time.perf_counter() - leased,
         )

@@ -55,7 +55,10 @@ def finish(process: subprocess.Popen[bytes], log: Path) -> None:
     try:
         assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
     finally:
-        process.kill()
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
 
 
 async def ledger(broker: Broker) -> list[LedgerEntry]:

@@ -71,7 +71,7 @@ def test_a_steps_data_is_described_as_verl_does(built: Callable[..., tuple[Engin
     theirs = compute_data_metrics(
         DataProto.from_dict(
             tensors
-            | {"advantages": advantages, "returns": advantages, "token_level_scores": tensors["token_level_rewards"]}
+            | {"advantages": advantages, "returns": advantages, "token_level_rewards": tensors["token_level_scores"]}
         ),
         use_critic=False,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import signal
@@ -164,17 +165,25 @@ def test_a_batch_that_kills_the_trainer_leaves_a_hole_in_the_steps(a_run: Run) -
 def test_sequences_that_can_not_be_trained_are_left_out_and_noted_once(a_run: Run) -> None:
     bad = scored_group(random.Random(7))
     bad.tokens[2][-1] = 9999
+    bad.masks[1] = [-100] * len(bad.masks[1])
+    unscored = scored_group(random.Random(8))
+    unscored.scores = [math.nan] * len(unscored.scores)  # the shim refuses that; nothing else may
     with a_run.broker() as blocking:
         blocking.call(fill, blocking.broker, groups=3 * BATCH // GROUP)
         blocking.call(blocking.broker.queue.put, "bad", bad, v_min=0, v_max=0)
-        blocking.call(fill, blocking.broker, groups=1, first=100)
-        assert a_run.finish(a_run.start("lachesis.num_steps=4", crash_at="committed:4")) == -signal.SIGKILL
-        assert a_run.finish(a_run.start("lachesis.num_steps=4")) == 0  # trains step 4 again, commits it no second time
-        (letter,) = blocking.call(blocking.broker.dead.all)
-        assert (letter.sequence, letter.entry.detail) == (("bad", 2), "token id 9999: must be below 320")
+        blocking.call(blocking.broker.queue.put, "unscored", unscored, v_min=0, v_max=0)
+        settings = ("lachesis.num_steps=4", "lachesis.examples_every=1")
+        assert a_run.finish(a_run.start(*settings, crash_at="committed:4")) == -signal.SIGKILL
+        assert a_run.finish(a_run.start(*settings)) == 0  # trains step 4 again, commits it no second time
+        letters = {letter.sequence: letter.entry.detail for letter in blocking.call(blocking.broker.dead.all)}
+        assert letters == {
+            ("bad", 1): "masks = -100: must train at least one token after the first",
+            ("bad", 2): "tokens = 9999: ids must be from 0 to 319, the model's vocabulary",
+            **{("unscored", row): "scores = nan: must be finite" for row in range(GROUP)},
+        }
         report = blocking.call(audit, blocking.broker)
         assert (report.findings, report.trained, report.dead) == ([], 8, 0)
-    assert "bad/2: token id 9999" in (a_run.state_dir / "trainer.log").read_text()
+    assert "sequences that can't be trained are left out" in (a_run.state_dir / "trainer.log").read_text()
 
 
 def test_sigterm_finishes_the_step_and_leaves_a_checkpoint(a_run: Run) -> None:
