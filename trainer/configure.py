@@ -88,7 +88,8 @@ def compose_config(overrides: Sequence[str], *, device: str) -> DictConfig:
             config: DictConfig = compose("trainer", overrides=[searchpath, f"device={device}", *overrides])
         OmegaConf.resolve(config.lachesis)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigurationError(" ".join(str(error).split())) from None
+        said = str(error).split("Config search path")[0]  # which is of Hydra's inner life
+        raise ConfigurationError(" ".join(said.split())) from None
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from importlib.resources import files
 from typing import Literal
 
@@ -48,9 +49,14 @@ def explain_overrides() -> str:
             "  'lachesis.tracking=[tensorboard,file]'           a list (quote it for the shell)",
             "  actor_rollout_ref.actor.clip_ratio_high=0.28     what verl calls its own keeps its name; see",
             "                                                   --cfg job for all of verl's that are read",
-            *(f"  {name + '=' + '|'.join(names):<48} a preset" for name, names in sorted(presets.items())),
+            *(line for name, names in sorted(presets.items()) for line in _choices(name, names)),
             "",
             "ours, and verl's that have another default here:",
             "  lachesis:" + ours.rstrip().replace("\n", "\n  "),
         )
     )
+
+
+def _choices(name: str, presets: list[str]) -> list[str]:
+    rows = textwrap.wrap(", ".join(presets), 70)
+    return [f"  {name + '=NAME':<48} a preset, one of", *(f"      {row}" for row in rows)]
