@@ -18,6 +18,7 @@ from lachesis.broker.keys import RUNS, Keys
 from lachesis.broker.lineage import LineageStore
 from lachesis.broker.lua import Scripts
 from lachesis.broker.parties import Parties
+from lachesis.broker.pools import Pools
 from lachesis.broker.queue import Queue
 from lachesis.broker.server import check_server
 from lachesis.broker.tokens import Tokens
@@ -51,7 +52,7 @@ class Connections:
 class Broker:
     """Everything a room may do with one run, by concern.
 
-    `queue`, `dead`, `weights`, `parties`, `lineage`, `journal`, `tokens`.
+    `queue`, `dead`, `weights`, `pools`, `parties`, `lineage`, `journal`, `tokens`.
     """
 
     def __init__(self, connections: Connections, run: str = "default") -> None:
@@ -61,6 +62,7 @@ class Broker:
         self.queue = Queue(redis, blocking, heartbeats, scripts, self.keys)
         self.dead = DeadLetters(redis, scripts, self.keys)
         self.weights = Weights(redis, blocking, scripts, self.keys)
+        self.pools = Pools(redis, blocking, scripts, self.keys)
         self.parties = Parties(redis, heartbeats, scripts, self.keys)
         self.lineage = LineageStore(redis, self.keys)
         self.journal = Journal(redis, blocking, scripts, self.keys)

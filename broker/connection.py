@@ -9,7 +9,7 @@ readers can't starve commands of connections, and neither can starve the heartbe
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -96,13 +96,21 @@ async def wait_for_entries(
 
     `redis` is the pool for blocking reads.
     """
+    found = await wait_for_any(redis, {stream: after}, timeout_s, count=count)
+    return found[0][1] if found else []
+
+
+async def wait_for_any(
+    redis: Redis, cursors: Mapping[str, str], timeout_s: float, *, count: int = 1
+) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
+    """(stream, up to `count` entries) of each stream that has entries newer than its cursor, as soon as one has."""
     until = time.monotonic() + timeout_s
     while True:
         left = until - time.monotonic()
         block = max(1, int(min(left, BLOCK_S) * 1000))  # 0 would be forever
-        if found := await redis.xread({stream: after}, count=count, block=block):
-            entries: list[tuple[bytes, dict[bytes, bytes]]] = found[0][1]
-            return entries
+        if found := await redis.xread(dict(cursors), count=count, block=block):
+            streams: list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]] = found
+            return streams
         if left <= BLOCK_S:
             return []
 

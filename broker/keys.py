@@ -78,7 +78,7 @@ class Keys:
         """The lock of the one process that may write a policy's ledger and weights."""
         return self._key("writer", policy)
 
-    # parties and logs
+    # parties
     def once(self, nonce: str) -> str:
         return self._key("once", nonce)
 
@@ -107,6 +107,16 @@ class Keys:
     def pools(self) -> str:
         return self._key("pools")
 
+    # a pool
+    def rule(self, pool: str) -> str:
+        """What the pool's servers serve."""
+        return self._key("rule", pool)
+
+    def updating(self, pool: str) -> str:
+        """Which of the pool's servers update now."""
+        return self._key("updating", pool)
+
+    # logs
     @property
     def control(self) -> str:
         return self._key("control")

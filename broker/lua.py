@@ -19,7 +19,7 @@ from lachesis.broker.wire import Command, Wire
 
 NAMES = (
     "arrive", "put", "bury", "form", "drop", "lease", "deliver", "renew", "commit", "retire", "cover", "leave", "requeue",
-    "purge", "subscribe", "acquire", "adopt", "register_env", "publish", "note", "append", "reset",
+    "purge", "subscribe", "acquire", "adopt", "register_env", "publish", "steer", "take_turn", "note", "append", "reset",
 )  # fmt: skip
 
 EVERY_POST = ("arrive", "put")  # what every posted group needs
@@ -81,6 +81,8 @@ class Scripts:
     leave: Script
     register_env: Script
     publish: Script
+    steer: Script
+    take_turn: Script
     note: Script
     append: Script
     reset: Script

@@ -207,6 +207,17 @@ class ServerStatus(Struct, frozen=True):
     last_update_s: float = 0.0
     last_error: str = ""
     vocab_size: int = 0  # token ids are below it; 0 before the first model is loaded
+    rule: str = "newest"  # its part of the pool's rule: newest | pin | canary | rest
+    checksum: str = ""  # SGLang's, of the weights it serves; equal where the weights are
+
+
+class PoolRule(Struct, frozen=True):
+    """Which version the servers of a pool serve (stream `rule:<pool>`; the newest entry is the rule)."""
+
+    mode: str  # newest | pin | canary
+    version: int = -1  # pin: everybody's; canary: that of a share of the servers
+    rest: int = -1  # canary: everybody else's
+    share: float = 0.0  # canary: of the pool's live servers
 
 
 class ArchiverStatus(Struct, frozen=True):

@@ -25,6 +25,7 @@ COMMANDS = {
     "audit": Command("is every accepted group in exactly one committed step, or still queued?", "lachesis.cli.audit"),
     "token": Command("make, list and revoke the tokens that a run's callers need", "lachesis.cli.token"),
     "dead": Command("what could not be trained: list, show, requeue, purge", "lachesis.cli.dead"),
+    "pool": Command("which version a pool serves: newest, pin, canary, promote, rollback", "lachesis.cli.pool"),
     "retention": Command("how many bytes of trained batches a run keeps, and who holds them", "lachesis.cli.retention"),
     "archive": Command("write a run's trained batches to an archive before they are freed", "lachesis.cli.archive"),
     "replay": Command("put the groups of an archive, or of another run, into a run", "lachesis.cli.replay"),

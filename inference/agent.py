@@ -27,7 +27,7 @@ from lachesis.inference.settings import AgentSettings
 from lachesis.inference.sglang_server import ServerFailed, SGLangServer
 from lachesis.inference.version_feed import Loadable, VersionFeed
 
-FOLLOW_S = 5.0  # one wait for a newer version
+FOLLOW_S = 5.0  # one wait for another version
 DRAIN_S = 10.0  # for running requests, at the end
 PORT_S = 10.0  # for a predecessor to let go of the port
 BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -112,7 +112,7 @@ class Agent:
 
     async def _supervise(self) -> None:
         base = await self._base_model()
-        feed = VersionFeed(self._broker.weights, self._settings.policy, base, self.heartbeat, self._log)
+        feed = VersionFeed(self._broker, self._settings.policy, base, self.heartbeat, self._log)
         failures = 0
         while True:
             await anyio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
@@ -186,18 +186,18 @@ class Agent:
             raise
         self._log.info("SGLang is up", version=now.version, seconds=round(time.monotonic() - started, 1))
         self.heartbeat.change(version=now.version, loading=-1, vocab_size=now.model.vocab_size)
-        while (newer := await feed.newer(now.version, now.model, 0.0)) is not None:
-            await self._update(server, newer)
-            now = newer
+        while (wanted := await feed.next(now.version, now.model, 0.0)) is not None:
+            await self._update(server, wanted)
+            now = wanted
         self._ready_at, self._was_ready = time.monotonic(), True
         self._become("ready")
         self._log.info("ready", server=self.name, version=now.version, url=self.heartbeat.status.url)
         while True:
-            if (newer := await feed.newer(now.version, now.model, FOLLOW_S)) is not None:
+            if (wanted := await feed.next(now.version, now.model, FOLLOW_S)) is not None:
                 self._become("updating")
-                await self._update(server, newer)
+                await self._update(server, wanted)
                 self._become("ready")
-                now = newer
+                now = wanted
 
     def _become(self, state: str, **fields: int) -> None:
         """Change the state; one that drains does so to its end."""

@@ -76,13 +76,17 @@ class Pool:
         self.wake()
 
     def await_version(self, version: int, until: float) -> None:
-        """Until then, or until a server serves it, new requests wait for `version` instead of being made stale."""
+        """Until then, or until a server serves it, new requests wait for `version` instead of being made stale.
+
+        Not where the pool's rule keeps its servers from following the newest version.
+        """
         self._awaited, self._awaited_until = version, until
 
     def pick(self) -> Server | None:
         """The server with the fewest running requests of those that take some, as of the last refresh."""
-        awaited = self._awaited if self._refreshed_at < self._awaited_until else -1
-        able = [server for server in self.able() if server.status.version >= awaited]
+        able = self.able()
+        if self._refreshed_at < self._awaited_until and any(server.status.rule == "newest" for server in able):
+            able = [server for server in able if server.status.version >= self._awaited]
         if not able:
             return None
         picked = min(able, key=lambda server: (len(server.calls), server.turn))

@@ -1,4 +1,4 @@
-"""Which version a server should load next: the newest published one that passes verification."""
+"""Which version a server should load next: of those its pool's rule asks for, the first that passes verification."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from msgspec import Struct
 from redis.exceptions import RedisError
 from structlog.stdlib import BoundLogger
 
+from lachesis.broker.client import Broker
 from lachesis.broker.errors import ConfigurationError, WeightsRefused
+from lachesis.broker.pools import Orders, canaries
 from lachesis.broker.records import WeightsEntry
-from lachesis.broker.weights import Weights
 from lachesis.inference.heartbeat import Heartbeat
 from lachesis.inference.model_folder import ModelFolder, read_model_folder
 from lachesis.inference.verification import VersionGone, folder_of, verify
 
+LIVE_S = 10.0  # servers silent for longer have no part in a canary
+CENSUS_S = 1.0  # while there is a canary, who lives is looked at so often
 RETRY_S = 1.0  # until Redis, or a folder that is not visible yet, is looked at again
 POLL_S = 0.5  # for a base model in the making
 
@@ -36,54 +39,45 @@ class Loadable(Struct, frozen=True):
 
 
 class VersionFeed:
-    """Follows one policy's versions for one server. A refused version is never looked at again."""
+    """Finds versions for one server. A refused version is never looked at again."""
 
-    def __init__(
-        self, weights: Weights, policy: str, base: Path | None, heartbeat: Heartbeat, log: BoundLogger
-    ) -> None:
-        self._weights, self._policy, self._base = weights, policy, base
+    def __init__(self, broker: Broker, policy: str, base: Path | None, heartbeat: Heartbeat, log: BoundLogger) -> None:
+        self._broker, self._policy, self._base = broker, policy, base
         self._heartbeat, self._log = heartbeat, log
         self._refused: set[int] = set()
         self._suspect: int | None = None  # SGLang failed when it last started from this version
         self._missing: set[int] = set()  # those whose absence has been logged
+        self._found: Loadable | None = None  # the last one found, named as `loading` until it is served
+        self._absent = False  # a version asked for was not there when last looked for
 
     async def first(self) -> Loadable:
-        """What to start from: the newest good version, else its parents, else the base model; waits for one.
+        """What to start from, for example the newest version, else its parents, else the base model; waits for one.
 
         Raises ConfigurationError for a base model that is there and can't be served.
         """
-        said = False
+        self._found, said = None, False
         while True:
-            base = None
-            if self._base is not None and self._base.exists():
-                base = await anyio.to_thread.run_sync(read_model_folder, self._base)
-            async for entry in self._newest_first():
-                if (found := await self._check(entry, like=base)) is not None:
-                    return found
-            if base is not None:
-                await self._announce(loading=0)
-                return Loadable(0, base, time.monotonic())
+            base = await self._base_model()
+            found = await self._best(await self._orders(), -1, base)
+            if found is not None:
+                return found
             if not said:
-                place = f"{self._base} to appear or " if self._base else ""
-                self._log.info(f"waiting for {place}a version to be published", policy=self._policy)
+                place = f"{self._base} to appear or " if self._base and base is None else ""
+                self._log.info(f"waiting for {place}a version that can be served", policy=self._policy)
                 said = True
             await anyio.sleep(POLL_S)
 
-    async def newer(self, than: int, like: ModelFolder, timeout_s: float) -> Loadable | None:
-        """The newest version above `than`, if it is good and fits the served model; waits up to `timeout_s` for one."""
+    async def next(self, serving: int, like: ModelFolder, timeout_s: float) -> Loadable | None:
+        """A version to load in the place of `serving`, which fits the served model; waits up to `timeout_s` for one.
+
+        It is returned again until it is served, or something better is there.
+        """
         self._suspect = None
-        than = max([than, *self._refused])
-        try:
-            with anyio.fail_after(timeout_s + 30):  # a connection that died without a word would block for ever
-                entry = await self._weights.wait_newer(self._policy, than, timeout_s)
-        except (RedisError, OSError):  # the heartbeat says so
-            await anyio.sleep(RETRY_S)
-            return None
-        if entry is None:
-            return None
-        found = await self._check(entry, like)
-        if found is None and entry.version not in self._refused:
-            await anyio.sleep(RETRY_S)
+        orders = await self._orders()
+        found = await self._best(orders, serving, like)
+        if found is None and timeout_s > 0:
+            await self._wait(orders, timeout_s)
+            found = await self._best(await self._orders(), serving, like)
         return found
 
     def did_not_start(self, tried: Loadable) -> None:
@@ -92,19 +86,83 @@ class VersionFeed:
             self._refuse(tried.version, f"version {tried.version} refused: SGLang failed twice to start from it")
         self._suspect = tried.version if tried.version > 0 else None
 
-    def _refuse(self, version: int, reason: str) -> None:
-        self._refused.add(version)
-        self._log.error("version refused, the one before it stays", version=version, reason=reason)
-        self._heartbeat.change(loading=-1, last_error=reason)
+    # -- what the rule asks for -----------------------------------------------------------------------------------
 
-    async def _newest_first(self) -> AsyncIterator[WeightsEntry]:
-        entry = await self._ask(partial(self._weights.newest, self._policy))
-        while entry is not None:
-            if entry.version not in self._refused:
-                yield entry
-            if entry.parent >= entry.version:
-                return
-            entry = await self._ask(partial(self._weights.get, self._policy, entry.parent))
+    async def _orders(self) -> Orders:
+        return await self._ask(partial(self._broker.pools.orders, self._heartbeat.status.pool, self._policy))
+
+    async def _wait(self, orders: Orders, timeout_s: float) -> None:
+        """Until there are new orders, or something else may have changed."""
+        if self._absent:
+            timeout_s = min(timeout_s, RETRY_S)
+        elif orders.rule.mode == "canary":
+            timeout_s = min(timeout_s, CENSUS_S)
+        try:
+            with anyio.fail_after(timeout_s + 30):  # a connection that died without a word would block for ever
+                await self._broker.pools.wait_for_orders(self._heartbeat.status.pool, self._policy, orders, timeout_s)
+        except (RedisError, OSError):  # the heartbeat says so
+            await anyio.sleep(RETRY_S)
+
+    async def _best(self, orders: Orders, serving: int, like: ModelFolder | None) -> Loadable | None:
+        """The first good one of those asked for, unless `serving` is."""
+        part = await self._part(orders)
+        self._absent = False
+        async for version, entry in self._asked_for(orders, part):
+            if version == serving or (part == "newest" and version < serving):
+                break
+            if version not in self._refused and (found := await self._look_at(version, entry, like)) is not None:
+                self._found = found
+                return found
+        if self._found is not None:
+            self._found = None
+            self._heartbeat.change(loading=-1)
+        return None
+
+    async def _part(self, orders: Orders) -> str:
+        """This server's part of the rule: newest | pin | canary | rest."""
+        part, status = orders.rule.mode, self._heartbeat.status
+        if part == "canary":
+            servers = await self._ask(partial(self._broker.parties.servers, status.pool))
+            live = {server.server for server in servers if abs(time.time() - server.heartbeat) < LIVE_S}
+            part = "canary" if status.server in canaries(orders.rule, live | {status.server}) else "rest"
+        if part != status.rule:
+            self._heartbeat.change(rule=part)
+        return part
+
+    async def _asked_for(self, orders: Orders, part: str) -> AsyncIterator[tuple[int, WeightsEntry | None]]:
+        """Versions in the order in which they are wanted; the base model, version 0, has no entry."""
+        if part == "newest":
+            entry = orders.newest
+            while entry is not None:
+                yield entry.version, entry
+                entry = await self._entry(entry.parent) if entry.parent < entry.version else None
+            yield 0, None
+            return
+        rule = orders.rule
+        for version in {"pin": (rule.version,), "canary": (rule.version, rule.rest), "rest": (rule.rest,)}[part]:
+            entry = await self._entry(version)
+            if entry is not None or version == 0:
+                yield version, entry
+
+    async def _entry(self, version: int) -> WeightsEntry | None:
+        return await self._ask(partial(self._broker.weights.get, self._policy, version))
+
+    # -- whether it can be served ---------------------------------------------------------------------------------
+
+    async def _look_at(self, version: int, entry: WeightsEntry | None, like: ModelFolder | None) -> Loadable | None:
+        if self._found is not None and self._found.version == version:
+            return self._found
+        if entry is not None:
+            return await self._check(entry, like)
+        if (base := await self._base_model()) is None:
+            return None
+        await self._announce(loading=0)
+        return Loadable(0, base, time.monotonic())
+
+    async def _base_model(self) -> ModelFolder | None:
+        if self._base is None or not self._base.exists():
+            return None
+        return await anyio.to_thread.run_sync(read_model_folder, self._base)
 
     async def _check(self, entry: WeightsEntry, like: ModelFolder | None) -> Loadable | None:
         """Verify under the collector's eyes: what a status names as `loading` is left alone."""
@@ -116,13 +174,21 @@ class VersionFeed:
             folder = await anyio.to_thread.run_sync(verify, entry, like)
             return Loadable(entry.version, await anyio.to_thread.run_sync(read_model_folder, folder), found_at)
         except VersionGone as gone:
+            self._absent = True
             if entry.version not in self._missing:
-                self._log.info("version is gone, looking for a newer one", version=entry.version, folder=entry.uri)
+                self._log.info("version is gone, looking for another one", version=entry.version, folder=entry.uri)
                 self._missing.add(entry.version)
             self._heartbeat.change(loading=-1, last_error=str(gone))
         except (WeightsRefused, ConfigurationError) as refused:
             self._refuse(entry.version, str(refused))
         return None
+
+    def _refuse(self, version: int, reason: str) -> None:
+        self._refused.add(version)
+        self._log.error("version refused, the one before it stays", version=version, reason=reason)
+        self._heartbeat.change(loading=-1, last_error=reason)
+
+    # -- Redis, which comes and goes ------------------------------------------------------------------------------
 
     async def _announce(self, *, loading: int) -> None:
         await self._ask(partial(self._heartbeat.announce, loading=loading))

@@ -90,11 +90,11 @@ class Publisher:
         self._broker.call(self._broker.broker.queue.deliver, step)
 
     def _awaited(self) -> bool:
-        """Whether a server at work still samples from an older version than the newest."""
+        """Whether a server at work that follows the newest version still samples from an older one."""
         alive = time.time() - SERVER_SILENT_S
         servers = self._broker.call(self._broker.broker.parties.servers)
         at_work = [server for server in servers if server.heartbeat > alive and server.state in ("ready", "updating")]
-        return any(server.version < self.newest for server in at_work)
+        return any(server.version < self.newest for server in at_work if server.rule == "newest")
 
     def _write(self, version: int, parent: int, copied: list[tuple[str, Tensor]]) -> None:
         began = time.perf_counter()
@@ -108,4 +108,10 @@ class Publisher:
         alive = time.time() - SERVER_GONE_S
         servers = self._broker.call(self._broker.broker.parties.servers)
         in_use = {v for server in servers if server.heartbeat > alive for v in (server.version, server.loading)}
+        in_use |= self._broker.call(self._ruled, {"main", *(server.pool for server in servers)})
         self._versions.collect(keep=self._keep_versions, in_use=in_use)
+
+    async def _ruled(self, pools: set[str]) -> set[int]:
+        """Versions that a pool is to serve, whether or not a server does now."""
+        rules = [(await self._broker.broker.pools.rule(pool))[1] for pool in pools]
+        return {version for rule in rules for version in (rule.version, rule.rest)}

@@ -11,7 +11,7 @@ from scored import group, trained
 from lachesis.broker import Broker, ConfigurationError
 from lachesis.broker.codec import tokens_digest
 from lachesis.broker.keys import RUNS, Keys
-from lachesis.broker.records import EnvConfig, Lineage, ServerStatus, TrainerConfig, WeightsEntry
+from lachesis.broker.records import EnvConfig, Lineage, PoolRule, ServerStatus, TrainerConfig, WeightsEntry
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "keys.md"
 ROW = re.compile(r"^\| `…:([^`]+)` \| (\w+)", re.M)
@@ -38,6 +38,8 @@ async def test_a_run_makes_only_listed_keys_of_the_listed_types(broker: Broker) 
     await parties.start()
     await parties.register_env(EnvConfig(16, "sums", 1.0, 2), "nonce")
     await parties.report(ServerStatus("s", "main", "http://s", "ready", 0, -1, 0.0))
+    assert await broker.pools.steer("main", PoolRule("pin", 1), (await broker.pools.rule("main"))[0])
+    assert await broker.pools.take_turn("main", "s", 1, 60)
     await broker.lineage.record([(tokens_digest([1, 2]), Lineage(0, 0))])
     await broker.weights.publish("main", WeightsEntry(0, 0, "file:///v0", "0", 1, "BF16", -1))
     await broker.journal.metric("step", {"reward": 0.5})

@@ -123,3 +123,13 @@ def test_new_requests_wait_for_a_new_version_for_a_moment_only() -> None:
 
     pool.refresh([status("a", heartbeat=1.5), status("b", heartbeat=1.5)], now=1.5, wall=1.5)
     assert {server.name for server in (pool.pick(), pool.pick()) if server} == {"a", "b"}
+
+
+@pytest.mark.parametrize(("rule", "waits"), [("newest", True), ("pin", False), ("canary", False), ("rest", False)])
+def test_requests_wait_for_a_new_version_only_where_the_rule_lets_servers_follow(rule: str, waits: bool) -> None:
+    pool = Pool()
+    pool.refresh([structs.replace(status("a"), rule=rule), structs.replace(status("b"), rule=rule)], now=0, wall=0)
+
+    pool.await_version(2, until=1)
+
+    assert (pool.pick() is None) is waits

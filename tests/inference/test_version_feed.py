@@ -12,7 +12,8 @@ from published import make_model, publish, random_weights, write_version
 
 from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis
 from lachesis.broker.logs import configure_logging
-from lachesis.broker.records import ServerStatus
+from lachesis.broker.pools import canaries
+from lachesis.broker.records import PoolRule, ServerStatus
 from lachesis.inference.heartbeat import Heartbeat
 from lachesis.inference.model_folder import read_model_folder
 from lachesis.inference.version_feed import VersionFeed
@@ -28,15 +29,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "base")
 
 
-def heartbeat_of(broker: Broker) -> Heartbeat:
+def heartbeat_of(broker: Broker, name: str = "s") -> Heartbeat:
     status = ServerStatus(
-        server="s", pool="main", url="http://s", state="starting", version=-1, loading=-1, heartbeat=0.0
+        server=name, pool="main", url="http://s", state="starting", version=-1, loading=-1, heartbeat=0.0
     )
     return Heartbeat(broker.parties, status, LOG)
 
 
 def feed_of(broker: Broker, base: Path | None) -> VersionFeed:
-    return VersionFeed(broker.weights, "main", base, heartbeat_of(broker), LOG)
+    return VersionFeed(broker, "main", base, heartbeat_of(broker), LOG)
 
 
 async def test_it_starts_from_the_newest_and_announces_it_first(broker: Broker, base: Path, tmp_path: Path) -> None:
@@ -109,12 +110,12 @@ async def test_a_refused_version_is_not_looked_at_again(broker: Broker, base: Pa
     feed, model = feed_of(broker, base), read_model_folder(base)
     await broker.weights.publish("main", write_version(base, tmp_path, 2, weights=random_weights(1) | NAN))
 
-    assert await feed.newer(1, model, 0.1) is None
+    assert await feed.next(1, model, 0.1) is None
     shutil.rmtree(tmp_path / "v000002")
     shutil.copytree(tmp_path / "v000001", tmp_path / "v000002")
-    assert await feed.newer(1, model, 0.1) is None
+    assert await feed.next(1, model, 0.1) is None
     await publish(broker, base, tmp_path, 3)
-    newest = await feed.newer(1, model, 5)
+    newest = await feed.next(1, model, 5)
     assert newest is not None
     assert newest.version == 3
 
@@ -125,11 +126,91 @@ async def test_a_folder_that_appears_late_is_loaded_then(broker: Broker, base: P
     await broker.weights.publish("main", entry)
     feed, model = feed_of(broker, base), read_model_folder(base)
 
-    assert await feed.newer(0, model, 0.1) is None
+    assert await feed.next(0, model, 0.1) is None
     (tmp_path / "not-visible-yet").rename(entry.uri)
-    found = await feed.newer(0, model, 0.1)
+    found = await feed.next(0, model, 0.1)
     assert found is not None
     assert found.version == 1
+
+
+async def steer(broker: Broker, rule: PoolRule) -> None:
+    judged, _ = await broker.pools.rule("main")
+    assert await broker.pools.steer("main", rule, judged)
+
+
+async def test_a_rule_is_followed_at_once_and_back_again(broker: Broker, base: Path, tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        await publish(broker, base, tmp_path, version)
+    feed, model = feed_of(broker, base), read_model_folder(base)
+    for rule, serving, wanted in (
+        (PoolRule("pin", 1), 3, 1),
+        (PoolRule("pin", 0), 1, 0),
+        (PoolRule("newest"), 0, 3),
+    ):
+        await steer(broker, rule)
+        found = await feed.next(serving, model, 0)
+        assert found is not None
+        assert found.version == wanted
+        assert await feed.next(wanted, model, 0) is None
+    await steer(broker, PoolRule("pin", 3))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(steer, broker, PoolRule("pin", 2))
+        with anyio.fail_after(10):
+            assert (await feed.next(3, model, 60)).version == 2  # type: ignore[union-attr]
+    await publish(broker, base, tmp_path, 4)
+    assert await feed.next(2, model, 0.1) is None
+    assert (await feed_of(broker, base).first()).version == 2
+
+
+async def test_a_share_of_the_servers_are_canaries(broker: Broker, base: Path, tmp_path: Path) -> None:
+    for version in (1, 2):
+        await publish(broker, base, tmp_path, version)
+    await steer(broker, rule := PoolRule("canary", 2, 1, 0.25))
+    feeds = {}
+    for name in ("a", "b", "c", "d"):
+        heartbeat = heartbeat_of(broker, name)
+        await heartbeat.announce(state="ready")
+        feeds[name] = (VersionFeed(broker, "main", base, heartbeat, LOG), heartbeat)
+
+    served = {name: (await feed.first()).version for name, (feed, _) in feeds.items()}
+
+    (canary,) = canaries(rule, feeds)
+    assert served == {name: 2 if name == canary else 1 for name in feeds}
+    assert {heartbeat.status.rule for _, heartbeat in feeds.values()} == {"canary", "rest"}
+    await broker.parties.withdraw(canary)
+    (successor,) = canaries(rule, feeds.keys() - {canary})
+    with anyio.fail_after(10):
+        found = await feeds[successor][0].next(1, read_model_folder(base), 5)
+    assert found is not None
+    assert found.version == 2
+
+
+async def test_a_canary_that_can_not_be_loaded_leaves_its_server_with_the_rest(
+    broker: Broker, base: Path, tmp_path: Path
+) -> None:
+    await publish(broker, base, tmp_path, 1)
+    await broker.weights.publish("main", write_version(base, tmp_path, 2, weights=random_weights(1) | NAN))
+    rule = PoolRule("canary", 2, 1, 0.5)
+    await steer(broker, rule)
+    (canary,) = canaries(rule, ["a", "b"])
+    for name in ("a", "b"):
+        await heartbeat_of(broker, name).announce()
+    heartbeat = heartbeat_of(broker, canary)
+
+    assert (await VersionFeed(broker, "main", base, heartbeat, LOG).first()).version == 1
+    assert heartbeat.status.rule == "canary"
+    assert "version 2 refused" in heartbeat.status.last_error
+
+
+async def test_the_newest_one_good_takes_the_place_of_a_bad_newest(broker: Broker, base: Path, tmp_path: Path) -> None:
+    for version in (1, 2):
+        await publish(broker, base, tmp_path, version)
+    await broker.weights.publish("main", write_version(base, tmp_path, 3, weights=random_weights(1) | NAN))
+
+    found = await feed_of(broker, base).next(1, read_model_folder(base), 0)
+
+    assert found is not None
+    assert found.version == 2
 
 
 async def test_the_heartbeat_goes_on_when_redis_comes_back(tmp_path: Path) -> None:

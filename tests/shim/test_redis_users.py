@@ -19,7 +19,7 @@ from trajectories import ENV, TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.codec import tokens_digest
-from lachesis.broker.records import LedgerEntry, Lineage, ServerStatus, WeightsEntry
+from lachesis.broker.records import LedgerEntry, Lineage, PoolRule, ServerStatus, WeightsEntry
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 
@@ -121,6 +121,13 @@ async def test_every_user_can_do_its_part(server: EmbeddedRedis, roles: dict[str
         newest = await inference.weights.wait_newer("main", 0, 5)
         assert newest is not None
         assert await door.weights.newest("main") == newest == await inference.weights.get("main", 1)
+        orders = await inference.pools.orders("main", "main")
+        assert (orders.rule.mode, orders.newest) == ("newest", newest)
+        assert await shim.pools.steer("main", PoolRule("pin", 1), orders.rule_id)
+        await inference.pools.wait_for_orders("main", "main", orders, 5)
+        assert (await trainer.pools.rule("main"))[1] == PoolRule("pin", 1)
+        assert await inference.pools.take_turn("main", "s", 1, 60)
+        await inference.pools.end_turn("main", "s")
         await inference.journal.metric("update", {"version": 1})
         await inference.parties.withdraw("s")
 
@@ -176,6 +183,7 @@ async def test_roles_are_kept_apart(roles: dict[str, Broker]) -> None:
         (["HGETALL", keys.tokens], {"shim", "observer"}),
         (["HSET", keys.tokens, "mine", "x"], {"shim"}),
         (["HSET", keys.pools, "s", "x"], {"shim", "inference"}),
+        (["XADD", keys.rule("main"), "*", "mode", "newest"], {"shim"}),
         (["HVALS", keys.pools], everyone - {"archiver"}),
         (["XRANGE", keys.weights("main"), "-", "+"], everyone - {"archiver"}),
         (["SET", keys.lineage("d"), "x"], {"shim", "front-door"}),
