@@ -25,7 +25,8 @@ from lachesis.inference.model_folder import download, is_hub_name, read_model_fo
 from lachesis.inference.ports import bind, find_free
 from lachesis.inference.settings import AgentSettings
 from lachesis.inference.sglang_server import ServerFailed, SGLangServer
-from lachesis.inference.version_feed import Loadable, VersionFeed
+from lachesis.inference.updates import Updates, idle
+from lachesis.inference.version_feed import VersionFeed
 
 FOLLOW_S = 5.0  # one wait for another version
 DRAIN_S = 10.0  # for running requests, at the end
@@ -63,6 +64,7 @@ class Agent:
         self._ready_at: float | None = None  # of the present life, on the monotonic clock
         self._was_ready = False
         self._draining = False
+        self._updates = Updates(settings, broker, self.heartbeat, self._become, log)
 
     @property
     def name(self) -> str:
@@ -174,7 +176,8 @@ class Agent:
 
     async def _serve(self, server: SGLangServer, feed: VersionFeed) -> None:
         """Start from the newest version, load what came meanwhile, then report ready and follow. Ends by an error."""
-        self._become("starting", version=-1)
+        self._become("starting")
+        self.heartbeat.change(version=-1, checksum="")
         now = await feed.first()
         started = time.monotonic()
         try:
@@ -185,56 +188,30 @@ class Agent:
                 feed.did_not_start(now)
             raise
         self._log.info("SGLang is up", version=now.version, seconds=round(time.monotonic() - started, 1))
-        self.heartbeat.change(version=now.version, loading=-1, vocab_size=now.model.vocab_size)
+        checksum = await server.checksum()
+        self.heartbeat.change(version=now.version, loading=-1, vocab_size=now.model.vocab_size, checksum=checksum)
         while (wanted := await feed.next(now.version, now.model, 0.0)) is not None:
-            await self._update(server, wanted)
+            await self._updates.swap(server, wanted)
             now = wanted
         self._ready_at, self._was_ready = time.monotonic(), True
         self._become("ready")
         self._log.info("ready", server=self.name, version=now.version, url=self.heartbeat.status.url)
         while True:
-            if (wanted := await feed.next(now.version, now.model, FOLLOW_S)) is not None:
-                self._become("updating")
-                await self._update(server, wanted)
-                self._become("ready")
+            wanted = await feed.next(now.version, now.model, FOLLOW_S)
+            if wanted is not None and await self._updates.apply(server, wanted):
                 now = wanted
 
-    def _become(self, state: str, **fields: int) -> None:
+    def _become(self, state: str) -> None:
         """Change the state; one that drains does so to its end."""
-        self.heartbeat.change(state="draining" if self._draining else state, **fields)
-
-    async def _update(self, server: SGLangServer, to: Loadable) -> None:
-        """Swap the weights under the running requests. On any doubt the server is not continued but replaced."""
-        with anyio.CancelScope(shield=True):  # SIGTERM waits for the end of it
-            began = time.monotonic()
-            await server.pause()
-            paused = time.monotonic()
-            await server.load(to.model.folder, to.version, self._settings.ready_timeout_s)
-            loaded = time.monotonic()
-            await server.resume()
-        ended = time.monotonic()
-        figures = {"load_s": loaded - paused, "pause_s": ended - began, "total_s": ended - to.found_at}
-        self.heartbeat.change(
-            version=to.version,
-            loading=-1,
-            updates=self.heartbeat.status.updates + 1,
-            last_update_s=figures["total_s"],
-            last_error="",
-        )
-        self._log.info("updated", version=to.version, **{name: round(value, 3) for name, value in figures.items()})
-        with anyio.move_on_after(1.0), contextlib.suppress(RedisError, OSError):  # a log, not state
-            await self._broker.journal.metric("update", {"server": self.name, "version": to.version, **figures})
+        self.heartbeat.change(state="draining" if self._draining else state)
 
     async def _drain(self, server: SGLangServer) -> None:
         """Wait, for a while, until no request runs; a front door repeats elsewhere what is cut off then."""
-        idle = 0
-        with anyio.move_on_after(DRAIN_S, shield=True):
-            while idle < 3:  # a front door may send until it has read that this server drains
-                await anyio.sleep(0.25)
-                try:
-                    idle = 0 if await server.requests() else idle + 1
-                except ServerFailed:  # not up yet, or dead already
-                    return
+        with (
+            anyio.move_on_after(DRAIN_S, shield=True),
+            contextlib.suppress(ServerFailed),
+        ):  # not up yet, or dead already
+            await idle(server)
 
     @property
     def _everywhere(self) -> bool:

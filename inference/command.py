@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.util
 import os
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lachesis.inference.settings import AgentSettings
 
 LAUNCHER = Path(__file__).with_name("launch.py")
+WATCHDOG_S = 300.0  # SGLang's default
 CPU_REQUESTS = 128  # sequences at once on a CPU where the settings don't say
 CPU_CACHE_TOKENS = 65_536  # upper bound of the KV cache on a CPU, in tokens, unless one context is longer
 
@@ -71,6 +73,14 @@ def _cuda_devices() -> int:
     return count.value
 
 
+def watchdog_s(settings: AgentSettings) -> float:
+    """Seconds without progress, a pause in place included, after which SGLang ends itself."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--watchdog-timeout", type=float, default=WATCHDOG_S)
+    found: float = parser.parse_known_args(shlex.split(settings.sglang_args))[0].watchdog_timeout
+    return found
+
+
 def command_line(settings: AgentSettings, python: str, device: str, port: int) -> list[str]:
     """The launcher with every option that does not depend on the model."""
     options = [
@@ -78,7 +88,10 @@ def command_line(settings: AgentSettings, python: str, device: str, port: int) -
         "--port", str(port),
         "--served-model-name", settings.pool,
         "--log-level", "warning",
+        "--watchdog-timeout", f"{WATCHDOG_S:g}",
     ]  # fmt: skip
+    if settings.update_mode == "in_place":
+        options.append("--disable-radix-cache")  # else new requests would go on from prefixes that older weights read
     if device == "cpu":
         options += _ON_CPU
     # -P: the launcher's folder holds modules of ours, which must not shadow what SGLang imports

@@ -39,7 +39,15 @@ class AgentSettings(RedisSettings):
         "auto", description="type SGLang computes in; auto: on a CPU the model's own, on CUDA SGLang's choice"
     )
     sglang_args: str = Field("", description="further options for SGLang, as one string of shell words")
-    ready_timeout_s: float = Field(600.0, gt=0, description="seconds SGLang may take to start, or to load a version")
+    ready_timeout_s: float = Field(600.0, gt=0, description="seconds SGLang may take to start")
+    update_mode: Literal["retract", "drain", "in_place"] = Field(
+        "retract",
+        description="what becomes of running requests when a version is loaded; retract: they go on with the new weights, "
+        "their cache made anew; drain: they end first; in_place: they go on with the new weights and their old cache",
+    )
+    update_at_once: int = Field(
+        0, ge=0, description="servers of the pool that may load a version at the same time (0: half of them)"
+    )
 
     @field_validator("sglang_args")
     @classmethod

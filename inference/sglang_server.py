@@ -28,6 +28,14 @@ class ServerFailed(LachesisError, RuntimeError):
     """The server died, or answered an update in a way that leaves in doubt which weights it has."""
 
 
+class _Refused(ServerFailed):
+    """An answer other than 200."""
+
+    def __init__(self, path: str, status: int, text: str) -> None:
+        self.status = status
+        super().__init__(f"SGLang answered {path} with {status}: {text}")
+
+
 class SGLangServer:
     """`async with SGLangServer(…) as server:` starts the process; leaving ends it and all its children.
 
@@ -110,17 +118,23 @@ class SGLangServer:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
-    async def pause(self) -> None:
-        """Hold all requests: running ones go back to the queue and will be continued with the next weights."""
-        await self._call("POST", "/pause_generation", {"mode": "retract"}, PAUSE_S)
+    async def pause(self, mode: str) -> None:
+        """Hold all requests, which will be continued with the next weights.
+
+        Running ones go back to the queue (`retract`: their cache is made anew) or stand still (`in_place`: it is kept).
+        """
+        await self._call("POST", "/pause_generation", {"mode": mode}, PAUSE_S)
 
     async def resume(self) -> None:
         await self._call("POST", "/continue_generation", {}, PAUSE_S)
 
-    async def load(self, folder: Path, version: int, timeout_s: float) -> None:
-        """Replace the weights of a paused server. Raises ServerFailed unless it then says that it has this version."""
-        body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
-        answer = await self._call("POST", "/update_weights_from_disk", body, timeout_s)
+    async def load(self, folder: Path, version: int, *, flush_cache: bool) -> None:
+        """Replace the weights of a paused server. Raises ServerFailed unless it then says that it has this version.
+
+        While requests stand still in place the cache can't be flushed. The caller bounds the time.
+        """
+        body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": flush_cache}
+        answer = await self._call("POST", "/update_weights_from_disk", body, None)
         if not answer.get("success"):
             raise ServerFailed(f"SGLang did not load version {version}: {answer.get('message')}")
         info = await self._call("GET", "/model_info", None, PAUSE_S)
@@ -130,20 +144,35 @@ class SGLangServer:
                 f"{info.get('weight_version')} from {info.get('model_path')}"
             )
 
+    async def checksum(self) -> str:
+        """A hash of all weights as they are served, equal where the weights are equal; "" where SGLang has none.
+
+        Its time is the device's to read the weights once.
+        """
+        try:
+            answer = await self._call("POST", "/weights_checker", {"action": "checksum"}, None)
+        except _Refused as refused:
+            if refused.status == 404:  # older than SGLang 0.5.19
+                return ""
+            raise
+        return str(answer["per_engine_checksum"])
+
     async def requests(self) -> int:
         """How many requests run or wait."""
         answer = await self._call("GET", "/v1/loads?include=core", None, 5)
         return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in answer["loads"])
 
-    async def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+    async def _call(
+        self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None
+    ) -> dict[str, Any]:
         try:
             timeout = aiohttp.ClientTimeout(timeout_s)
             async with self._http.request(method, path, json=body, timeout=timeout) as answer:
                 if answer.status != 200:
-                    raise ServerFailed(f"SGLang answered {path} with {answer.status}: {(await answer.text())[:300]}")
+                    raise _Refused(path, answer.status, (await answer.text())[:300])
                 content: dict[str, Any] = await answer.json()
                 return content
         except TimeoutError:
-            raise ServerFailed(f"SGLang did not answer {path} within {timeout_s:g} s") from None
+            raise ServerFailed(f"SGLang did not answer {path} within {timeout_s} s") from None
         except aiohttp.ClientError as error:
             raise ServerFailed(f"SGLang did not answer {path}: {error}") from None

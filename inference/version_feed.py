@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import anyio
 import anyio.to_thread
-from msgspec import Struct
+from msgspec import Struct, structs
 from redis.exceptions import RedisError
 from structlog.stdlib import BoundLogger
 
@@ -36,6 +36,7 @@ class Loadable(Struct, frozen=True):
     version: int
     model: ModelFolder
     found_at: float  # on the monotonic clock: when its event was read
+    passed_over: str = ""  # why a version that was wanted more is not it
 
 
 class VersionFeed:
@@ -44,7 +45,7 @@ class VersionFeed:
     def __init__(self, broker: Broker, policy: str, base: Path | None, heartbeat: Heartbeat, log: BoundLogger) -> None:
         self._broker, self._policy, self._base = broker, policy, base
         self._heartbeat, self._log = heartbeat, log
-        self._refused: set[int] = set()
+        self._refused: dict[int, str] = {}  # and why
         self._suspect: int | None = None  # SGLang failed when it last started from this version
         self._missing: set[int] = set()  # those whose absence has been logged
         self._found: Loadable | None = None  # the last one found, named as `loading` until it is served
@@ -106,13 +107,14 @@ class VersionFeed:
     async def _best(self, orders: Orders, serving: int, like: ModelFolder | None) -> Loadable | None:
         """The first good one of those asked for, unless `serving` is."""
         part = await self._part(orders)
-        self._absent = False
+        self._absent, passed_over = False, ""
         async for version, entry in self._asked_for(orders, part):
             if version == serving or (part == "newest" and version < serving):
                 break
             if version not in self._refused and (found := await self._look_at(version, entry, like)) is not None:
-                self._found = found
-                return found
+                self._found = structs.replace(found, passed_over=passed_over)
+                return self._found
+            passed_over = passed_over or self._refused.get(version, "")
         if self._found is not None:
             self._found = None
             self._heartbeat.change(loading=-1)
@@ -184,7 +186,7 @@ class VersionFeed:
         return None
 
     def _refuse(self, version: int, reason: str) -> None:
-        self._refused.add(version)
+        self._refused[version] = reason
         self._log.error("version refused, the one before it stays", version=version, reason=reason)
         self._heartbeat.change(loading=-1, last_error=reason)
 

@@ -211,6 +211,7 @@ async def test_the_newest_one_good_takes_the_place_of_a_bad_newest(broker: Broke
 
     assert found is not None
     assert found.version == 2
+    assert found.passed_over.startswith("version 3 refused")
 
 
 async def test_the_heartbeat_goes_on_when_redis_comes_back(tmp_path: Path) -> None:
