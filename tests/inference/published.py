@@ -142,5 +142,10 @@ def manifest_of(folder: Path, version: int) -> Manifest:
     return Manifest(version=version, step=version, files=files, tensors=tensors)
 
 
+def tear(folder: Path) -> None:
+    raw = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(raw[: len(raw) // 2])
+
+
 async def publish(broker: Broker, base: Path, store: Path, version: int) -> None:
     await broker.weights.publish("main", write_version(base, store, version))

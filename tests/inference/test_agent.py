@@ -6,9 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ import anyio
 import numpy as np
 import pytest
 import roles
-from published import VOCAB, make_model, publish, random_weights, write_version
+from clients import CLIENTS, generate, load, request
+from published import VOCAB, make_model, publish, random_weights, tear, write_version
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.codec import tokens_digest
@@ -26,7 +25,6 @@ from lachesis.broker.records import ServerStatus
 pytestmark = [pytest.mark.anyio, pytest.mark.sglang]
 
 RUN = "agent-tests"
-CLIENTS = 32
 
 
 class Bench:
@@ -93,48 +91,6 @@ async def status_where(broker: Broker, timeout_s: float = 120.0, **fields: Any) 
     raise AssertionError(f"never {fields} within {timeout_s:g} s; the last status was {found}")
 
 
-def request(tokens: int = 48) -> dict[str, Any]:
-    prompt = np.random.default_rng().integers(5, VOCAB, size=8).tolist()
-    sampling = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
-    return {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
-
-
-async def generate(client: aiohttp.ClientSession, body: dict[str, Any]) -> tuple[int, Any]:
-    async with client.post("/generate", json=body) as response:
-        return response.status, await response.json()
-
-
-class Load:
-    """Clients that generate without pause; `done` holds (request, status, answer) of each call."""
-
-    def __init__(self) -> None:
-        self.done: list[tuple[dict[str, Any], int, Any]] = []
-
-    def failures(self) -> list[tuple[int, Any]]:
-        return [(status, answer) for _, status, answer in self.done if status != 200]
-
-    def by_version(self) -> Counter[str]:
-        return Counter(answer["meta_info"]["weight_version"] for _, _, answer in self.done)
-
-
-@asynccontextmanager
-async def load(client: aiohttp.ClientSession) -> AsyncIterator[Load]:
-    """Clients at work inside the block; at its end they finish what they have begun."""
-    load, stop = Load(), False
-
-    async def work() -> None:
-        while not stop:
-            body = request()
-            load.done.append((body, *await generate(client, body)))
-
-    workers = [asyncio.create_task(work()) for _ in range(CLIENTS)]
-    try:
-        yield load
-    finally:
-        stop = True
-        await asyncio.gather(*workers)
-
-
 async def test_it_starts_from_the_newest_version(bench: Bench, broker: Broker, client: aiohttp.ClientSession) -> None:
     for version in (1, 2):
         await publish(broker, bench.base, bench.store, version)
@@ -196,11 +152,6 @@ async def test_the_weights_are_those_that_were_published(
 
     assert found[0] == pytest.approx(found[2], abs=1e-3)
     assert found[0] != pytest.approx(found[1], abs=1e-3)
-
-
-def tear(folder: Path) -> None:
-    raw = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(raw[: len(raw) // 2])
 
 
 async def test_bad_versions_are_refused_and_the_old_one_serves_on(

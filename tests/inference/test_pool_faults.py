@@ -1,0 +1,286 @@
+"""A pool of two real SGLang servers while parts of it are killed and bad versions are published, under 32 clients.
+
+Every token that a client got has to have the log-prob that Hugging Face computes with the weights of the one version
+under which it was labelled. The tests build on each other, in this order; a table of what they counted is printed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import anyio
+import pytest
+import roles
+from clients import CLIENTS, Load, generate, load, request
+from published import make_model, publish, random_weights, tear, write_version
+from reference import Reference
+
+from lachesis.broker import Broker, EmbeddedRedis
+from lachesis.broker.pools import canaries
+from lachesis.broker.records import PoolRule, ServerStatus
+from lachesis.cli.main import main as lachesis
+
+pytestmark = [pytest.mark.anyio, pytest.mark.sglang, pytest.mark.timeout(600)]
+
+SERVERS = ("s0", "s1")
+TOLERANCE = 1e-4  # of a log-prob in float32
+COLUMNS = ("fault", "calls", "failed", "repeated", "versions", "tokens", "largest |Δ log-prob|", "checksums")
+
+
+class Rig:
+    """Redis, two agents with their SGLang, a front door, a store of versions, and the table."""
+
+    def __init__(self, folder: Path) -> None:
+        self.redis, self.folder = EmbeddedRedis(folder / "redis").start(), folder
+        self.base, self.store = make_model(folder / "base"), folder / "store"
+        self.listener = roles.listener()
+        self.door_url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.common = ("--redis-url", self.redis.url, "--state-dir", str(folder))
+        self.agents: dict[str, roles.Role] = {}
+        self.reference = Reference(lambda version: self.store / f"v{version:06d}")
+        self.rows: list[tuple[object, ...]] = []
+        self.start_door()
+
+    def start_door(self) -> None:
+        options = (*self.common, "--fd", str(self.listener.fileno()))
+        self.door = roles.front_door(self.folder / "door.log", *options, inherit=self.listener)
+
+    def start_agent(self, name: str, *options: str) -> None:
+        arguments = (*self.common, "--server", name, "--model", str(self.base), *options)
+        self.agents[name] = roles.agent(self.folder / f"{name}.log", *arguments)
+
+    def sglang(self, name: str) -> int:
+        return roles.below(self.agents[name].process.pid)[0]
+
+    def close(self) -> None:
+        for role in (*self.agents.values(), self.door):
+            role.kill()
+        self.listener.close()
+        self.redis.stop()
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Rig]:
+    rig = Rig(tmp_path_factory.mktemp("pool"))
+    yield rig
+    rig.close()
+    rows = [tuple(map(str, row)) for row in (COLUMNS, *rig.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print()
+        for row in rows:
+            print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+@pytest.fixture
+async def broker(rig: Rig) -> AsyncIterator[Broker]:
+    client = await Broker.connect(rig.redis.url)
+    yield client
+    await client.aclose()
+
+
+@asynccontextmanager
+async def fault(rig: Rig, broker: Broker, name: str) -> AsyncIterator[Load]:
+    """Clients at work during the block, which ends with all servers ready and alike; then everything is checked."""
+    async with (
+        aiohttp.ClientSession(rig.door_url, connector=aiohttp.TCPConnector(limit=0)) as client,
+        load(client, repeat=True) as clients,
+    ):
+        await clients.more()
+        yield clients
+        await clients.more()
+    checksums = {status.checksum for status in await broker.parties.servers()}
+    tokens, largest = rig.reference.difference(clients.done) if not clients.failures() else (0, float("nan"))
+    versions = " ".join(sorted(clients.by_version(), key=int))
+    alike = "equal" if len(checksums) == 1 and all(checksums) else "DIFFER"
+    rig.rows.append(
+        (name, len(clients.done), len(clients.failures()), clients.repeated, versions, tokens, f"{largest:.1e}", alike)
+    )
+    assert clients.failures() == []
+    assert largest <= TOLERANCE
+    assert alike == "equal"
+    await served_as_published(rig, broker)
+
+
+async def served_as_published(rig: Rig, broker: Broker) -> None:
+    """Each server itself gives Hugging Face's log-probs of the version it reports."""
+    for status in await broker.parties.servers():
+        async with aiohttp.ClientSession(status.url) as direct:
+            body = request(16)
+            body["sampling_params"]["temperature"] = 0
+            code, answer = await generate(direct, body)
+        assert answer["meta_info"]["weight_version"] == str(status.version)
+        tokens, largest = rig.reference.difference([(body, code, answer)])
+        assert tokens == 16
+        assert largest <= TOLERANCE
+
+
+async def until(broker: Broker, timeout_s: float = 120.0, servers: tuple[str, ...] = SERVERS, **fields: Any) -> dict[str, ServerStatus]:  # fmt: skip
+    """The statuses of the servers, once all of them have these values."""
+    found: dict[str, ServerStatus] = {}
+    try:
+        with anyio.fail_after(timeout_s):
+            while True:
+                found = {status.server: status for status in await broker.parties.servers()}
+                if all(
+                    name in found and all(getattr(found[name], field) == value for field, value in fields.items())
+                    for name in servers
+                ):
+                    return found
+                await anyio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"never {fields} on {servers} within {timeout_s:g} s; the last statuses were {found}") from None  # fmt: skip
+
+
+async def everywhere(broker: Broker, version: int) -> None:
+    await until(broker, version=version, state="ready")
+
+
+async def test_updates(rig: Rig, broker: Broker) -> None:
+    await publish(broker, rig.base, rig.store, 1)
+    for name in SERVERS:
+        rig.start_agent(name)
+    await everywhere(broker, 1)
+    async with fault(rig, broker, "two updates, one server at a time"):
+        for version in (2, 3):
+            await publish(broker, rig.base, rig.store, version)
+            await everywhere(broker, version)
+
+
+async def test_bad_checkpoints_reach_no_server(rig: Rig, broker: Broker) -> None:
+    pids = [rig.sglang(name) for name in SERVERS]
+    weights = random_weights(1)
+    norm = weights.pop("model.norm.weight")
+    bad: dict[str, dict[str, Any]] = {
+        "torn": {"spoil": tear},
+        "incomplete": {"weights": weights},
+        "NaN": {"weights": weights | {"model.norm.weight": norm * float("nan")}},
+        "mis-shaped": {"weights": weights | {"model.norm.weight": norm[:32]}},
+    }
+    for version, (name, how) in enumerate(bad.items(), start=4):
+        async with fault(rig, broker, f"{name} checkpoint"):
+            await broker.weights.publish("main", write_version(rig.base, rig.store, version, **how))
+            for server in SERVERS:
+                with anyio.fail_after(20):
+                    while f"version {version} refused" not in (await until(broker))[server].last_error:  # noqa: ASYNC110
+                        await anyio.sleep(0.02)
+            await everywhere(broker, 3)
+    await publish(broker, rig.base, rig.store, 8)
+    await everywhere(broker, 8)
+    assert [rig.sglang(name) for name in SERVERS] == pids
+
+
+async def test_a_server_is_killed(rig: Rig, broker: Broker) -> None:
+    async with fault(rig, broker, "kill -9 of an SGLang server"):
+        os.kill(rig.sglang("s0"), signal.SIGKILL)
+        await until(broker, servers=("s0",), state="failed")
+        await publish(broker, rig.base, rig.store, 9)
+        await everywhere(broker, 9)
+
+
+async def test_an_agent_is_killed_and_its_server_comes_back_with_the_newest(
+    rig: Rig, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fault(rig, broker, "kill -9 of an agent, late joiner"):
+        rig.agents["s1"].kill()
+        await publish(broker, rig.base, rig.store, 10)
+        await until(broker, servers=("s0",), version=10)
+        monkeypatch.setenv("LACHESIS_CRASH_AT", "paused:11")
+        rig.start_agent("s1")
+        await until(broker, servers=("s1",), version=-1)
+        seen = await until(broker, servers=("s1",), state="ready")
+        assert (seen["s1"].version, seen["s1"].updates) == (10, 0)
+
+
+async def test_an_agent_is_killed_in_the_middle_of_a_pause(rig: Rig, broker: Broker) -> None:
+    async with fault(rig, broker, "kill -9 of an agent while it pauses its server"):
+        await publish(broker, rig.base, rig.store, 11)
+        await anyio.to_thread.run_sync(rig.agents["s1"].process.wait)
+        rig.start_agent("s1", "--update-mode", "drain")
+        await everywhere(broker, 11)  # s0 too, whether or not the dead agent held the turn
+
+
+async def test_the_front_door_is_killed(rig: Rig, broker: Broker) -> None:
+    async with fault(rig, broker, "kill -9 of the front door") as clients:
+        rig.door.kill()
+        rig.start_door()
+        await clients.more()
+    assert 0 < clients.repeated <= CLIENTS  # what it had in its hands, once
+
+
+async def test_redis_is_killed(rig: Rig, broker: Broker) -> None:
+    async with fault(rig, broker, "kill -9 of Redis") as clients:
+        assert rig.redis.pid is not None
+        os.kill(rig.redis.pid, signal.SIGKILL)
+        await clients.more()  # generation goes on without it
+        rig.redis.stop()
+        rig.redis.start()
+        await publish(broker, rig.base, rig.store, 12)
+        await everywhere(broker, 12)
+
+
+def steer(rig: Rig, *arguments: str) -> None:
+    assert lachesis(["pool", *arguments, *rig.common]) == 0
+
+
+async def test_a_canary_is_rolled_back_by_one_command(rig: Rig, broker: Broker) -> None:
+    (canary,) = canaries(PoolRule("canary", share=0.25), SERVERS)
+    (other,) = {*SERVERS} - {canary}
+    async with fault(rig, broker, "canary, rollback, back to the newest") as clients:
+        await anyio.to_thread.run_sync(steer, rig, "pin", "12")
+        await until(broker, rule="pin")
+        await publish(broker, rig.base, rig.store, 13)
+        await anyio.to_thread.run_sync(steer, rig, "canary", "13")
+        await until(broker, servers=(canary,), rule="canary", version=13, state="ready")
+        await until(broker, servers=(other,), rule="rest", version=12, state="ready")
+        seen = len(clients.done)
+        await clients.more(4 * CLIENTS)
+        both = {answer["meta_info"]["weight_version"] for _, _, answer in clients.done[seen + CLIENTS :]}
+        assert both == {"12", "13"}
+        await anyio.to_thread.run_sync(steer, rig, "rollback")
+        await everywhere(broker, 12)
+        await anyio.to_thread.run_sync(steer, rig, "newest")
+        await everywhere(broker, 13)
+
+
+async def test_drain_and_in_place(rig: Rig, broker: Broker) -> None:
+    """s1 drains: its answers are of one version. s0 continues in place: on the cache it has, not made anew."""
+    rig.agents["s0"].kill()
+    rig.start_agent("s0", "--update-mode", "in_place")
+    await until(broker, servers=("s0",), version=-1)
+    statuses = await until(broker, version=13, state="ready")
+    asked = {}
+    async with aiohttp.ClientSession() as direct:
+        for name in SERVERS:
+            body = request(400)
+            call = direct.post(f"{statuses[name].url}/generate", json=body)
+            asked[name] = asyncio.create_task(_json(call))
+            with anyio.fail_after(20):
+                while not await _running(direct, statuses[name].url):
+                    pass
+        await publish(broker, rig.base, rig.store, 14)
+        answers = {name: (await task)["meta_info"] for name, task in asked.items()}
+    await everywhere(broker, 14)
+
+    assert [span["version"] for span in answers["s1"]["weight_versions"]] == ["13"]
+    assert [span["version"] for span in answers["s0"]["weight_versions"]] == ["13", "14"]
+    assert answers["s0"]["num_retractions"] == 0
+    async with fault(rig, broker, "after an update in mode drain, and one in place"):
+        pass
+
+
+async def _json(call: Any) -> Any:
+    async with call as response:
+        return await response.json()
+
+
+async def _running(client: aiohttp.ClientSession, url: str) -> int:
+    loads = await _json(client.get(f"{url}/v1/loads?include=core"))
+    return int(loads["loads"][0]["num_running_reqs"])
