@@ -25,6 +25,7 @@ from lachesis.inference.model_folder import download, is_hub_name, read_model_fo
 from lachesis.inference.ports import bind, find_free
 from lachesis.inference.settings import AgentSettings
 from lachesis.inference.sglang_server import ServerFailed, SGLangServer
+from lachesis.inference.staging import Staging
 from lachesis.inference.updates import Updates, idle
 from lachesis.inference.version_feed import VersionFeed
 
@@ -60,7 +61,8 @@ class Agent:
             log,
         )
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-        self._log_file = settings.state_dir.absolute() / "runs" / settings.run / "logs" / f"sglang-{safe}.log"
+        self._state = settings.state_dir.absolute() / "runs" / settings.run
+        self._log_file = self._state / "logs" / f"sglang-{safe}.log"
         self._ready_at: float | None = None  # of the present life, on the monotonic clock
         self._was_ready = False
         self._draining = False
@@ -114,7 +116,9 @@ class Agent:
 
     async def _supervise(self) -> None:
         base = await self._base_model()
-        feed = VersionFeed(self._broker, self._settings.policy, base, self.heartbeat, self._log)
+        policy = self._settings.policy
+        staging = Staging(self._state / "staged" / policy, keep=self._settings.keep_staged)
+        feed = VersionFeed(self._broker, policy, base, staging, self.heartbeat, self._log)
         failures = 0
         while True:
             await anyio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])

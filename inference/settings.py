@@ -40,6 +40,11 @@ class AgentSettings(RedisSettings):
     )
     sglang_args: str = Field("", description="further options for SGLang, as one string of shell words")
     ready_timeout_s: float = Field(600.0, gt=0, description="seconds SGLang may take to start")
+    keep_staged: int = Field(
+        3,
+        ge=1,
+        description="versions kept in the state folder, of those that were published to a URL and had to be copied",
+    )
     update_mode: Literal["retract", "drain", "in_place"] = Field(
         "retract",
         description="what becomes of running requests when a version is loaded; retract: they go on with the new weights, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -20,6 +21,7 @@ from lachesis.broker.pools import Orders, canaries
 from lachesis.broker.records import WeightsEntry
 from lachesis.inference.heartbeat import Heartbeat
 from lachesis.inference.model_folder import ModelFolder, read_model_folder
+from lachesis.inference.staging import Staging, is_remote
 from lachesis.inference.verification import VersionGone, folder_of, verify
 
 LIVE_S = 10.0  # servers silent for longer have no part in a canary
@@ -42,8 +44,8 @@ class Loadable(Struct, frozen=True):
 class VersionFeed:
     """Finds versions for one server. A refused version is never looked at again."""
 
-    def __init__(self, broker: Broker, policy: str, base: Path | None, heartbeat: Heartbeat, log: BoundLogger) -> None:
-        self._broker, self._policy, self._base = broker, policy, base
+    def __init__(self, broker: Broker, policy: str, base: Path | None, staging: Staging, heartbeat: Heartbeat, log: BoundLogger) -> None:  # fmt: skip
+        self._broker, self._policy, self._base, self._staging = broker, policy, base, staging
         self._heartbeat, self._log = heartbeat, log
         self._refused: dict[int, str] = {}  # and why
         self._suspect: int | None = None  # SGLang failed when it last started from this version
@@ -170,9 +172,11 @@ class VersionFeed:
         """Verify under the collector's eyes: what a status names as `loading` is left alone."""
         found_at = time.monotonic()
         try:
-            if not folder_of(entry).is_dir():
+            if not is_remote(entry) and not folder_of(entry).is_dir():
                 raise VersionGone(f"version {entry.version}: {entry.uri} does not exist")
             await self._announce(loading=entry.version)
+            if is_remote(entry):
+                entry = await self._stage(entry)
             folder = await anyio.to_thread.run_sync(verify, entry, like)
             return Loadable(entry.version, await anyio.to_thread.run_sync(read_model_folder, folder), found_at)
         except VersionGone as gone:
@@ -184,6 +188,16 @@ class VersionFeed:
         except (WeightsRefused, ConfigurationError) as refused:
             self._refuse(entry.version, str(refused))
         return None
+
+    async def _stage(self, entry: WeightsEntry) -> WeightsEntry:
+        """The same version, copied to this machine."""
+        began, stop = time.monotonic(), threading.Event()
+        try:
+            folder = await anyio.to_thread.run_sync(self._staging.fetch, entry, stop, abandon_on_cancel=True)
+        finally:
+            stop.set()
+        self._log.info("staged", version=entry.version, uri=entry.uri, seconds=round(time.monotonic() - began, 3))
+        return structs.replace(entry, uri=str(folder))
 
     def _refuse(self, version: int, reason: str) -> None:
         self._refused[version] = reason

@@ -16,6 +16,7 @@ from lachesis.broker.pools import canaries
 from lachesis.broker.records import PoolRule, ServerStatus
 from lachesis.inference.heartbeat import Heartbeat
 from lachesis.inference.model_folder import read_model_folder
+from lachesis.inference.staging import Staging
 from lachesis.inference.version_feed import VersionFeed
 
 pytestmark = pytest.mark.anyio
@@ -36,8 +37,9 @@ def heartbeat_of(broker: Broker, name: str = "s") -> Heartbeat:
     return Heartbeat(broker.parties, status, LOG)
 
 
-def feed_of(broker: Broker, base: Path | None) -> VersionFeed:
-    return VersionFeed(broker, "main", base, heartbeat_of(broker), LOG)
+def feed_of(broker: Broker, base: Path | None, heartbeat: Heartbeat | None = None) -> VersionFeed:
+    staging = Staging(Path("/nowhere"), keep=1)  # folders are served where they lie
+    return VersionFeed(broker, "main", base, staging, heartbeat or heartbeat_of(broker), LOG)
 
 
 async def test_it_starts_from_the_newest_and_announces_it_first(broker: Broker, base: Path, tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ async def test_a_share_of_the_servers_are_canaries(broker: Broker, base: Path, t
     for name in ("a", "b", "c", "d"):
         heartbeat = heartbeat_of(broker, name)
         await heartbeat.announce(state="ready")
-        feeds[name] = (VersionFeed(broker, "main", base, heartbeat, LOG), heartbeat)
+        feeds[name] = (feed_of(broker, base, heartbeat), heartbeat)
 
     served = {name: (await feed.first()).version for name, (feed, _) in feeds.items()}
 
@@ -197,7 +199,7 @@ async def test_a_canary_that_can_not_be_loaded_leaves_its_server_with_the_rest(
         await heartbeat_of(broker, name).announce()
     heartbeat = heartbeat_of(broker, canary)
 
-    assert (await VersionFeed(broker, "main", base, heartbeat, LOG).first()).version == 1
+    assert (await feed_of(broker, base, heartbeat).first()).version == 1
     assert heartbeat.status.rule == "canary"
     assert "version 2 refused" in heartbeat.status.last_error
 
