@@ -19,8 +19,8 @@ import anyio
 import pytest
 import roles
 from clients import CLIENTS, Load, generate, load, request
+from hf_reference import Reference
 from published import make_model, publish, random_weights, tear, write_version
-from reference import Reference
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.pools import canaries

@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer_kit import fill, until
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, LeaseLost, StorageError, WeightsRefused, connect_blocking
-from lachesis.broker.records import ServerStatus, WeightsEntry
+from lachesis.broker.records import PoolRule, ServerStatus, WeightsEntry
 from lachesis.trainer.publisher import Publisher
 from lachesis.trainer.tenure import Tenure
 from lachesis.trainer.versions import VersionStore
@@ -132,6 +132,25 @@ def test_in_lockstep_it_counts_as_queued_until_servers_have_the_version(
     publisher.deliver(2, served=True)
     publisher.flush(hurry=True)  # nobody waits for a server at the end
     assert delivered() == 2
+
+
+def test_a_pinned_pool_is_not_waited_for_and_keeps_its_version(
+    publisher: Publisher, store: SlowStore, blocking: BlockingBroker
+) -> None:
+    store.let_go.set()
+    for version in (1, 2):
+        publisher.publish(version, version - 1, weights(float(version)))
+    publisher.flush()
+    pools, parties = blocking.broker.pools, blocking.broker.parties
+    judged, _ = blocking.call(pools.rule, "main")
+    assert blocking.call(pools.steer, "main", PoolRule("canary", 2, 1, 0.5), judged)
+    pinned = ServerStatus("s", "main", "http://s", "ready", 2, -1, time.time(), rule="canary")
+    blocking.call(parties.report, pinned)  # nobody serves version 1 now, and somebody may have to soon
+    for version in (3, 4):
+        publisher.publish(version, version - 1, weights(float(version)))
+        publisher.deliver(version, served=True)
+    publisher.flush()
+    assert store.versions() == [1, 2, 3, 4]
 
 
 def test_a_failed_write_is_raised_once_by_the_next_call(
