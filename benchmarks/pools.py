@@ -50,7 +50,9 @@ class Row:
     size: str
     at_once: int
     alone_s: float  # SGLang's load of a paused server, driven directly
-    load_s: float  # the same under an agent
+    verify_s: float  # before the pause: hashes, tensors, values
+    load_s: float  # SGLang's load under an agent
+    checksum_s: float  # SGLang's hash of its weights: on a CPU SHA-256, on CUDA a kernel at the memory's speed
     stall_s: float  # pause to continue
     event_s: float  # publish to the last server serving it
 
@@ -61,6 +63,11 @@ class Row:
     @property
     def over_event_s(self) -> float:
         return self.event_s - self.waves * self.alone_s
+
+    @property
+    def beside_s(self) -> float:
+        """Of the stall, what is neither the load nor the checksum."""
+        return self.stall_s - self.load_s - self.checksum_s
 
     @property
     def over_stall_s(self) -> float:
@@ -180,8 +187,8 @@ def lachesis(folder: Path, name: str, *arguments: str) -> Iterator[None]:
         process.wait()
 
 
-async def pooled(versions: Versions, folder: Path, updates: int, at_once: int) -> tuple[float, float, float]:
-    """Median (load, stall, event to all serving), in seconds, of a pool of agents behind a front door."""
+async def pooled(versions: Versions, folder: Path, updates: int, at_once: int) -> dict[str, float]:
+    """Medians of a pool of agents behind a front door, by field of Row."""
     async with AsyncExitStack() as stack:
         redis = stack.enter_context(EmbeddedRedis(folder / "redis"))
         common = ("--redis-url", redis.url, "--state-dir", str(folder))
@@ -210,8 +217,9 @@ async def pooled(versions: Versions, folder: Path, updates: int, at_once: int) -
                 events.append(await all_at(versions.newest) - announced)
                 await asyncio.sleep(0.5)
         entries = [fields for _, fields in await broker.journal.metrics() if fields["kind"] == "update"]
-    load, stall = (statistics.median(float(entry[name]) for entry in entries) for name in ("load_s", "pause_s"))
-    return load, stall, statistics.median(events)
+    names = {"verify_s": "verify_s", "load_s": "load_s", "checksum_s": "checksum_s", "stall_s": "pause_s"}
+    medians = {name: statistics.median(float(entry[theirs]) for entry in entries) for name, theirs in names.items()}
+    return {**medians, "event_s": statistics.median(events)}
 
 
 def measure(folder: Path, updates: int) -> Iterator[Row]:
@@ -222,8 +230,9 @@ def measure(folder: Path, updates: int) -> Iterator[Row]:
             place = folder / size / str(at_once)
             place.mkdir()
             bare = asyncio.run(alone(Versions(place / "alone", model), place, updates, at_once))
-            load, stall, event = asyncio.run(pooled(Versions(place / "pool", model), place, updates, at_once))
-            yield Row(size, at_once, bare, load, stall, event)
+            yield Row(
+                size, at_once, bare, **asyncio.run(pooled(Versions(place / "pool", model), place, updates, at_once))
+            )
 
 
 def main() -> int:
@@ -233,11 +242,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         rows = list(measure(Path(name), updates))
     table = Table(
-        "weights", "at once", "load alone", "load", "stall", "− load alone", "must", "event → all", "− loads alone", "must", "",
+        "weights", "at once", "load alone", "verify", "load", "checksum", "rest", "stall", "− load", "must", "event → all", "− loads", "must", "",
         title=f"{SERVERS} SGLang servers, {CLIENTS} clients, medians in ms",
     )  # fmt: skip
     for row in rows:
-        ms = [f"{1000 * value:.0f}" for value in (row.alone_s, row.load_s, row.stall_s, row.over_stall_s)]
+        parts = (row.alone_s, row.verify_s, row.load_s, row.checksum_s, row.beside_s, row.stall_s, row.over_stall_s)
+        ms = [f"{1000 * value:.0f}" for value in parts]
         ms += [f"≤ {1000 * MUST_STALL_S:.0f}", f"{1000 * row.event_s:.0f}", f"{1000 * row.over_event_s:.0f}"]
         table.add_row(row.size, str(row.at_once), *ms, f"≤ {1000 * MUST_EVENT_S:.0f}", "must" if row.good else "MISSED")
     console.print(table)

@@ -87,12 +87,19 @@ class Updates:
                     await server.load(to.model.folder, to.version, flush_cache=not in_place)
                     loaded = time.monotonic()
                     checksum = await server.checksum()
+                    checked = time.monotonic()
                     await server.resume()
             except TimeoutError:
                 raise ServerFailed(f"SGLang was paused for {self._pause_limit_s:g} s, all that its watchdog bears; --sglang-args "
                                    "'--watchdog-timeout SECONDS' allows more") from None  # fmt: skip
         ended = time.monotonic()
-        figures = {"load_s": loaded - paused, "pause_s": ended - began, "total_s": ended - to.found_at}
+        figures = {
+            "verify_s": to.verify_s,
+            "load_s": loaded - paused,
+            "checksum_s": checked - loaded,
+            "pause_s": ended - began,
+            "total_s": ended - to.found_at,
+        }
         self._heartbeat.change(
             version=to.version,
             checksum=checksum,

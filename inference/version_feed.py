@@ -38,6 +38,7 @@ class Loadable(Struct, frozen=True):
     version: int
     model: ModelFolder
     found_at: float  # on the monotonic clock: when its event was read
+    verify_s: float = 0.0  # to find that, the copy of a remote one included
     passed_over: str = ""  # why a version that was wanted more is not it
 
 
@@ -178,7 +179,8 @@ class VersionFeed:
             if is_remote(entry):
                 entry = await self._stage(entry)
             folder = await anyio.to_thread.run_sync(verify, entry, like)
-            return Loadable(entry.version, await anyio.to_thread.run_sync(read_model_folder, folder), found_at)
+            model = await anyio.to_thread.run_sync(read_model_folder, folder)
+            return Loadable(entry.version, model, found_at, time.monotonic() - found_at)
         except VersionGone as gone:
             self._absent = True
             if entry.version not in self._missing:
