@@ -34,6 +34,20 @@ def tokens_digest(tokens: Sequence[int] | np.ndarray) -> str:
     return digest.hexdigest()[:32]
 
 
+def prefix_digests(tokens: np.ndarray, ends: Sequence[int]) -> list[str]:
+    """`tokens_digest` of tokens[:end] for each of the growing `ends`, in one pass."""
+    values = narrowed(tokens, "<i4")
+    if values.dtype != "<i4":
+        return [tokens_digest(tokens[:end]) for end in ends]
+    digest, start, found = hashlib.sha256(), 0, []
+    for end in ends:
+        digest.update(np.ascontiguousarray(values[start:end]).data)
+        start, one = end, digest if end == ends[-1] else digest.copy()
+        one.update(b"<i4")
+        found.append(one.hexdigest()[:32])
+    return found
+
+
 def narrowed(values: np.ndarray, dtype: str) -> np.ndarray:
     """The values as `dtype` where that loses nothing, else as they are."""
     if values.dtype == dtype:
