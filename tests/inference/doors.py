@@ -52,6 +52,8 @@ class Upstream:
         self.url = ""
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
+        if request.method == "GET":  # what a router asks of its workers
+            return web.json_response({"model_path": "m", "served_model_name": "main", "is_generation": True})
         body = await request.json()
         self.bodies.append(body)
         behave = self.script.pop(0) if len(self.script) > 1 else self.script[0]
