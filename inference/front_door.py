@@ -5,6 +5,7 @@ What else SGLang offers is not passed on: /server_info, for one, shows its keys 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -172,6 +173,7 @@ def run(settings: FrontDoorSettings) -> int:
     """Serve until SIGTERM or SIGINT, then drain; returns 0."""
     log = configure_logging("front-door")
     check_name("pool", settings.pool)
+    gc.freeze()  # what is imported stays: a collection, of which every few answers need one, need not look at it
     with settings.redis() as url, ExitStack() as open_sockets:
         more = [port for port in ATROPOS_PORTS if settings.atropos_ports and port != settings.port]
         listeners = [

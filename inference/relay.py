@@ -79,6 +79,7 @@ class Relay:
         self._pool, self._patience_s, self._refresh = pool, patience_s, refresh
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+            cookie_jar=aiohttp.DummyCookieJar(),  # to look for cookies takes longer than to send a request
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
         )
         self.waiting = 0  # requests without a server

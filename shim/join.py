@@ -101,7 +101,14 @@ def covers(spans: Spans, place: Places, length: int) -> bool:
     return all(known[start:end].all() for start, end in place.runs)
 
 
-def differ(posted: np.ndarray, sampled: np.ndarray) -> bool:
-    """Whether log-probs that an environment posted are not those of the generations its tokens were joined with."""
-    both = (posted <= 0) & (sampled <= 0)
-    return bool((np.abs(posted - sampled)[both] > TOLERANCE).any())
+def mismatched(posted: Sequence[np.ndarray], joined: Sequence[Joined]) -> int:
+    """Sequences whose posted log-probs are not those of the generations that their tokens were joined with."""
+    pairs = [(row, each.log_probs) for row, each in zip(posted, joined, strict=True) if each.log_probs is not None]
+    if not pairs or not _differ(*(np.concatenate(rows) for rows in zip(*pairs, strict=True))):  # one pass: all is well
+        return 0
+    return sum(_differ(*pair) for pair in pairs)
+
+
+def _differ(posted: np.ndarray, sampled: np.ndarray) -> bool:
+    apart = np.abs(posted - sampled) > TOLERANCE
+    return bool((apart & (posted <= 0) & (sampled <= 0)).any())

@@ -15,7 +15,7 @@ from lachesis.broker import Broker
 from lachesis.broker.codec import from_entry
 from lachesis.broker.lineage import from_record
 from lachesis.broker.records import Group, ServerStatus, TrainerConfig, WeightsEntry
-from lachesis.shim.join import UNKNOWN, Joined, Places, covers, differ, digests, join, places
+from lachesis.shim.join import UNKNOWN, Joined, Places, covers, digests, join, mismatched, places
 
 HEARTBEAT_S = 60.0  # a server not heard of for longer serves nobody
 REMEMBERED_S = 60.0  # a generation may have begun on a version that its server has replaced since
@@ -89,10 +89,7 @@ class Versions:
         self.counts["joined"] += whole
         self.counts["unknown"] += len(joined) - whole
         if posted := group.inference_logprobs:
-            self.counts["mismatched"] += sum(
-                each.log_probs is not None and differ(row, each.log_probs)
-                for row, each in zip(posted, joined, strict=True)
-            )
+            self.counts["mismatched"] += mismatched(posted, joined)
         elif any(each.log_probs is not None for each in joined):
             group.sampled_logprobs = [
                 np.full(len(row), UNKNOWN, "<f4") if each.log_probs is None else each.log_probs

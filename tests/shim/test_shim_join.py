@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lachesis.broker.codec import prefix_digests, tokens_digest
 from lachesis.broker.packing import to_arrays
 from lachesis.broker.records import Group, Lineage, ScoredGroup
-from lachesis.shim.join import covers, differ, digests, join, places
+from lachesis.shim.join import Joined, covers, digests, join, mismatched, places
 
 Row = tuple[list[int], list[bool]]  # tokens, and which are trained
 
@@ -126,6 +126,8 @@ def test_a_prompt_that_is_trained_is_not_covered() -> None:
 
 
 def test_only_log_probs_that_both_know_can_differ() -> None:
-    sampled = np.array([1.0, -0.5, -0.5], "<f4")
-    assert not differ(np.array([-9.0, -0.50005, 1.0]), sampled)
-    assert differ(np.array([1.0, -0.5, -0.5002]), sampled)
+    known, unknown = Joined((), True, np.array([1.0, -0.5, -0.5], "<f4")), Joined((), True, None)
+    same, other = np.array([-9.0, -0.50005, 1.0]), np.array([1.0, -0.5, -0.5002])
+    assert mismatched([same, other], [known, unknown]) == 0
+    assert mismatched([same, other, other], [known] * 3) == 2
+    assert mismatched([other], [unknown]) == 0
