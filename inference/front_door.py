@@ -127,6 +127,7 @@ async def serve(door: FrontDoor, listeners: Sequence[socket.socket], stop: anyio
             lifespan="off",
             log_level="error",
             access_log=False,
+            proxy_headers=False,  # nobody here asks who the client is
             server_header=False,
             timeout_graceful_shutdown=DRAIN_S,
         )
