@@ -64,7 +64,7 @@ class Broker:
         self.weights = Weights(redis, blocking, scripts, self.keys)
         self.pools = Pools(redis, blocking, scripts, self.keys)
         self.parties = Parties(redis, heartbeats, scripts, self.keys)
-        self.lineage = LineageStore(redis, self.keys)
+        self.lineage = LineageStore(scripts, self.keys)
         self.journal = Journal(redis, blocking, scripts, self.keys)
         self.tokens = Tokens(redis, self.keys)
 

@@ -64,8 +64,13 @@ class Keys:
     def seen(self, gid: str) -> str:
         return self._key("seen", gid)
 
-    def lineage(self, digest: str) -> str:
-        return self._key("lineage", digest)
+    @property
+    def lineage(self) -> str:
+        return self._key("lineage")
+
+    @property
+    def old_lineage(self) -> str:
+        return self._key("lineage", "old")
 
     # a policy
     def weights(self, policy: str) -> str:

@@ -1,6 +1,7 @@
-"""From the front door to the shim: which versions produced a finished generation.
+"""From the front door to the shim: which versions produced a finished generation, and its sampled log-probs.
 
-Keyed by a hash of the whole sequence (prompt and output ids), which is what an environment posts later.
+Keyed by a hash of the whole sequence (prompt and output ids), which is what an environment posts later. Bounded in
+time and in bytes, whatever the number of front doors: scripts/record.lua says how.
 """
 
 from __future__ import annotations
@@ -8,27 +9,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+from msgspec import structs
 
-from lachesis.broker.connection import Redis
 from lachesis.broker.keys import Keys
+from lachesis.broker.lua import Scripts
 from lachesis.broker.records import Lineage
 
-TTL_S = 3600
+TTL_S = 7200  # a record is kept for between half of this and all of it
+MAX_BYTES = 256 << 20
+
+_decoder = msgspec.json.Decoder(Lineage)
 
 
 class LineageStore:
-    def __init__(self, redis: Redis, keys: Keys) -> None:
-        self._redis, self._keys = redis, keys
+    def __init__(self, scripts: Scripts, keys: Keys) -> None:
+        self._scripts, self._keys = scripts, keys
 
-    async def record(self, lineages: Sequence[tuple[str, Lineage]]) -> None:
-        """Remember (digest, lineage) pairs for an hour; repeating is harmless."""
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for digest, lineage in lineages:
-                pipe.set(self._keys.lineage(digest), msgspec.json.encode(lineage), ex=TTL_S)
-            await pipe.execute()
+    async def record(self, lineages: Sequence[tuple[str, Lineage]], *, max_bytes: int = MAX_BYTES) -> int:
+        """Remember (digest, lineage) pairs for an hour or two, or until others need the bytes; repeating is harmless.
+
+        Returns how many older ones had to go before their time.
+        """
+        args: list[str | bytes | int] = [max_bytes, TTL_S]
+        for digest, lineage in lineages:
+            args += (digest, to_record(lineage))
+        return int(await self._scripts.record(keys=[self._keys.lineage, self._keys.old_lineage], args=args))
 
     async def look_up(self, digests: Sequence[str]) -> list[Lineage | None]:
-        if not digests:
-            return []
-        found = await self._redis.mget([self._keys.lineage(digest) for digest in digests])
-        return [msgspec.json.decode(raw, type=Lineage) if raw else None for raw in found]
+        keys = self._keys
+        found = await self._scripts.arrive(
+            keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage], args=digests
+        )
+        return [from_record(raw) if raw else None for raw in found[-1]]
+
+
+def to_record(lineage: Lineage) -> bytes:
+    """JSON, for people to read, and behind a line break the log-probs as they are."""
+    if not lineage.log_probs:
+        return msgspec.json.encode(lineage)
+    return b"\n".join((msgspec.json.encode(structs.replace(lineage, log_probs=b"")), lineage.log_probs))
+
+
+def from_record(raw: bytes) -> Lineage:
+    head, _, log_probs = raw.partition(b"\n")
+    lineage = _decoder.decode(head)
+    return structs.replace(lineage, log_probs=log_probs) if log_probs else lineage

@@ -18,11 +18,11 @@ from lachesis.broker.connection import Redis
 from lachesis.broker.wire import Command, Wire
 
 NAMES = (
-    "arrive", "put", "bury", "form", "drop", "lease", "deliver", "renew", "commit", "retire", "cover", "leave", "requeue",
+    "arrive", "put", "record", "bury", "form", "drop", "lease", "deliver", "renew", "commit", "retire", "cover", "leave", "requeue",
     "purge", "subscribe", "acquire", "adopt", "register_env", "publish", "steer", "take_turn", "note", "append", "reset",
 )  # fmt: skip
 
-EVERY_POST = ("arrive", "put")  # what every posted group needs
+FREQUENT = ("arrive", "put", "record")  # what every posted group and every generation needs
 LOADS = 5
 
 
@@ -64,6 +64,7 @@ class Scripts:
 
     arrive: WireScript
     put: WireScript
+    record: WireScript
     bury: Script
     form: Script
     drop: Script
@@ -91,4 +92,4 @@ class Scripts:
         folder = files("lachesis.broker") / "scripts"
         for name in NAMES:
             text = (folder / f"{name}.lua").read_text()
-            setattr(self, name, WireScript(wire, text) if name in EVERY_POST else Script(redis, text))
+            setattr(self, name, WireScript(wire, text) if name in FREQUENT else Script(redis, text))

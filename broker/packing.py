@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from lachesis.broker.codec import narrowed
 from lachesis.broker.errors import InvalidGroup
-from lachesis.broker.records import Group, ScoredGroup
+from lachesis.broker.records import Group, ScoredGroup, Spans
 
 CODEC = "mp2z"
 PACKED_TYPE = "application/vnd.lachesis.group"  # media type of a packed group
@@ -52,6 +52,7 @@ class _Packed(Struct):
     ref_logprobs: _Ragged | None = None
     inference_logprobs: _Ragged | None = None
     rest: _Rest = msgspec.field(default_factory=_Rest)
+    weight_versions: list[Spans] | None = None
 
 
 class _Blob(Struct, array_like=True):
@@ -59,6 +60,8 @@ class _Blob(Struct, array_like=True):
     v_min: int
     v_max: int
     packed: bytes
+    versions: list[Spans] | None = None
+    sampled_logprobs: _Ragged | None = None
 
 
 class _Zstd(threading.local):
@@ -90,6 +93,7 @@ def to_arrays(scored: ScoredGroup) -> Group:
         ref_logprobs=_float_rows(scored.ref_logprobs),
         inference_logprobs=_float_rows(scored.inference_logprobs),
         rest={name: value for name in REST if (value := getattr(scored, name)) is not None},
+        versions=scored.weight_versions,
     )
 
 
@@ -103,6 +107,7 @@ def to_scored(group: Group) -> ScoredGroup:
         ref_logprobs=_lists(group.ref_logprobs),
         inference_logprobs=_lists(group.inference_logprobs),
         env_id=group.env,
+        weight_versions=group.versions,
         **group.rest,
     )
 
@@ -121,6 +126,7 @@ def pack(group: ScoredGroup | Group) -> bytes:
         ref_logprobs=_pack_floats(group.ref_logprobs),
         inference_logprobs=_pack_floats(group.inference_logprobs),
         rest=_Rest(**group.rest),
+        weight_versions=group.versions,
     )
     return _zstd.compressor.compress(_encoder.encode(packed))
 
@@ -161,14 +167,23 @@ def unpack(packed: bytes) -> Group:
             ref_logprobs=_unpack_floats(found.ref_logprobs),
             inference_logprobs=_unpack_floats(found.inference_logprobs),
             rest={name: value for name in REST if (value := getattr(found.rest, name)) is not None},
+            versions=found.weight_versions,
         )
     except (zstandard.ZstdError, msgspec.DecodeError, ValueError, RecursionError) as error:
         raise _not_packed(f"must be a packed group ({error})") from None
 
 
-def to_blob(packed: bytes, gid: str, *, v_min: int, v_max: int) -> bytes:
-    """What is kept of a group: its packed form, its id, and which versions made its tokens."""
-    return _encoder.encode(_Blob(gid, v_min, v_max, packed))
+def to_blob(
+    packed: bytes,
+    gid: str,
+    *,
+    v_min: int,
+    v_max: int,
+    versions: list[Spans] | None = None,
+    sampled_logprobs: list[np.ndarray] | None = None,
+) -> bytes:
+    """What is kept of a group: its packed form, its id, and what is known of the making of its tokens (see Group)."""
+    return _encoder.encode(_Blob(gid, v_min, v_max, packed, versions, _pack_floats(sampled_logprobs)))
 
 
 def from_blob(blob: bytes) -> Group:
@@ -176,6 +191,9 @@ def from_blob(blob: bytes) -> Group:
     found = _blob_decoder.decode(blob)
     group = unpack(found.packed)
     group.gid, group.v_min, group.v_max = found.gid, found.v_min, found.v_max
+    group.sampled_logprobs = _unpack_floats(found.sampled_logprobs)
+    if found.versions is not None:
+        group.versions = found.versions
     return group
 
 

@@ -70,7 +70,14 @@ class Queue:
         """
         if isinstance(group, ScoredGroup):
             group = to_arrays(group)
-        blob = to_blob(packed or pack(group), gid, v_min=v_min, v_max=v_max)
+        blob = to_blob(
+            packed or pack(group),
+            gid,
+            v_min=v_min,
+            v_max=v_max,
+            versions=group.versions,
+            sampled_logprobs=group.sampled_logprobs,
+        )
         entry = queue_entry(structs.replace(group, gid=gid, v_min=v_min, v_max=v_max), len(blob))
         keys = [self._keys.groups, self._keys.blob(gid), self._keys.seen(gid), self._keys.state, self._keys.trainers]
         quotas = [limits.bytes, limits.sequences, limits.env_bytes, limits.env_sequences]

@@ -7,16 +7,17 @@ is the weights after step v, and version 0 the weights training started from.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from msgspec import Struct, field
 
+Spans: TypeAlias = tuple[tuple[int, int, int], ...]  # (version, start, end): tokens start to end - 1, in order
 MAX_DELIVERIES = 10  # a batch lent more often than this without being committed is given up
 
 
 class ScoredGroup(Struct):
-    """One rollout group as Atropos environments post it: exactly upstream's 14 keys, absent ones null.
+    """One rollout group as Atropos environments post it: upstream's 14 keys, absent ones null, and one that it ignores.
 
     Lists are parallel over the group's G sequences; token-level ones are aligned with `tokens`, without a shift.
     """
@@ -35,6 +36,7 @@ class ScoredGroup(Struct):
     env_id: int | None = None
     distill_token_ids: list[list[list[int]]] | None = None
     distill_logprobs: list[list[list[float]]] | None = None
+    weight_versions: list[Spans] | None = None  # where the environment knows them: over each sequence's tokens
 
 
 class Group(Struct, kw_only=True):
@@ -51,6 +53,10 @@ class Group(Struct, kw_only=True):
     ref_logprobs: list[np.ndarray] | None
     inference_logprobs: list[np.ndarray] | None  # float32 or float64
     rest: dict[str, Any]  # the remaining Atropos keys, as they came
+    versions: list[Spans] | None = None  # which version produced which tokens of each sequence, where that is known
+    sampled_logprobs: list[np.ndarray] | None = (
+        None  # float32: the sampler's, 1.0 where not known; None if posted ones are
+    )
 
 
 class GroupEntry(Struct, frozen=True):
@@ -246,12 +252,13 @@ class QueueStatus(Struct, frozen=True):
     dropped: dict[str, int] = field(default_factory=dict)  # groups that ever became dead letters, by reason
 
 
-class Lineage(Struct, frozen=True):
+class Lineage(Struct, frozen=True, omit_defaults=True):
     """What the front door knows of one finished generation: which versions made its output."""
 
     v_min: int
     v_max: int
-    spans: tuple[tuple[int, int, int], ...] = field(default_factory=tuple)  # (version, start, end) over output tokens
+    spans: Spans  # over output tokens
+    log_probs: bytes = b""  # float32 of each output token as it was sampled, packed, in nats; empty: not known
 
 
 Role = Literal["environment", "trainer", "admin"]

@@ -125,6 +125,7 @@ async def store(
     version = newest.version if newest else 0
     for group in part.groups:
         v_min, v_max = (group.v_min, group.v_max) if keep_versions else (version, version)
+        group.versions = group.versions if keep_versions else None
         while True:
             try:
                 reply = await target.queue.put(group.gid, group, v_min=v_min, v_max=v_max, limits=Limits(bytes=quota))

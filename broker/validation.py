@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from lachesis.broker.errors import InvalidGroup
-from lachesis.broker.records import Group
+from lachesis.broker.records import Group, Spans
 
+NEWEST = 2**53  # no version is newer: Lua and JavaScript count so far
 TOKEN_FIELDS = ("masks", "advantages", "ref_logprobs", "inference_logprobs")
 
 
@@ -42,6 +43,8 @@ def check_group(group: Group, *, max_token_len: int = -1, batch_size: int = -1) 
         raise InvalidGroup(f"tokens[{index}]", lowest, "token ids must not be negative")
     for name in TOKEN_FIELDS:
         _check_rows(name, getattr(group, name), group.tokens)
+    if group.versions is not None:
+        _check_versions(group.versions, lengths)
 
 
 def _check_rows(name: str, rows: Sequence[np.ndarray] | None, tokens: Sequence[np.ndarray]) -> None:
@@ -58,6 +61,18 @@ def _check_rows(name: str, rows: Sequence[np.ndarray] | None, tokens: Sequence[n
     if name != "masks" and not np.isfinite(np.concatenate(rows)).all():
         for index, row in enumerate(rows):
             _check_finite(f"{name}[{index}]", row)
+
+
+def _check_versions(rows: Sequence[Spans], lengths: Sequence[int]) -> None:
+    if len(rows) != len(lengths):
+        raise InvalidGroup("weight_versions", f"{len(rows)} rows", f"must have one per sequence, {len(lengths)}")
+    for index, (spans, length) in enumerate(zip(rows, lengths, strict=True)):
+        last = 0
+        for number, (version, start, end) in enumerate(spans):
+            if not (0 <= version <= NEWEST and last <= start < end <= length):
+                rule = f"must be [version, start, end] in order, within the {length} tokens, no version below 0"
+                raise InvalidGroup(f"weight_versions[{index}][{number}]", [version, start, end], rule)
+            last = end
 
 
 def _check_finite(name: str, values: np.ndarray) -> None:

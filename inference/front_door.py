@@ -5,13 +5,12 @@ What else SGLang offers is not passed on: /server_info, for one, shows its keys 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import anyio
 import uvicorn
@@ -23,21 +22,20 @@ from starlette.routing import Route
 from structlog.stdlib import BoundLogger
 
 from lachesis.broker import Broker, ConfigurationError
+from lachesis.broker.access import ENVIRONMENT, Access
 from lachesis.broker.keys import check_name
 from lachesis.broker.logs import configure_logging
-from lachesis.inference.generate import Generated, lineages
+from lachesis.inference.lineage import Lineages
 from lachesis.inference.pool import Pool
+from lachesis.inference.pool_watch import PoolWatch
 from lachesis.inference.ports import bind
 from lachesis.inference.relay import Relay
-from lachesis.inference.routes import GenerationRoute
+from lachesis.inference.routes import GenerationRoute, Guard
 from lachesis.inference.settings import FrontDoorSettings
 
-REFRESH_S = 0.5
-REFRESH_WAITING_S = 0.02  # while a request waits for a server
-FOLLOW_S = 5.0  # one wait for a newer version
-RETRY_S = 1.0  # while Redis is away
 LINEAGE_S = 1.0  # an answer waits this long at most for its lineage to be kept
 DRAIN_S = 30  # running requests have this long at the end
+ATROPOS_PORTS = range(9004, 9008)
 GENERATION = {"/generate": ["POST", "PUT"], "/v1/completions": ["POST"], "/v1/chat/completions": ["POST"]}
 
 
@@ -45,22 +43,24 @@ class FrontDoor:
     """Wires the parts: the pool, refreshed from Redis; the relay; the routes."""
 
     def __init__(self, settings: FrontDoorSettings, broker: Broker, log: BoundLogger) -> None:
-        self._settings, self._broker, self._log = settings, broker, log
-        self._pool = Pool()
-        self._look_now = anyio.Event()
-        self.relay = Relay(self._pool, settings.patience_s, lambda: self._look_now.set())
-        self._lineage_lost = 0
-        self.app = Starlette(
-            routes=[
-                *(
-                    Route(path, GenerationRoute(path, self.relay, self.record), methods=methods)
-                    for path, methods in GENERATION.items()
-                ),
-                Route("/v1/models", self._models),
-                Route("/health", self._health),
-                Route("/healthz", self._health),
-            ]
-        )
+        self._settings, self._broker = settings, broker
+        self._pool = Pool(settings.max_lag)
+        self.watch = PoolWatch(self._pool, settings, broker, lambda: self.relay.waiting, log)
+        self.relay = Relay(self._pool, settings.patience_s, self.watch.look_now)
+        self._lineage_lost = self._lineage_dropped = 0
+        record = self.record if settings.lineage_bytes else None
+        routes = [
+            *(
+                Route(path, GenerationRoute(path, self.relay, record), methods=methods)
+                for path, methods in GENERATION.items()
+            ),
+            Route("/v1/models", self._models),
+        ]
+        if settings.require_tokens:
+            access = Access(broker, required=True, outlast=True)
+            for route in routes:
+                route.app = Guard(route.app, access, ENVIRONMENT)
+        self.app = Starlette(routes=[*routes, Route("/health", self._health), Route("/healthz", self._health)])
         self.app.router.redirect_slashes = False
 
     def close(self) -> None:
@@ -68,54 +68,12 @@ class FrontDoor:
         self.relay.closing = True
         self._pool.wake()
 
-    async def keep_pool(self) -> None:
-        """Read the pool's servers from Redis until cancelled; while Redis is away, the last ones known serve on."""
-        silent = False
-        known: set[str] = set()
-        while True:
-            self._look_now = anyio.Event()
-            try:
-                statuses = await self._broker.parties.servers(self._settings.pool)
-                self._pool.refresh(statuses, now=time.monotonic(), wall=time.time())
-                silent = False
-            except (RedisError, OSError) as error:
-                if not silent:
-                    self._log.warning("Redis does not answer; the servers known last serve on", error=str(error))
-                silent = True
-            able = {server.name for server in self._pool.able()}
-            if able != known:
-                self._log.info("servers", ready=" ".join(sorted(able)) or "none", pool=self._settings.pool)
-                known = able
-            if self.relay.waiting:
-                await anyio.sleep(REFRESH_WAITING_S)
-                continue
-            with anyio.move_on_after(REFRESH_S):
-                await self._look_now.wait()
-
-    async def follow_versions(self) -> None:
-        """Have new requests wait for a newly published version, for a moment, until cancelled.
-
-        A generation begun just before its server loads the newest weights would reach the trainer a step late.
-        """
-        seen = -1
-        while True:
-            try:
-                entry = await self._broker.weights.wait_newer(self._settings.policy, seen, FOLLOW_S)
-            except (RedisError, OSError):
-                await anyio.sleep(RETRY_S)
-                continue
-            if entry is not None:
-                seen = entry.version
-                self._pool.await_version(seen, time.monotonic() + self._settings.catch_up_s)
-
-    async def record(self, body: Mapping[str, Any], generated: Sequence[Generated]) -> None:
+    async def record(self, found: Lineages) -> None:
         """Keep the lineage of an answer, so that it is there when the environment posts what it made of it."""
-        found = lineages(body, generated)
-        if not found:
-            return
         with anyio.move_on_after(LINEAGE_S):
             try:
-                await self._broker.lineage.record(found)
+                dropped = await self._broker.lineage.record(found, max_bytes=self._settings.lineage_bytes)
+                self._lineage_dropped += dropped
                 return
             except (RedisError, OSError):
                 pass
@@ -133,6 +91,7 @@ class FrontDoor:
                 "ready": len(self._pool.able()),
                 "waiting": self.relay.waiting,
                 "lineage_lost": self._lineage_lost,
+                "lineage_dropped": self._lineage_dropped,
             }
         )
 
@@ -159,8 +118,8 @@ def _address(listener: socket.socket) -> str:
     return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name)
 
 
-async def serve(door: FrontDoor, listener: socket.socket, stop: anyio.Event) -> None:
-    """Serve on the socket until `stop` is set and the running requests are done."""
+async def serve(door: FrontDoor, listeners: Sequence[socket.socket], stop: anyio.Event) -> None:
+    """Serve on the sockets until `stop` is set and the running requests are done."""
     server = _Server(
         uvicorn.Config(
             door.app,
@@ -168,6 +127,7 @@ async def serve(door: FrontDoor, listener: socket.socket, stop: anyio.Event) -> 
             lifespan="off",
             log_level="error",
             access_log=False,
+            proxy_headers=False,  # nobody here asks who the client is
             server_header=False,
             timeout_graceful_shutdown=DRAIN_S,
         )
@@ -180,16 +140,16 @@ async def serve(door: FrontDoor, listener: socket.socket, stop: anyio.Event) -> 
 
     try:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(door.keep_pool)
-            tasks.start_soon(door.follow_versions)
+            tasks.start_soon(door.watch.keep_pool)
+            tasks.start_soon(door.watch.follow_versions)
             tasks.start_soon(close)
-            await server.serve(sockets=[listener])
+            await server.serve(sockets=list(listeners))
             tasks.cancel_scope.cancel()
     finally:
         await door.relay.aclose()
 
 
-async def _main(settings: FrontDoorSettings, url: str, listener: socket.socket, log: BoundLogger) -> None:
+async def _main(settings: FrontDoorSettings, url: str, listeners: Sequence[socket.socket], log: BoundLogger) -> None:
     broker = await Broker.connect(url, settings.run)
     stop = anyio.Event()
 
@@ -202,8 +162,8 @@ async def _main(settings: FrontDoorSettings, url: str, listener: socket.socket, 
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(stop_on_signal)
-            log.info("listening", address=_address(listener), pool=settings.pool)
-            await serve(FrontDoor(settings, broker, log), listener, stop)
+            log.info("listening", address=" ".join(map(_address, listeners)), pool=settings.pool)
+            await serve(FrontDoor(settings, broker, log), listeners, stop)
             tasks.cancel_scope.cancel()
     finally:
         await broker.aclose()
@@ -214,6 +174,12 @@ def run(settings: FrontDoorSettings) -> int:
     """Serve until SIGTERM or SIGINT, then drain; returns 0."""
     log = configure_logging("front-door")
     check_name("pool", settings.pool)
-    with settings.redis() as url, _listener(settings) as listener:
-        anyio.run(_main, settings, url, listener, log, backend_options={"use_uvloop": True})
+    gc.freeze()  # what is imported stays: a collection, of which every few answers need one, need not look at it
+    with settings.redis() as url, ExitStack() as open_sockets:
+        more = [port for port in ATROPOS_PORTS if settings.atropos_ports and port != settings.port]
+        listeners = [
+            open_sockets.enter_context(listener)
+            for listener in (_listener(settings), *(bind(settings.host, port) for port in more))
+        ]
+        anyio.run(_main, settings, url, listeners, log, backend_options={"use_uvloop": True})
     return 0

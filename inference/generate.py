@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
-from lachesis.broker.codec import tokens_digest
 from lachesis.broker.errors import LachesisError
-from lachesis.broker.records import Lineage
+
+KEY_TOKENS = 128  # of a prompt decide which server has its beginning in its cache
+KEY_CHARACTERS = 512
 
 
 class BadRequest(LachesisError, ValueError):
@@ -25,24 +27,44 @@ class BadRequest(LachesisError, ValueError):
         super().__init__(f"{field} = {value!r}: {rule}")
 
 
-class _Span(Struct):
+class Span(Struct):
+    """SGLang's label: output tokens start to end - 1 were made by this version of the weights."""
+
     version: str
     start: int
     end: int
 
 
-class _Meta(Struct):
-    finish_reason: Any = None
+class Meta(Struct, gc=False):
+    finish_reason: Any = None  # {"type": …}; null in a stream until its last piece
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     weight_version: str | None = None
-    weight_versions: list[_Span] | None = None
+    weight_versions: list[Span] | None = None
     output_token_logprobs: list[tuple[float | None, int, Any]] | None = None
+    output_top_logprobs: Any = None
+    input_token_logprobs: Any = None
+    input_top_logprobs: Any = None
 
 
 class Generated(Struct):
-    """One generation in the answer to /generate."""
+    """One generation in an answer, whichever route it came from."""
 
-    meta_info: _Meta = msgspec.field(default_factory=_Meta)
+    text: str = ""
+    meta_info: Meta = field(default_factory=Meta)
     output_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    index: int = 0  # of a stream's piece: which of its generations this is
+
+    @property
+    def finish(self) -> str | None:
+        reason = self.meta_info.finish_reason
+        return reason.get("type") if isinstance(reason, dict) else reason
+
+    @property
+    def log_probs(self) -> list[float | None]:
+        """Of the output tokens, in nats; empty if they were not asked for."""
+        return [token[0] for token in self.meta_info.output_token_logprobs or ()]
 
 
 class _ChatToken(Struct):
@@ -57,10 +79,20 @@ class _Logprobs(Struct):
 class _Choice(Struct):
     finish_reason: str | None = None
     logprobs: _Logprobs | None = None
+    meta_info: Meta | None = None  # of a chat completion
+    token_ids: list[int] | None = None  # of a completion
+    response_token_ids: list[int] | None = None  # of a chat completion
+    prompt_token_ids: list[int] | None = None
+
+
+class _Metadata(Struct):
+    weight_version: str | None = None
+    weight_versions: list[Span] | None = None
 
 
 class _Completion(Struct):
     choices: list[_Choice] = []
+    metadata: _Metadata | None = None  # of the first choice
 
 
 _generated = msgspec.json.Decoder(Generated | list[Generated])
@@ -93,13 +125,36 @@ def check_request(body: Mapping[str, Any], vocab_size: int) -> None:
 
 
 def _check_ids(name: str, value: Any, vocab_size: int) -> None:
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not value:
         return
+    try:
+        if min(value) >= 0 and max(value) < vocab_size:  # numbers all of them, and at the speed of C
+            return
+    except TypeError:
+        pass
     for index, each in enumerate(value):
         if isinstance(each, list):
             _check_ids(f"{name}[{index}]", each, vocab_size)
         elif isinstance(each, int) and not 0 <= each < vocab_size:
             raise BadRequest(f"{name}[{index}]", each, f"token ids go from 0 to {vocab_size - 1}")
+
+
+def prompt_key(body: Mapping[str, Any]) -> int | None:
+    """What prompts with the same beginning have in common, in every front door; None where there is no prompt."""
+    for name in ("input_ids", "text", "prompt", "messages"):
+        value = body.get(name)
+        while name != "messages" and isinstance(value, list) and value and not isinstance(value[0], int):
+            value = value[0]  # of a batch, the first prompt
+        if not value:
+            continue
+        if isinstance(value, list) and name != "messages":
+            beginning = msgspec.json.encode(value[:KEY_TOKENS])
+        else:
+            beginning = (value if isinstance(value, str) else msgspec.json.encode(value).decode())[
+                :KEY_CHARACTERS
+            ].encode()
+        return crc32(beginning)
+    return None
 
 
 def is_single(body: Mapping[str, Any]) -> bool:
@@ -111,64 +166,33 @@ def is_single(body: Mapping[str, Any]) -> bool:
     return True
 
 
-def read_generated(raw: bytes) -> list[Generated]:
-    """The generations in an answer to /generate. Raises msgspec.DecodeError if it is not SGLang's."""
+def read_answer(path: str, raw: bytes) -> list[Generated]:
+    """The generations in a complete answer. Raises msgspec.DecodeError if it is not SGLang's."""
+    if path != "/generate":
+        return list(_of_choices(_completion.decode(raw)))
     answer = _generated.decode(raw)
     return answer if isinstance(answer, list) else [answer]
 
 
-def fault_of_generated(answer: Sequence[Generated]) -> str | None:
-    """`aborted` or `null` where the generations are not what was asked for."""
-    for each in answer:
-        reason = each.meta_info.finish_reason
-        if (reason.get("type") if isinstance(reason, dict) else reason) == "abort":
-            return "aborted"
-    for each in answer:
-        if any(token[0] is None for token in each.meta_info.output_token_logprobs or ()):
-            return "null"
-    return None
+def _of_choices(answer: _Completion) -> Iterator[Generated]:
+    """An answer of the OpenAI routes says only of its first choice, or in `meta_info`, which versions made it."""
+    for index, choice in enumerate(answer.choices):
+        meta = choice.meta_info or Meta()
+        if choice.meta_info is None and answer.metadata is not None and index == 0:
+            meta.weight_version, meta.weight_versions = answer.metadata.weight_version, answer.metadata.weight_versions
+        output = choice.response_token_ids if choice.token_ids is None else choice.token_ids
+        if meta.output_token_logprobs is None and choice.logprobs is not None:
+            values = choice.logprobs.token_logprobs
+            if values is None:
+                values = [token.logprob for token in choice.logprobs.content or ()]
+            ids = output if output is not None and len(output) == len(values) else [-1] * len(values)
+            meta.output_token_logprobs = [(value, token, None) for value, token in zip(values, ids, strict=True)]
+        meta.finish_reason = choice.finish_reason
+        yield Generated("", meta, output, choice.prompt_token_ids, index)
 
 
-def fault_of_completion(raw: bytes, body: Mapping[str, Any]) -> str | None:
-    """The same for an answer of the OpenAI routes; with `echo` the first log-prob is null by right."""
-    choices = _completion.decode(raw).choices
-    if any(choice.finish_reason == "abort" for choice in choices):
+def fault_of(answer: Sequence[Generated], *, echo: bool = False) -> str | None:
+    """`aborted` or `null` where the generations are not what was asked for; with `echo` the first is null by right."""
+    if any(each.finish == "abort" for each in answer):
         return "aborted"
-    for choice in choices:
-        if choice.logprobs is None:
-            continue
-        values = [token.logprob for token in choice.logprobs.content or ()]
-        values += (choice.logprobs.token_logprobs or [])[1 if body.get("echo") else 0 :]
-        if None in values:
-            return "null"
-    return None
-
-
-def lineages(body: Mapping[str, Any], answer: Sequence[Generated]) -> list[tuple[str, Lineage]]:
-    """(digest of prompt and output ids, versions) of each generation; none where the request held text."""
-    ids = body.get("input_ids")
-    if not isinstance(ids, list) or not ids or not answer:
-        return []
-    prompts = ids if isinstance(ids[0], list) else [ids]
-    each_prompt = max(1, len(answer) // len(prompts))  # n outputs of a prompt stand together
-    return list(_lineages(prompts, each_prompt, answer))
-
-
-def _lineages(
-    prompts: Sequence[list[int]], each_prompt: int, answer: Sequence[Generated]
-) -> Iterator[tuple[str, Lineage]]:
-    for index, generated in enumerate(answer):
-        meta = generated.meta_info
-        output = generated.output_ids
-        if output is None:
-            output = [token for _, token, _ in meta.output_token_logprobs or ()]
-        spans = meta.weight_versions or [_Span(meta.weight_version or "", 0, len(output))]
-        if not output or not all(span.version.isdecimal() for span in spans):
-            continue
-        versions = [int(span.version) for span in spans]
-        lineage = Lineage(
-            v_min=min(versions),
-            v_max=max(versions),
-            spans=tuple((version, span.start, span.end) for version, span in zip(versions, spans, strict=True)),
-        )
-        yield tokens_digest(prompts[index // each_prompt] + output), lineage
+    return "null" if any(None in each.log_probs[int(echo) :] for each in answer) else None

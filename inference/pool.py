@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from zlib import crc32
 
 import anyio
 
@@ -15,6 +16,7 @@ from lachesis.broker.records import ServerStatus
 
 STALE_S = 5.0  # a server silent for this long gets no new requests
 LOST_S = 30.0  # and after this, its machine is taken for gone, and what runs there is repeated elsewhere
+BUSIER_TIMES, BUSIER_BY = 1.25, 4  # a prompt's server may run this many times the least, and this many more
 TAKES_REQUESTS = ("ready", "updating")  # an update only holds requests for a moment
 
 
@@ -26,6 +28,7 @@ class Server:
     changed_at: float  # when its heartbeat last changed, on our clock
     calls: set[anyio.CancelScope] = field(default_factory=set)  # requests of this front door that run there
     turn: int = 0  # of its last request: those equally busy take turns
+    seed: int = 0  # of its name: its part in choosing a server for a prompt
     failed_at: float | None = None  # the heartbeat it had when a call failed; it is trusted again after the next
 
     @property
@@ -45,9 +48,13 @@ class Server:
 
 
 class Pool:
-    """Keeps the servers and wakes those who wait for one."""
+    """Keeps the servers and wakes those who wait for one.
 
-    def __init__(self) -> None:
+    With `max_lag`, servers more than so many versions behind the newest published one get no requests; 0: any do.
+    """
+
+    def __init__(self, max_lag: int = 0) -> None:
+        self._max_lag, self._newest = max_lag, -1
         self._servers: dict[str, Server] = {}
         self._refreshed_at = float("-inf")
         self._turns = 0
@@ -62,7 +69,7 @@ class Pool:
             known = self._servers.get(name)
             if known is None:
                 age = 0.0 if abs(wall - status.heartbeat) < STALE_S else LOST_S
-                self._servers[name] = Server(status, changed_at=now - age)
+                self._servers[name] = Server(status, changed_at=now - age, seed=crc32(name.encode()))
             else:
                 if status.heartbeat != known.status.heartbeat:
                     known.changed_at = now
@@ -81,15 +88,26 @@ class Pool:
         Not where the pool's rule keeps its servers from following the newest version.
         """
         self._awaited, self._awaited_until = version, until
+        self._newest = max(self._newest, version)
 
-    def pick(self) -> Server | None:
-        """The server with the fewest running requests of those that take some, as of the last refresh."""
+    def pick(self, key: int | None = None) -> Server | None:
+        """The server with the fewest running requests of those that take some, as of the last refresh.
+
+        Requests of one `key` go to one server, which has their beginning in its cache, unless it is clearly busier.
+        """
         able = self.able()
-        if self._refreshed_at < self._awaited_until and any(server.status.rule == "newest" for server in able):
-            able = [server for server in able if server.status.version >= self._awaited]
+        if any(server.status.rule == "newest" for server in able):
+            oldest = self._newest - self._max_lag if self._max_lag else -1
+            if self._refreshed_at < self._awaited_until:
+                oldest = max(oldest, self._awaited)
+            able = [server for server in able if server.status.version >= oldest]
         if not able:
             return None
         picked = min(able, key=lambda server: (len(server.calls), server.turn))
+        if key is not None and len(able) > 1:
+            preferred = max(able, key=lambda server: _mixed(key, server.seed))
+            if len(preferred.calls) <= BUSIER_TIMES * len(picked.calls) + BUSIER_BY:
+                picked = preferred
         self._turns += 1
         picked.turn = self._turns
         return picked
@@ -109,3 +127,13 @@ class Pool:
 
     async def wait_for_change(self) -> None:
         await self._changed.wait()
+
+
+def _mixed(key: int, seed: int) -> int:
+    """Rendezvous hashing (Thaler and Ravishankar, 1998): of a key's servers the highest number takes it.
+
+    A server that comes or goes moves only its own share of the keys.
+    """
+    mixed = (key << 32 | seed) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+    mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93 & 0xFFFFFFFFFFFFFFFF
+    return mixed ^ mixed >> 32

@@ -15,10 +15,10 @@ from msgspec import Struct
 from lachesis.inference.generate import (
     Generated,
     check_request,
-    fault_of_completion,
-    fault_of_generated,
+    fault_of,
     is_single,
-    read_generated,
+    prompt_key,
+    read_answer,
 )
 from lachesis.inference.pool import Pool, Server
 
@@ -44,12 +44,12 @@ class StreamBroken(Exception):
 
 
 class Answer(Struct):
-    """A server's complete answer; `generated` where it is a 200 of /generate."""
+    """A server's complete answer; `generated` where it is a 200."""
 
     status: int
     media_type: str
     content: bytes
-    generated: list[Generated] | None = None
+    generated: list[Generated] = []
 
 
 class Sink(Protocol):
@@ -79,6 +79,7 @@ class Relay:
         self._pool, self._patience_s, self._refresh = pool, patience_s, refresh
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+            cookie_jar=aiohttp.DummyCookieJar(),  # to look for cookies takes longer than to send a request
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
         )
         self.waiting = 0  # requests without a server
@@ -142,8 +143,10 @@ class Relay:
         """Make attempts on servers that take requests until one succeeds or patience ends."""
         deadline = anyio.current_time() + self._patience_s
         losses, last = 0, ""
+        key = prompt_key(body)
         while True:
-            server = await self._next_server(deadline, last)
+            server = await self._next_server(deadline, key, last)
+            key = None  # where it failed once, the prompt's other servers are as good
             if server.status.vocab_size:
                 check_request(body, server.status.vocab_size)
             try:
@@ -163,7 +166,7 @@ class Relay:
         self._pool.failed(server)
         self._refresh()
 
-    async def _next_server(self, deadline: float, last: str) -> Server:
+    async def _next_server(self, deadline: float, key: int | None, last: str) -> Server:
         """The next server that takes requests, waiting for one. Raises Unanswered at the deadline."""
         self.waiting += 1
         try:
@@ -171,7 +174,7 @@ class Relay:
                 if anyio.current_time() >= deadline:
                     why = f"; last: {last}" if last else ""
                     raise Unanswered(503, f"no server could answer within {self._patience_s:g} s{why}")
-                if (server := self._pool.pick()) is not None:
+                if (server := self._pool.pick(key)) is not None:
                     return server
                 self._refresh()
                 if self.closing:
@@ -208,11 +211,9 @@ class Relay:
 
 
 def _judge(answer: Answer, path: str, body: dict[str, Any]) -> str | None:
-    """What is wrong with a 200, if anything; keeps the generations of /generate."""
+    """What is wrong with a 200, if anything; keeps its generations."""
     try:
-        if path != "/generate":
-            return fault_of_completion(answer.content, body)
-        answer.generated = read_generated(answer.content)
-        return fault_of_generated(answer.generated)
+        answer.generated = read_answer(path, answer.content)
+        return fault_of(answer.generated, echo=bool(body.get("echo")))
     except msgspec.DecodeError as error:
         raise Unanswered(502, f"the server sent an answer that is not SGLang's: {error}") from None

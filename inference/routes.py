@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, TypeAlias
 
 import anyio
+from redis.exceptions import RedisError
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lachesis.inference.generate import BadRequest, Generated, read_request
-from lachesis.inference.relay import Relay, StreamBroken, Unanswered
+from lachesis.broker.access import Access, Denied
+from lachesis.broker.records import Role
+from lachesis.inference.generate import BadRequest, read_request
+from lachesis.inference.lineage import Lineages, StreamLineage, lineages, to_ask, without
+from lachesis.inference.relay import Answer, Relay, StreamBroken, Unanswered
+from lachesis.inference.vllm_shape import is_vllms, to_sglang, to_vllm
 
 MAX_BODY = 64 << 20  # bytes
 
-Record: TypeAlias = Callable[[Mapping[str, Any], Sequence[Generated]], Awaitable[None]]
+Record: TypeAlias = Callable[[Lineages], Awaitable[None]]
 
 
 class GenerationRoute:
     """One path that servers answer, as an ASGI application.
 
-    `record` is told of every generation whose answer is about to be sent.
+    `record` is told of every generation that is about to be sent, as far as its lineage is known.
     """
 
-    def __init__(self, path: str, relay: Relay, record: Record) -> None:
+    def __init__(self, path: str, relay: Relay, record: Record | None) -> None:
         self._path, self._relay, self._record = path, relay, record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,16 +54,19 @@ class GenerationRoute:
     async def _respond(self, body: dict[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
         response: Response
         try:
-            if body.get("stream"):
-                sink = _Stream(send)
-                answer = await self._relay.stream(self._path, body, sink)
-                if answer is None:
+            if is_vllms(self._path, body):
+                answer = await self._whole(to_sglang(body))
+                if answer.status == 200:
+                    answer.content = to_vllm(body, answer.generated)
+            elif body.get("stream"):
+                sink = _Stream(send, StreamLineage(body) if self._path == "/generate" else None, self._record)
+                streamed = await self._relay.stream(self._path, body, sink)
+                if streamed is None:
                     await sink.finish()
                     return
+                answer = streamed
             else:
-                answer = await self._relay.answer(self._path, body)
-                if answer.generated:
-                    await self._record(body, answer.generated)
+                answer = await self._whole(body)
             response = Response(answer.content, answer.status, media_type=answer.media_type)
         except BadRequest as error:
             response = _refusal(error)
@@ -67,18 +76,51 @@ class GenerationRoute:
             return  # without an end: so the client sees that it is cut off
         await response(scope, receive, send)
 
+    async def _whole(self, body: dict[str, Any]) -> Answer:
+        """A complete answer, recorded."""
+        if self._record is None:
+            return await self._relay.answer(self._path, body)
+        asked = to_ask(self._path, body)
+        answer = await self._relay.answer(self._path, {**body, **asked})
+        if answer.status == 200:
+            if found := lineages(body, answer.generated):
+                await self._record(found)
+            answer.content = without(self._path, answer.content, asked, body)
+        return answer
+
+
+class Guard:
+    """Lets through who has one of `roles`."""
+
+    def __init__(self, app: ASGIApp, access: Access, roles: Collection[Role]) -> None:
+        self._app, self._access, self._roles = app, access, roles
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._access.check(Headers(scope=scope).get("authorization", ""), self._roles)
+        except Denied as error:
+            refusal = _error(error.status, str(error))
+            refusal.headers.update(error.headers)
+            await refusal(scope, receive, send)
+        except (RedisError, OSError) as error:
+            await _error(503, f"Redis, which knows the tokens, does not answer: {error}")(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
 
 class _Stream:
-    """A response in pieces."""
+    """A response in pieces, whose generations are recorded before the piece that ends them is sent."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, lineage: StreamLineage | None, record: Record | None) -> None:
+        self._send, self._lineage, self._record = send, lineage, record
 
     async def start(self, status: int, media_type: str) -> None:
         headers = [(b"content-type", media_type.encode()), (b"cache-control", b"no-cache")]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, piece: bytes) -> None:
+        if self._record and self._lineage and (found := self._lineage.pass_on(piece)):
+            await self._record(found)
         await self._send({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def finish(self) -> None:

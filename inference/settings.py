@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from lachesis.broker.lineage import MAX_BYTES
 from lachesis.broker.settings import RedisSettings
 
 
@@ -73,6 +74,26 @@ class FrontDoorSettings(RedisSettings):
     policy: str = Field("main", description="policy whose published versions the pool follows")
     catch_up_s: float = Field(
         1.0, ge=0, description="seconds for which new requests wait for a server to load a newly published version"
+    )
+    max_lag: int = Field(
+        0,
+        ge=0,
+        description="requests wait for a server that serves one of so many versions before the newest (0: any version)",
+    )
+    lineage_bytes: int = Field(
+        MAX_BYTES,
+        ge=0,
+        description="bytes of the run's Redis for what is known of finished generations; the oldest go first (0: record none)",
+    )
+    require_tokens: bool = Field(
+        False, description="answer only who has a token of the run with the role environment or admin"
+    )
+    atropos_ports: bool = Field(
+        False,
+        description="listen on ports 9004 to 9007 too, where some Atropos environments look whatever they are told",
+    )
+    upstream: str = Field(
+        "", description="URL of a router, as sglang-router, that gets the requests in the place of the pool's servers"
     )
     patience_s: float = Field(
         300.0, gt=0, description="seconds a request waits for a server that can answer it, before it gets a 503"

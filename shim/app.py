@@ -14,8 +14,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route, Router
 
 from lachesis.broker import Broker
+from lachesis.broker.access import ADMIN, ANY, ENVIRONMENT, OPEN, TRAINER, Access
 from lachesis.broker.records import Role
-from lachesis.shim.access import ADMIN, ANY, ENVIRONMENT, OPEN, TRAINER, Access, Guard
+from lachesis.shim.access import Guard
 from lachesis.shim.batches_out import BatchEndpoint, LatestExample
 from lachesis.shim.errors import HANDLERS
 from lachesis.shim.groups_in import GroupsIn
@@ -62,7 +63,7 @@ def _routes(
     access = Access(broker, required=settings.require_tokens)
 
     def counts() -> dict[str, Any]:
-        return {"groups": groups.counts, "lineage": {"joined": versions.joined, "unknown": versions.unknown}}
+        return {"groups": groups.counts, "lineage": versions.counts}
 
     status = StatusRoutes(broker, counts, limit)
 

@@ -27,7 +27,7 @@ CHUNK_BYTES = 512 << 10  # of JSON; a millisecond of compression
 COMPRESSED_FROM = 1000  # bytes, as everywhere else (app.py)
 END = b"]}"
 
-KEYS = ScoredGroup.__struct_fields__
+KEYS = tuple(name for name in ScoredGroup.__struct_fields__ if name != "weight_versions")  # upstream's
 
 UNREGISTERED = {"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []}
 NO_EXAMPLE: dict[str, list[object]] = {

@@ -65,6 +65,7 @@ def _group(document: Any) -> Group:
         ref_logprobs=_optional_rows(found.get("ref_logprobs")),
         inference_logprobs=_optional_rows(found.get("inference_logprobs")),
         rest=rest,
+        versions=_plain("weight_versions", found.get("weight_versions")),
     )
 
 

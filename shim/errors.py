@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from lachesis.broker.access import Denied
 from lachesis.broker.errors import ConfigurationError, Conflict, InvalidGroup
 
 SHOWN = 1000  # characters of a wrong value that are repeated to its sender
@@ -95,6 +96,11 @@ async def conflict(_: Request, error: Exception) -> Response:
     return JSONResponse({"detail": str(error)}, 409)
 
 
+async def denied(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Denied)
+    return JSONResponse({"detail": str(error)}, error.status, headers=error.headers)
+
+
 async def bad_request(_: Request, error: Exception) -> Response:
     return JSONResponse({"detail": str(error)}, 400)
 
@@ -117,6 +123,7 @@ HANDLERS: dict[Any, Any] = {
     InvalidGzip: invalid_gzip,
     InvalidGroup: invalid_group,
     Conflict: conflict,
+    Denied: denied,
     ConfigurationError: bad_request,
     RedisConnectionError: no_redis,
     RedisTimeoutError: no_redis,

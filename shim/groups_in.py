@@ -85,7 +85,7 @@ class GroupsIn:
         if lax and (found := non_finite(msgspec.to_builtins(group))):
             raise InvalidGroup(path(found[0]), found[1], "must be finite")
         arrays = to_arrays(group) if isinstance(group, ScoredGroup) else group
-        arrival = await self._versions.arrival(arrays.tokens)
+        arrival = await self._versions.arrival(arrays)
         config = arrival.trainer
         limits = {"max_token_len": config.max_token_len, "batch_size": config.batch_size} if config else {}
         check_group(arrays, **limits)
@@ -93,7 +93,8 @@ class GroupsIn:
             packed = packed or pack(arrays)
         except (OverflowError, UnicodeEncodeError):
             raise _unstorable(arrays) from None
-        v_min, v_max = self._versions.span(arrival)
+        self._versions.stamp(arrival, arrays)
+        v_min, v_max = arrays.v_min, arrays.v_max
         reply = await hold.store(
             lambda limits: self._broker.queue.put(gid, arrays, v_min=v_min, v_max=v_max, limits=limits, packed=packed)
         )

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from lachesis import __version__
 from lachesis.broker.packing import PACKED_TYPE
 from lachesis.broker.records import EnvConfig, ScoredGroup, TrainerConfig
-from lachesis.shim.batches_out import NO_EXAMPLE
+from lachesis.shim.batches_out import KEYS, NO_EXAMPLE
 from lachesis.shim.status import EnvIdentifier
 
 PLAIN = str  # as an answer: text/plain
@@ -112,7 +112,7 @@ class ListReceived(Struct):
 
 
 StoredGroup = msgspec.defstruct(
-    "StoredGroup", [(field.name, field.type) for field in msgspec.structs.fields(ScoredGroup)]
+    "StoredGroup", [(field.name, field.type) for field in msgspec.structs.fields(ScoredGroup) if field.name in KEYS]
 )  # a ScoredGroup on its way out: all keys are there
 NoExample = msgspec.defstruct("NoExample", [(name, Annotated[list[Any], Meta(max_length=0)]) for name in NO_EXAMPLE])
 

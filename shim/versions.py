@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
 from lachesis.broker import Broker
-from lachesis.broker.codec import from_entry, tokens_digest
-from lachesis.broker.records import Lineage, ServerStatus, TrainerConfig, WeightsEntry
+from lachesis.broker.codec import from_entry
+from lachesis.broker.lineage import from_record
+from lachesis.broker.records import Group, ServerStatus, TrainerConfig, WeightsEntry
+from lachesis.shim.join import UNKNOWN, Joined, Places, covers, digests, join, mismatched, places
 
 HEARTBEAT_S = 60.0  # a server not heard of for longer serves nobody
 REMEMBERED_S = 60.0  # a generation may have begun on a version that its server has replaced since
@@ -22,45 +25,77 @@ class Arrival(NamedTuple):
     """What the run knew when a group arrived."""
 
     trainer: TrainerConfig | None
-    lineages: list[Lineage | None]  # per sequence
+    places: list[Places]  # per sequence: where generations may end
+    lineages: list[bytes | None]  # of all those ends, in order
     newest: int  # version of the policy
     servers: list[bytes]  # ServerStatus each, JSON: only needed where a lineage is missing
 
 
 class Versions:
-    """Version spans of groups, from the front door's lineage where it knows a sequence."""
+    """Version spans of groups: what the environment says, else the front door's lineage, else bounds.
+
+    `counts`, of sequences: `sent` by the environment; `joined` with lineage to the last trained token; `unknown`, if
+    only in part; and `mismatched`, those among the joined whose posted log-probs are not the sampler's.
+    """
 
     def __init__(self, broker: Broker, policy: str) -> None:
-        self.joined = self.unknown = 0  # sequences
+        self.counts: Counter[str] = Counter(joined=0, unknown=0, mismatched=0, sent=0)
         self._broker, self._policy = broker, policy
         self._served: deque[tuple[float, int]] = deque()  # (when seen, oldest version served then)
 
-    async def arrival(self, sequences: Sequence[np.ndarray]) -> Arrival:
-        """What Redis says of these sequences and of the run, in one trip."""
-        keys = self._broker.keys
-        lineages = [keys.lineage(tokens_digest(tokens)) for tokens in sequences]
-        config, newest, servers, found = await self._broker.scripts.arrive(
-            keys=[keys.trainers, keys.weights(self._policy), keys.pools, *lineages]
+    async def arrival(self, group: Group) -> Arrival:
+        """What Redis says of a group and of the run, in one trip. The group need not be valid yet."""
+        keys, found = self._broker.keys, places(group)
+        config, newest, servers, lineages = await self._broker.scripts.arrive(
+            keys=[keys.trainers, keys.weights(self._policy), keys.pools, keys.lineage, keys.old_lineage],
+            args=digests(group, found) if group.versions is None else (),
         )
         return Arrival(
             msgspec.json.decode(config, type=TrainerConfig) if config else None,
-            [msgspec.json.decode(raw, type=Lineage) if raw else None for raw in found],
+            found,
+            lineages,
             _version(newest[0][1]) if newest else 0,
             servers,
         )
 
-    def span(self, arrival: Arrival) -> tuple[int, int]:
-        """(oldest, newest) version that produced tokens of what arrived; bounds where lineage is not known.
+    def stamp(self, arrival: Arrival, group: Group) -> None:
+        """Set a valid group's versions and sampled log-probs.
 
-        Bounds: newest is the policy's newest version, oldest what the slowest server served of late.
+        v_min and v_max are exact where the making of every trained token is known. Else bounds are counted in: newest
+        is the policy's newest version, oldest what the slowest server served of late.
         """
-        spans = [(lineage.v_min, lineage.v_max) for lineage in arrival.lineages if lineage]
-        missing = len(arrival.lineages) - len(spans)
-        self.joined += len(spans)
-        self.unknown += missing
-        if missing:
-            spans.append(self._bounds(arrival))
-        return min(oldest for oldest, _ in spans), max(newest for _, newest in spans)
+        joined = self._sent(arrival, group) if group.versions is not None else self._joined(arrival, group)
+        versions = [version for each in joined for version, _, _ in each.spans]
+        if not versions or not all(each.whole for each in joined):
+            versions += self._bounds(arrival)
+        group.v_min, group.v_max = min(versions), max(versions)
+        if any(each.spans for each in joined):
+            group.versions = [each.spans for each in joined]
+
+    def _sent(self, arrival: Arrival, group: Group) -> list[Joined]:
+        self.counts["sent"] += len(group.tokens)
+        return [
+            Joined(spans, covers(spans, place, len(row)), None)
+            for row, place, spans in zip(group.tokens, arrival.places, group.versions or (), strict=True)
+        ]
+
+    def _joined(self, arrival: Arrival, group: Group) -> list[Joined]:
+        lineages = (from_record(raw) if raw else None for raw in arrival.lineages)
+        joined = [
+            join(len(row), place, list(islice(lineages, len(place.ends))))
+            for row, place in zip(group.tokens, arrival.places, strict=True)
+        ]
+        whole = sum(each.whole for each in joined)
+        self.counts["joined"] += whole
+        self.counts["unknown"] += len(joined) - whole
+        if posted := group.inference_logprobs:
+            self.counts["mismatched"] += mismatched(posted, joined)
+        elif any(each.log_probs is not None for each in joined):
+            group.sampled_logprobs = [
+                np.full(len(row), UNKNOWN, "<f4") if each.log_probs is None else each.log_probs
+                for row, each in zip(group.tokens, joined, strict=True)
+            ]
+        return joined
 
     async def newest(self) -> int:
         """The policy's newest version; 0, the base weights, before the first is published."""

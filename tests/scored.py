@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from hypothesis import strategies as st
@@ -19,6 +20,13 @@ json_values: st.SearchStrategy[Any] = st.recursive(
     max_leaves=5,
 )
 json_objects = st.dictionaries(st.text(max_size=5), json_values, max_size=3)
+
+
+@st.composite
+def spans(draw: st.DrawFn, length: int) -> tuple[tuple[int, int, int], ...]:
+    """(version, start, end) in order, over some of `length` tokens."""
+    edges = sorted(draw(st.sets(st.integers(0, length))))
+    return tuple((draw(st.integers(0, 2**53)), *pair) for pair in pairwise(edges) if draw(st.booleans()))
 
 
 @st.composite
@@ -53,6 +61,7 @@ def scored_groups(draw: st.DrawFn) -> ScoredGroup:
         env_id=optional(st.integers(0, 2**63 - 1)),
         distill_token_ids=draw(st.sampled_from((lambda: None, lambda: top_k(token_ids))))(),
         distill_logprobs=draw(st.sampled_from((lambda: None, lambda: top_k(numbers))))(),
+        weight_versions=draw(st.sampled_from((lambda: None, lambda: [draw(spans(length)) for length in lengths])))(),
     )
 
 

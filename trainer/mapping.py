@@ -77,8 +77,8 @@ def to_batch(
     if distills:
         model.update(teacher_columns([sequences[row] for row in rows]))
     placed = [(row, start, *sequences[row]) for row, start in zip(rows, starts, strict=True)]
-    rollout, rollout_known = _log_probs("inference_logprobs", placed, response_mask)
-    ref, ref_known = _log_probs("ref_logprobs", placed, response_mask)
+    rollout, rollout_known = _log_probs(("inference_logprobs", "sampled_logprobs"), placed, response_mask)
+    ref, ref_known = _log_probs(("ref_logprobs",), placed, response_mask)
     return TrainingBatch(
         model=model,
         rows=torch.tensor(rows, dtype=torch.int64),
@@ -88,7 +88,7 @@ def to_batch(
         rollout_known=rollout_known,
         ref_log_probs=ref,
         ref_known=ref_known,
-        advantages_given=torch.from_numpy(_aligned("advantages", placed, response_mask)[0] * response_mask).float(),
+        advantages_given=torch.from_numpy(_aligned(("advantages",), placed, response_mask)[0] * response_mask).float(),
         is_given=torch.tensor([bool(group.advantages) for group, _ in sequences], dtype=torch.bool),
         set_to_zero=torch.tensor([_zeroed(group.rest, index) for group, index in sequences], dtype=torch.bool),
         uids=np.array([group.gid for group, _ in sequences], dtype=object),
@@ -136,19 +136,23 @@ def _model_rows(tokens: list[np.ndarray], starts: list[int], trained: list[np.nd
 _Placed = Sequence[tuple[int, int, Group, int]]  # row of the batch, start of the response, group, row of the group
 
 
-def _log_probs(field: str, placed: _Placed, mask: np.ndarray) -> tuple[Tensor, Tensor]:
+def _log_probs(fields: Sequence[str], placed: _Placed, mask: np.ndarray) -> tuple[Tensor, Tensor]:
     """Log-probabilities of trained tokens, float32 (N, R), 0 where unknown; and where they are known, bool (N, R)."""
-    values, has = _aligned(field, placed, mask)
+    values, has = _aligned(fields, placed, mask)
     # environments write 1.0 for "none here"; no log-probability is above 0
     known = mask.astype(bool) & has[:, None] & (values <= 0)
     return torch.from_numpy(np.where(known, values, np.float32(0))), torch.from_numpy(known)
 
 
-def _aligned(field: str, placed: _Placed, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A token-level field cut to the responses, float32 (N, R), and which of the model's sequences have it, bool (N,)."""
+def _aligned(fields: Sequence[str], placed: _Placed, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A token-level field cut to the responses, float32 (N, R), and which of the model's sequences have it, bool (N,).
+
+    Of several fields each group's first that it has.
+    """
     values, has = np.zeros(mask.shape, dtype=np.float32), np.zeros(len(mask), dtype=bool)
     for row, start, group, index in placed:
-        if given := getattr(group, field):  # some environments send an empty list for "none"
+        # some environments send an empty list for "none"
+        if given := next(filter(None, (getattr(group, field) for field in fields)), None):
             response = given[index][start:]
             has[row] = True
             values[row, : len(response)] = response

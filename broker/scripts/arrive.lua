@@ -1,14 +1,22 @@
 #!lua flags=no-writes
 -- ARRIVE: what a run knows when a group arrives, in one trip.
--- KEYS  1 trainers (hash)  2 weights:<policy> (stream)  3 pools (hash)  4… lineage:<digest> of its sequences (strings)
--- reply { the trainer's registration, newest version's entry if any, heartbeats of servers, lineages }
-local lineages = {}
-for first = 4, #KEYS, 1000 do -- Lua can't hand over many thousand arguments at once
-  for _, lineage in ipairs(redis.call('MGET', unpack(KEYS, first, math.min(first + 999, #KEYS)))) do
-    lineages[#lineages + 1] = lineage
+-- KEYS  1 trainers (hash)  2 weights:<policy> (stream)  3 pools (hash)  4 lineage (hash)  5 lineage:old (hash)
+-- ARGV  digests of where its sequences' generations may end
+-- reply { the trainer's registration, newest version's entry if any, heartbeats of servers, a lineage or nil per digest }
+local found = {}
+for first = 1, #ARGV, 1000 do -- Lua can't hand over many thousand arguments at once
+  local last, missing = math.min(first + 999, #ARGV), false
+  for i, record in ipairs(redis.call('HMGET', KEYS[4], unpack(ARGV, first, last))) do
+    found[first + i - 1] = record
+    missing = missing or not record
+  end
+  if missing then
+    for i, record in ipairs(redis.call('HMGET', KEYS[5], unpack(ARGV, first, last))) do
+      found[first + i - 1] = found[first + i - 1] or record
+    end
   end
 end
 return {
   redis.call('HGET', KEYS[1], 'config'), redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', '1'),
-  redis.call('HVALS', KEYS[3]), lineages,
+  redis.call('HVALS', KEYS[3]), found,
 }

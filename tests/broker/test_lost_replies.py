@@ -67,8 +67,21 @@ async def arrive(run: Run) -> None:
     await run.direct.parties.register_trainer(CONFIG)
     run.lose("arrive")
     keys = run.broker.keys
-    reply = await run.broker.scripts.arrive(keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage("d")])
+    reply = await run.broker.scripts.arrive(
+        keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage], args=["d"]
+    )
     assert reply == [msgspec.json.encode(CONFIG), [], [], [None]]
+
+
+async def record(run: Run) -> None:
+    lineage, digest = Lineage(0, 1, ((0, 0, 1), (1, 1, 2)), b"12345678"), tokens_digest([1, 2])
+    await run.direct.lineage.record([("other", lineage)])
+    once = int(await run.direct.redis.hget(run.direct.keys.lineage, "bytes"))
+    run.lose("record")
+    assert await run.broker.lineage.record([(digest, lineage)]) == 0
+    assert await run.direct.lineage.look_up([digest]) == [lineage]
+    held = int(await run.direct.redis.hget(run.direct.keys.lineage, "bytes"))
+    assert held == 2 * once + len(digest) - len("other")
 
 
 async def put(run: Run) -> None:
@@ -239,7 +252,7 @@ async def note(run: Run) -> None:
 
 
 SCRIPTS = {case.__name__: case for case in (
-    arrive, put, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, adopt,
+    arrive, put, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, adopt,
     register_env,
     publish, append, note,
 )}  # fmt: skip
@@ -261,14 +274,12 @@ async def test_registrations_are_what_was_set_last(run: Run) -> None:
         lambda: run.broker.parties.register_trainer(CONFIG),
         lambda: run.broker.parties.start(),
         lambda: run.broker.parties.withdraw("s"),
-        lambda: run.broker.lineage.record([(tokens_digest([1, 2]), Lineage(0, 0))]),
     ):
         run.dropper.lose(f"lachesis:{{{run.direct.keys.run}}}")
         await operation()
-    assert run.dropper.lost == 4
+    assert run.dropper.lost == 3
     assert await run.direct.parties.trainer_config() == CONFIG
     assert await run.direct.parties.started()
-    assert await run.direct.lineage.look_up([tokens_digest([1, 2])]) == [Lineage(0, 0)]
 
 
 async def test_the_writer_lock_is_extended_and_released(run: Run) -> None:

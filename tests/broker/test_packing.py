@@ -29,6 +29,17 @@ def test_every_valid_group_survives(scored: ScoredGroup, v_min: int, v_max: int)
     assert pack(stored) == pack(to_arrays(scored)) == packed
 
 
+def test_what_is_known_of_the_making_is_kept_beside_what_was_posted() -> None:
+    packed, sampled = pack(group(1)), [np.array([1.0, -0.5, -0.25], "<f4")] * 2
+    versions = [((3, 1, 2), (4, 2, 3)), ()]
+    stored = from_blob(to_blob(packed, "g", v_min=3, v_max=4, versions=versions, sampled_logprobs=sampled))
+    assert stored.versions == versions
+    assert stored.sampled_logprobs is not None
+    assert [row.tolist() for row in stored.sampled_logprobs] == [row.tolist() for row in sampled]
+    before = msgspec.msgpack.encode(["g", 3, 4, packed])  # a blob as it was stored before there was any of this
+    assert (from_blob(before).v_max, from_blob(before).versions, from_blob(before).sampled_logprobs) == (4, None, None)
+
+
 small = st.one_of(st.integers(-2, 3), st.sampled_from((-100, 2**31 - 1, -(2**31), 2**31)))
 
 

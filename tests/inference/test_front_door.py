@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,111 +11,13 @@ import anyio
 import pytest
 import roles
 from aiohttp import web
+from doors import REQUEST, Upstream, answers, door, good, hangs_up, post
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.codec import tokens_digest
-from lachesis.broker.logs import configure_logging
-from lachesis.broker.records import ServerStatus
-from lachesis.inference import front_door
-from lachesis.inference.settings import FrontDoorSettings
+from lachesis.broker.records import WeightsEntry
 
 pytestmark = pytest.mark.anyio
-
-Answer = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
-REQUEST = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 2}, "return_logprob": True}
-
-
-def good(**meta: Any) -> dict[str, Any]:
-    """An answer to REQUEST in SGLang's shape."""
-    described = {
-        "finish_reason": {"type": "length", "length": 2},
-        "weight_version": "4",
-        "weight_versions": [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}],
-        "output_token_logprobs": [[-0.5, 7, None], [-1.5, 8, None]],
-    }
-    return {"text": "ab", "output_ids": [7, 8], "meta_info": described | meta}
-
-
-async def answers(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-    return web.json_response(good())
-
-
-async def hangs_up(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-    assert request.transport is not None
-    request.transport.close()
-    return web.Response()
-
-
-class Upstream:
-    """A server in SGLang's shape that behaves as told: `script` holds one behaviour a call, the last one for all others."""
-
-    def __init__(self, broker: Broker, name: str, *script: Answer) -> None:
-        self.broker, self.name, self.script, self.bodies = broker, name, list(script), []
-        self.url = ""
-
-    async def _serve(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        self.bodies.append(body)
-        behave = self.script.pop(0) if len(self.script) > 1 else self.script[0]
-        return await behave(request, body)
-
-    async def report(self, state: str = "ready") -> None:
-        await self.broker.parties.report(
-            ServerStatus(
-                server=self.name,
-                pool="main",
-                url=self.url,
-                state=state,
-                version=4,
-                loading=-1,
-                heartbeat=time.time(),
-                vocab_size=320,
-            )
-        )
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[Upstream]:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._serve)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-
-        async def beat() -> None:
-            while True:
-                await self.report()
-                await anyio.sleep(0.2)
-
-        beating = asyncio.create_task(beat())
-        try:
-            yield self
-        finally:
-            beating.cancel()
-            await runner.cleanup()
-
-
-@asynccontextmanager
-async def door(broker: Broker, patience_s: float = 20.0) -> AsyncIterator[aiohttp.ClientSession]:
-    """A front door, and a client's session with it."""
-    settings = FrontDoorSettings(run=broker.keys.run, patience_s=patience_s)
-    listener = roles.listener()
-    stop = anyio.Event()
-    frontend = front_door.FrontDoor(settings, broker, configure_logging("front-door"))
-    serving = asyncio.create_task(front_door.serve(frontend, listener, stop))
-    async with aiohttp.ClientSession(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
-        try:
-            yield client
-        finally:
-            stop.set()
-            await client.close()
-            await serving
-
-
-async def post(client: aiohttp.ClientSession, path: str = "/generate", **body: Any) -> tuple[int, Any]:
-    async with client.post(path, json=REQUEST | body) as response:
-        return response.status, await response.json()
 
 
 async def test_an_answer_and_its_lineage(broker: Broker) -> None:
@@ -171,8 +70,8 @@ async def test_a_server_that_refuses_or_hangs_up_is_left_for_another(broker: Bro
         Upstream(broker, "c", answers).running(),
         door(broker) as client,
     ):
-        for _ in range(6):
-            assert (await post(client))[0] == 200
+        for token in range(24):  # prompts of their own, so that each server is the first choice of some
+            assert (await post(client, input_ids=[token]))[0] == 200
 
     assert refusing.bodies
     assert hanging.bodies
@@ -336,3 +235,95 @@ async def test_an_occupied_port_is_named(broker: Broker, tmp_path: Path) -> None
         assert await anyio.to_thread.run_sync(process.process.wait) == 1
 
     assert f"port = {port}: another program listens on 127.0.0.1:{port}" in (tmp_path / "log").read_text()
+
+
+async def test_only_who_has_a_token_of_the_run_is_answered(broker: Broker) -> None:
+    environment, record = await broker.tokens.create("environment")
+    trainer, _ = await broker.tokens.create("trainer")
+    async with Upstream(broker, "s", answers).running() as server, door(broker, require_tokens=True) as client:
+
+        async def status(path: str, token: str | None) -> tuple[int, str]:
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            async with client.post(path, json=REQUEST, headers=headers) as response:
+                return response.status, response.headers.get("WWW-Authenticate", "")
+
+        assert await status("/generate", environment) == (200, "")
+        assert await status("/generate", None) == (401, 'Bearer realm="lachesis"')
+        assert (await status("/v1/completions", "wrong"))[0] == 401
+        assert await status("/v1/chat/completions", trainer) == (403, "")
+        assert (await client.get("/v1/models")).status == 401
+        assert (await client.get("/health")).status == 200
+        await broker.tokens.revoke(record.name)
+    assert len(server.bodies) == 1
+    async with Upstream(broker, "s", answers).running(), door(broker) as client:
+        assert (await post(client))[0] == 200  # without the setting nobody is asked
+
+
+async def test_tokens_outlast_redis(redis_server: EmbeddedRedis) -> None:
+    broker = await Broker.connect(redis_server.url)
+    token, _ = await broker.tokens.create("admin")
+    headers = {"Authorization": f"Bearer {token}"}
+    async with Upstream(broker, "s", answers).running(), door(broker, require_tokens=True) as client:
+        async with client.post("/generate", json=REQUEST, headers=headers) as response:
+            assert response.status == 200
+        redis_server.stop()
+        async with client.post("/generate", json=REQUEST, headers=headers) as response:
+            assert response.status == 200
+        async with client.post("/generate", json=REQUEST) as response:
+            assert response.status == 401
+    await broker.aclose()
+
+
+async def test_it_listens_where_atropos_environments_look(broker: Broker, tmp_path: Path) -> None:
+    options = ("--redis-url", broker.url, "--run", broker.keys.run, "--port", "9005", "--atropos-ports")
+    process = roles.front_door(tmp_path / "log", *options)
+    try:
+        async with aiohttp.ClientSession() as client:
+            for port in (9004, 9005, 9006, 9007):
+                with anyio.fail_after(20):
+                    while True:
+                        try:
+                            async with client.get(f"http://127.0.0.1:{port}/health") as response:
+                                assert response.status == 200
+                                break
+                        except aiohttp.ClientConnectionError:
+                            await anyio.sleep(0.05)
+        assert await anyio.to_thread.run_sync(process.stop) == 0
+    finally:
+        process.kill()
+
+
+async def test_a_request_waits_for_a_server_that_is_new_enough(broker: Broker) -> None:
+    await broker.weights.publish("main", WeightsEntry(6, 6, "file:///v", "0", 1, "F32", 0))
+    async with (
+        Upstream(broker, "s", answers).running(),  # serves version 4
+        door(broker, max_lag=1, catch_up_s=0.0, patience_s=2.0) as late,
+        door(broker, max_lag=2, catch_up_s=0.0) as client,
+    ):
+        assert (await post(client))[0] == 200
+        assert (await post(late))[0] == 503
+
+
+async def test_vllms_shape_is_answered_in_vllms_shape(broker: Broker) -> None:
+    body = {"prompt": {"prompt_token_ids": [1, 2]}, "logprobs": 0, "max_tokens": 2, "n": 1}
+    async with Upstream(broker, "s", answers).running() as server, door(broker) as client:
+        async with client.post("/generate", json=body) as response:
+            assert await response.json() == {
+                "text": ["ab"], "prompt": None, "token_ids": [[7, 8]], "finish_reasons": ["length"],
+                "logprobs": [[[{"7": -0.5}], [{"8": -1.5}]]],
+            }  # fmt: skip
+        async with client.post("/generate", json=body | {"prompt": [320]}) as response:
+            assert (await response.json())["error"]["field"] == "input_ids[0]"
+        assert (await broker.lineage.look_up([tokens_digest([1, 2, 7, 8])]))[0] is not None
+    assert server.bodies[0]["sampling_params"] == {"max_new_tokens": 2, "n": 1}
+
+
+async def test_without_room_for_lineage_nothing_is_asked_for_it(broker: Broker) -> None:
+    async with (
+        Upstream(broker, "s", answers).running() as server,
+        door(broker, lineage_bytes=0) as client,
+        client.post("/generate", json={"text": "hi"}) as response,
+    ):
+        assert response.status == 200
+    assert server.bodies[0].keys() == {"text", "rid"}
+    assert await broker.redis.exists(broker.keys.lineage) == 0

@@ -9,15 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lachesis.broker.codec import tokens_digest
 from lachesis.inference.generate import (
     BadRequest,
     check_request,
-    fault_of_completion,
-    fault_of_generated,
+    fault_of,
     is_single,
-    lineages,
-    read_generated,
+    prompt_key,
+    read_answer,
     read_request,
 )
 
@@ -73,17 +71,19 @@ def test_batches_are_told_from_single_prompts() -> None:
 
 
 def test_an_abort_and_a_null_log_prob_are_no_answers() -> None:
+    def fault(raw: bytes) -> str | None:
+        return fault_of(read_answer("/generate", raw))
+
     good = generated(output_token_logprobs=[[-0.5, 7, None]])
-    assert fault_of_generated(read_generated(good)) is None
-    assert fault_of_generated(read_generated(generated(finish_reason={"type": "abort"}))) == "aborted"
-    assert fault_of_generated(read_generated(generated(output_token_logprobs=[[None, 0, None]]))) == "null"
-    several = b"[" + good + b"," + generated(finish_reason="abort") + b"]"
-    assert fault_of_generated(read_generated(several)) == "aborted"
+    assert fault(good) is None
+    assert fault(generated(finish_reason={"type": "abort"})) == "aborted"
+    assert fault(generated(output_token_logprobs=[[None, 0, None]])) == "null"
+    assert fault(b"[" + good + b"," + generated(finish_reason="abort") + b"]") == "aborted"
 
 
 def test_faults_of_completions() -> None:
-    def fault(choice: dict[str, Any], **body: Any) -> str | None:
-        return fault_of_completion(msgspec.json.encode({"choices": [choice]}), body)
+    def fault(choice: dict[str, Any], *, echo: bool = False) -> str | None:
+        return fault_of(read_answer("/v1/completions", msgspec.json.encode({"choices": [choice]})), echo=echo)
 
     assert fault({"finish_reason": "stop", "logprobs": {"token_logprobs": [-1.0, -2.0]}}) is None
     assert fault({"finish_reason": "abort"}) == "aborted"
@@ -92,37 +92,17 @@ def test_faults_of_completions() -> None:
     assert fault({"finish_reason": "stop", "logprobs": {"content": [{"logprob": None}]}}) == "null"
 
 
-def test_lineage_is_kept_under_prompt_and_output() -> None:
-    spans = [{"version": "3", "start": 0, "end": 2}, {"version": "5", "start": 2, "end": 3}]
-    answer = read_generated(generated(ids=[7, 8, 9], weight_version="5", weight_versions=spans))
-
-    [(digest, lineage)] = lineages({"input_ids": [1, 2]}, answer)
-
-    assert digest == tokens_digest([1, 2, 7, 8, 9])
-    assert (lineage.v_min, lineage.v_max, lineage.spans) == (3, 5, ((3, 0, 2), (5, 2, 3)))
-
-
-def test_output_ids_are_found_in_the_log_probs_too() -> None:
-    answer = read_generated(generated(weight_version="4", output_token_logprobs=[[-1.0, 7, None], [-1.0, 8, None]]))
-
-    [(digest, lineage)] = lineages({"input_ids": [1]}, answer)
-
-    assert digest == tokens_digest([1, 7, 8])
-    assert lineage.spans == ((4, 0, 2),)
-
-
-@given(
-    prompts=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3), min_size=1, max_size=3), n=st.integers(1, 3)
-)
-def test_outputs_of_a_prompt_stand_together(prompts: list[list[int]], n: int) -> None:
-    answer = [read_generated(generated(ids=[100 + index], weight_version="1"))[0] for index in range(len(prompts) * n)]
-
-    digests = [digest for digest, _ in lineages({"input_ids": prompts}, answer)]
-
-    assert digests == [tokens_digest([*prompts[index // n], 100 + index]) for index in range(len(prompts) * n)]
-
-
-def test_without_ids_or_numbered_versions_there_is_no_lineage() -> None:
-    assert lineages({"text": "hi"}, read_generated(generated(ids=[1], weight_version="1"))) == []
-    assert lineages({"input_ids": [1]}, read_generated(generated(ids=[1], weight_version="default"))) == []
-    assert lineages({"input_ids": [1]}, read_generated(generated(ids=[], weight_version="1"))) == []
+def test_prompts_with_one_beginning_have_one_key() -> None:
+    head, words = list(range(128)), "w" * 512
+    same: list[list[dict[str, Any]]] = [
+        [{"input_ids": [*head, 1]}, {"input_ids": [*head, 2, 3]}, {"input_ids": [[*head, 4], [5]]}, {"prompt": head}],
+        [{"text": words + "a"}, {"text": [words + "b", "c"]}, {"prompt": words}],
+        [
+            {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": content}]}
+            for content in ("x", "y")
+        ],
+    ]
+    keys = [{prompt_key(body) for body in bodies} for bodies in same]
+    assert [len(found) for found in keys] == [1, 1, 1]
+    assert len(set.union(*keys, {prompt_key({"input_ids": head[:-1]})})) == 4
+    assert prompt_key({"input_ids": []}) is prompt_key({"text": None}) is prompt_key({}) is None

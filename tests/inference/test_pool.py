@@ -133,3 +133,43 @@ def test_requests_wait_for_a_new_version_only_where_the_rule_lets_servers_follow
     pool.await_version(2, until=1)
 
     assert (pool.pick() is None) is waits
+
+
+@given(keys=st.sets(st.integers(0, 2**32 - 1), min_size=300, max_size=300))
+def test_a_prompt_stays_with_its_server_and_prompts_spread(keys: set[int]) -> None:
+    pool = Pool()
+
+    def servers(count: int) -> dict[int, str]:
+        pool.refresh([status(f"s{index}") for index in range(count)], now=0, wall=0)
+        return {key: server.name for key in keys if (server := pool.pick(key))}
+
+    first, again, more = servers(4), servers(4), servers(5)
+    assert first == again
+    assert all(list(first.values()).count(f"s{index}") > 25 for index in range(4))
+    assert {more[key] for key in keys if more[key] != first[key]} == {"s4"}
+
+
+async def test_a_prompts_server_that_is_clearly_busier_is_passed_over() -> None:
+    pool = Pool()
+    pool.refresh([status("a"), status("b")], now=0, wall=0)
+    preferred = pool.pick(7)
+    assert preferred is not None
+    for _ in range(4):
+        preferred.calls.add(anyio.CancelScope())
+        assert pool.pick(7) is preferred
+    preferred.calls.add(anyio.CancelScope())
+    assert pool.pick(7) is not preferred
+
+
+def test_servers_too_far_behind_get_no_requests() -> None:
+    def versioned(name: str, version: int) -> ServerStatus:
+        return structs.replace(status(name), version=version)
+
+    pool = Pool(max_lag=2)
+    pool.refresh([versioned("old", 3), versioned("new", 4)], now=0, wall=0)
+    pool.await_version(6, until=0.0)  # nobody waits for the newest itself
+    assert {server.name for server in (pool.pick(), pool.pick()) if server} == {"new"}
+    pool.await_version(7, until=0.0)
+    assert pool.pick() is None
+    pool.refresh([versioned("old", 5), versioned("new", 4)], now=1, wall=1)
+    assert {server.name for server in (pool.pick(), pool.pick()) if server} == {"old"}

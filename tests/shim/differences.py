@@ -116,6 +116,17 @@ def _(both: Both) -> None:
     assert numbers(both) == [None, [1, 2]]
 
 
+@differs(
+    "the key `weight_versions` is dropped like any that is unknown",
+    "an environment that knows the weight versions of its tokens has no other place to say so",
+)
+def _(both: Both) -> None:
+    for spans, expected in (([[[3, 1, 3]]], 200), ([[[3, 1, 9]]], 422)):
+        body = {"tokens": [[1, 2, 3]], "masks": [[-100, 2, 3]], "scores": [1.0], "weight_versions": spans}
+        answers = both.each("POST", "/scored_data", json=body)
+        assert [answer.status_code for answer in answers] == [200, expected]
+
+
 @differs("groups within a batch stand in the order in which packs were complete", "ours stand oldest first")
 def _(both: Both) -> None:
     post(both, group(1, 2), group(2, 4), group(3, 2))

@@ -76,7 +76,7 @@ async def test_every_user_can_do_its_part(server: EmbeddedRedis, roles: dict[str
     await inference.parties.report(ServerStatus("s", "main", "http://s", "starting", -1, 0, 0.0))
     assert await door.parties.servers() == await inference.parties.servers()
     assert await inference.weights.wait_newer("main", -1, 0.01) is None
-    await door.lineage.record([(tokens_digest(tokens), Lineage(0, 0)) for tokens in first["tokens"]])
+    await door.lineage.record([(tokens_digest(tokens), Lineage(0, 0, ((0, 0, 2),))) for tokens in first["tokens"]])
 
     async with (
         serving(build_app(shim, ShimSettings(require_tokens=True))) as url,
@@ -186,7 +186,7 @@ async def test_roles_are_kept_apart(roles: dict[str, Broker]) -> None:
         (["XADD", keys.rule("main"), "*", "mode", "newest"], {"shim"}),
         (["HVALS", keys.pools], everyone - {"archiver"}),
         (["XRANGE", keys.weights("main"), "-", "+"], everyone - {"archiver"}),
-        (["SET", keys.lineage("d"), "x"], {"shim", "front-door"}),
+        (["HSET", keys.lineage, "d", "x"], {"shim", "front-door"}),
         (["XADD", keys.ledger("main"), "*", "a", "b"], {"shim", "trainer"}),
         (["HGETALL", "lachesis:runs"], {"shim"}),
     ]

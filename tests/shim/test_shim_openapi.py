@@ -32,6 +32,7 @@ MORE_ANSWERS = {
     "413": "bodies are bounded",
     "503": "Redis does not answer, or is full; upstream keeps everything in its own memory",
 }
+MORE_KEYS = {"weight_versions": "an environment that knows its weight versions may say so; upstream ignores the key"}
 MORE_BODIES = {PACKED_TYPE: "what our own clients post, instead of JSON"}
 MORE_PARAMETERS = {
     "X-Trainer-Id": "tells HTTP trainers apart",
@@ -55,7 +56,9 @@ def plain(schema: Any, components: dict[str, Any]) -> Any:
     if kept.get("additionalProperties") is True:
         del kept["additionalProperties"]
     if "properties" in kept:
-        fields = {name: plain(value, components) for name, value in kept.pop("properties").items()}
+        fields = {
+            name: plain(value, components) for name, value in kept.pop("properties").items() if name not in MORE_KEYS
+        }
         return {**{name: plain(value, components) for name, value in kept.items()}, "properties": fields}
     return {name: plain(value, components) for name, value in kept.items()}
 

@@ -330,6 +330,15 @@ def one(**fields: Any) -> Group:
     return stored(ScoredGroup(**{**rows, **fields}))
 
 
+def test_the_samplers_log_probs_stand_in_for_those_that_were_not_sent() -> None:
+    sampled = [np.array([1.0, -0.5, 1.0], "<f4"), np.array([1.0, -1.0, -2.0], "<f4")]
+    silent, sent = one(), one(inference_logprobs=[[1.0, -3.0, -3.0]] * 2)
+    silent.sampled_logprobs = sent.sampled_logprobs = sampled
+    batch = mapped([silent, sent])
+    assert batch.rollout_log_probs.tolist() == [[-0.5, 0.0], [-1.0, -2.0], [-3.0, -3.0], [-3.0, -3.0]]
+    assert batch.rollout_known.tolist() == [[True, False], *[[True, True]] * 3]
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
