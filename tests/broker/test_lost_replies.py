@@ -13,7 +13,16 @@ from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
 from lachesis.broker.codec import tokens_digest
 from lachesis.broker.lua import NAMES
-from lachesis.broker.records import EnvConfig, Lease, Limits, Lineage, ServerStatus, TrainerConfig, WeightsEntry
+from lachesis.broker.records import (
+    EnvConfig,
+    Lease,
+    Limits,
+    Lineage,
+    PoolRule,
+    ServerStatus,
+    TrainerConfig,
+    WeightsEntry,
+)
 
 pytestmark = pytest.mark.anyio
 ENV = EnvConfig(max_token_length=16, desired_name="sums", weight=1.0, group_size=2)
@@ -239,6 +248,19 @@ async def publish(run: Run) -> None:
     assert await run.length(run.direct.keys.weights("main")) == 1
 
 
+async def steer(run: Run) -> None:
+    run.lose("steer")
+    assert await run.broker.pools.steer("main", PoolRule("pin", 3), "0-0")
+    assert await run.length(run.direct.keys.rule("main")) == 1
+    assert not await run.direct.pools.steer("main", PoolRule("pin", 4), "0-0")
+
+
+async def take_turn(run: Run) -> None:
+    run.lose("take_turn")
+    assert await run.broker.pools.take_turn("main", "s", 1, 60)
+    assert not await run.direct.pools.take_turn("main", "other", 1, 60)
+
+
 async def append(run: Run) -> None:
     run.lose("append")
     await run.broker.journal.metric("step", {"reward": 0.5})
@@ -254,7 +276,7 @@ async def note(run: Run) -> None:
 SCRIPTS = {case.__name__: case for case in (
     arrive, put, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, adopt,
     register_env,
-    publish, append, note,
+    publish, steer, take_turn, append, note,
 )}  # fmt: skip
 
 
