@@ -253,7 +253,7 @@ async def test_a_canary_is_rolled_back_by_one_command(rig: Rig, broker: Broker) 
 async def test_drain_and_in_place(rig: Rig, broker: Broker) -> None:
     """s1 drains: its answers are of one version. s0 continues in place: on the cache it has, not made anew."""
     rig.agents["s0"].kill()
-    rig.start_agent("s0", "--update-mode", "in_place")
+    rig.start_agent("s0", "--update-mode", "in_place", "--update-at-once", "2")  # not after s1, which drains
     await until(broker, servers=("s0",), version=-1)
     statuses = await until(broker, version=13, state="ready")
     asked = {}
