@@ -10,29 +10,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-import platform
 import shutil
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
 from instant import VOCABULARY, ask, instant_server, question
+from report import report
 from rich.console import Console
 from rich.table import Table
-from servers import cpu_ms, resident_kib
+from servers import cpu_ms, resident_kib, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.records import ServerStatus
+from lachesis.inference.ports import find_free
 
 CLIENTS = 32
 console = Console(width=120)
@@ -81,42 +78,16 @@ def cost(pid: int, port: int, questions: list[bytes], blocks: int) -> Cost:
     return Cost(statistics.median(cpu), statistics.median(rates), p50, p99, resident_kib(pid) / 1024)
 
 
-@contextmanager
-def serving(command: list[str], port: int, log: Path) -> Iterator[int]:
-    """Process id of a server once it listens."""
-    with open(log, "wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-    try:
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        else:
-            sys.exit(f"{' '.join(command)} does not serve:\n{log.read_text()}")
-        yield process.pid
-    finally:
-        process.kill()
-        process.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 def front_door(redis_url: str, port: int) -> list[str]:
     return [sys.executable, "-m", "lachesis.cli.main", "front-door", "--redis-url", redis_url, "--port", str(port)]
 
 
 def sglang_router(program: str, url: str, port: int) -> list[str]:
     listening = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-host", "127.0.0.1"]
-    return [program, "launch", *listening, "--prometheus-port", str(free_port()), "--worker-urls", url]
+    return [program, "launch", *listening, "--prometheus-port", str(find_free("127.0.0.1")), "--worker-urls", url]
 
 
-async def report(broker: Broker, url: str) -> None:
+async def beat(broker: Broker, url: str) -> None:
     """Be the server's agent."""
     while True:
         status = ServerStatus("instant", "main", url, "ready", 8, -1, time.time(), vocab_size=VOCABULARY)
@@ -126,7 +97,7 @@ async def report(broker: Broker, url: str) -> None:
 
 def _report(redis_url: str, url: str) -> None:
     async def main() -> None:
-        await report(await Broker.connect(redis_url), url)
+        await beat(await Broker.connect(redis_url), url)
 
     asyncio.run(main())
 
@@ -146,11 +117,11 @@ def measure(router: str | None, calls: int, blocks: int) -> list[Row]:
         alone = cost(os.getpid(), int(url.rpartition(":")[2]), questions, blocks)
         theirs = None
         if router:
-            port = free_port()
+            port = find_free("127.0.0.1")
             with serving(sglang_router(router, url, port), port, folder / "router.log") as pid:
                 time.sleep(3)  # it answers before it knows its server
                 theirs = cost(pid, port, questions, blocks)
-        port = free_port()
+        port = find_free("127.0.0.1")
         pid = stack.enter_context(serving(front_door(redis.url, port), port, folder / "front_door.log"))
         redis_before = cpu_ms(redis.pid)
         ours = cost(pid, port, questions, blocks)
@@ -205,19 +176,9 @@ def main() -> int:
     calls, blocks = (1000, 3) if chosen.quick else (4000, 7)
     rows = measure(chosen.router, calls, blocks)
     console.print(table(rows))
-    target = Path(__file__).parent / "results" / "front_door.json"
-    target.parent.mkdir(exist_ok=True)
-    machine = {"python": platform.python_version(), "cores": os.cpu_count(), "cpu": _cpu(), "quick": chosen.quick}
-    target.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    missed = [row.measure for row in rows if not row.reaches(row.must)]
-    if missed:
-        console.print(f"missed: {'; '.join(missed)}")
-    return 1 if missed else 0
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return report(
+        "front_door", rows, [row.measure for row in rows if not row.reaches(row.must)], console, quick=chosen.quick
+    )
 
 
 if __name__ == "__main__":

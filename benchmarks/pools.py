@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import subprocess
@@ -18,11 +17,12 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
 import numpy as np
+from report import report
 from rich.console import Console
 from rich.table import Table
 
@@ -251,9 +251,9 @@ def main() -> int:
         ms += [f"≤ {1000 * MUST_STALL_S:.0f}", f"{1000 * row.event_s:.0f}", f"{1000 * row.over_event_s:.0f}"]
         table.add_row(row.size, str(row.at_once), *ms, f"≤ {1000 * MUST_EVENT_S:.0f}", "must" if row.good else "MISSED")
     console.print(table)
-    target = Path(__file__).parent / "results" / "pools.json"
-    target.write_text(json.dumps({"cores": os.cpu_count(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    return 0 if all(row.good for row in rows) else 1
+    return report(
+        "pools", rows, [f"{row.size}, {row.at_once} at once" for row in rows if not row.good], console, quick=False
+    )
 
 
 if __name__ == "__main__":

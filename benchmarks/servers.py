@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from lachesis.inference.ports import find_free
+
 SEQUENCES, LENGTH, PROMPT = 8, 2048, 512  # of a group; tokens
 VOCABULARY = 128_000
 BATCH = 256  # sequences
@@ -123,11 +125,19 @@ def lachesis(folder: Path, redis_url: str) -> Any:
 
 @contextmanager
 def _serving(command: list[str], log: Path) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_free("127.0.0.1")
+    with serving([*command, "--port", str(port)], port, log) as pid:
+        server = Server(pid, port)
+        server.call("POST", "/register", json.dumps(TRAINER).encode())
+        server.reset()
+        yield server
+
+
+@contextmanager
+def serving(command: list[str], port: int, log: Path) -> Iterator[int]:
+    """Process id of a server, once it listens."""
     with open(log, "wb") as output:
-        process = subprocess.Popen([*command, "--port", str(port)], stdout=output, stderr=output)
+        process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
@@ -138,10 +148,7 @@ def _serving(command: list[str], log: Path) -> Iterator[Server]:
                 time.sleep(0.1)
         else:
             sys.exit(f"{' '.join(command)} does not serve:\n{log.read_text()}")
-        server = Server(process.pid, port)
-        server.call("POST", "/register", json.dumps(TRAINER).encode())
-        server.reset()
-        yield server
+        yield process.pid
     finally:
         process.kill()
         process.wait()

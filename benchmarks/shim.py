@@ -10,26 +10,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gzip
-import json
 import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
+from report import report
 from rich.console import Console
 from rich.table import Table
 from servers import (
     BATCH,
     SEQUENCES,
     Server,
-    cpu_model,
     cpu_ms,
     group,
     lachesis,
@@ -311,19 +308,7 @@ def main() -> int:
                     rows.append(row)
                     console.print(f"         {row.measure}: {row.lachesis:.3g} {row.unit} {row.note}")
     console.print(table(rows))
-    target = Path(__file__).parent / "results" / "shim.json"
-    target.parent.mkdir(exist_ok=True)
-    machine = {
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "cpu": cpu_model(),
-        "quick": sizes is QUICK,
-    }
-    target.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    missed = [row.measure for row in rows if not row.good]
-    if missed:
-        console.print(f"missed: {'; '.join(missed)}")
-    return 1 if missed else 0
+    return report("shim", rows, [row.measure for row in rows if not row.good], console, quick=sizes is QUICK)
 
 
 if __name__ == "__main__":

@@ -10,23 +10,22 @@ Ends with 1 where a measure misses what it must reach.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from report import report
 from rich.console import Console
 from rich.table import Table
-from servers import BATCH, LENGTH, SEQUENCES, VOCABULARY, cpu_model, cpu_ms, group
+from servers import BATCH, LENGTH, SEQUENCES, VOCABULARY, cpu_ms, group
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
 from lachesis.broker.packing import from_blob, pack, to_blob
@@ -205,14 +204,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         rows = [*measure(Path(name), 4 if quick else 12), copying()]
     console.print(table(rows))
-    target = Path(__file__).parent / "results" / "trainer.json"
-    target.parent.mkdir(exist_ok=True)
-    machine = {"python": platform.python_version(), "cores": os.cpu_count(), "cpu": cpu_model(), "quick": quick}
-    target.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    missed = [row.measure for row in rows if not row.good]
-    if missed:
-        console.print(f"missed: {'; '.join(missed)}")
-    return 1 if missed else 0
+    return report("trainer", rows, [row.measure for row in rows if not row.good], console, quick=quick)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,9 @@ class Wire:
                 self._line = _Line(connection, self._lost)
             return self._line
 
-    def _lost(self) -> None:
-        self._line = None
+    def _lost(self, line: _Line) -> None:
+        if self._line is line:  # it is told of more than once, and there may be another one by then
+            self._line = None
 
 
 def _packed(command: Command) -> bytes:
@@ -94,18 +95,15 @@ class _Owed(NamedTuple):
 class _Line(asyncio.Protocol):
     """A connection as redis-py made it, taken over."""
 
-    def __init__(self, connection: Any, lost: Callable[[], None]) -> None:
+    def __init__(self, connection: Any, lost: Callable[[_Line], None]) -> None:
         self._lost = lost
         self._reader = hiredis.Reader()
         self._owed: deque[_Owed] = deque()
         self._loop = asyncio.get_running_loop()
         self._heard = self._loop.time()
         self._watch: asyncio.TimerHandle | None = None
-        self._writer, connection._writer, connection._reader = (
-            connection._writer,
-            None,
-            None,
-        )  # both close what they own
+        self._writer = connection._writer  # kept: it closes what it owns when it is collected, and so does redis-py's
+        connection._writer = connection._reader = None
         self._transport: asyncio.Transport = self._writer.transport
         self._transport.set_protocol(self)
 
@@ -124,7 +122,7 @@ class _Line(asyncio.Protocol):
 
     def drop(self, error: Exception) -> None:
         """Close, and let every caller know that its replies are lost."""
-        self._lost()
+        self._lost(self)
         self._transport.abort()
         if self._watch:
             self._watch.cancel()

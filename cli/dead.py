@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -21,6 +20,7 @@ from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.packing import from_blob, is_packed, to_scored
 from lachesis.broker.records import Group
 from lachesis.broker.settings import RedisSettings
+from lachesis.cli.actions import dispatch, with_broker
 from lachesis.cli.options import parse
 
 USAGE = """\
@@ -79,13 +79,7 @@ class PurgeSettings(Selection):
 
 
 def main(arguments: Sequence[str]) -> int:
-    action, *rest = arguments or ["--help"]
-    if action in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    if action not in ACTIONS:
-        raise ConfigurationError(f"no such action: {action!r}; one of {', '.join(ACTIONS)}")
-    return ACTIONS[action](rest)
+    return dispatch(ACTIONS, USAGE, arguments)
 
 
 def list_(arguments: Sequence[str]) -> int:
@@ -101,7 +95,7 @@ def list_(arguments: Sequence[str]) -> int:
             print(f"run {settings.run!r} has no dead letters{' with that reason' if settings.reason else ''}")
         return 0
 
-    return _with_broker(settings, run)
+    return with_broker(settings, run)
 
 
 def show(arguments: Sequence[str]) -> int:
@@ -122,7 +116,7 @@ def show(arguments: Sequence[str]) -> int:
         )
         return 0
 
-    return _with_broker(settings, run)
+    return with_broker(settings, run)
 
 
 def requeue(arguments: Sequence[str]) -> int:
@@ -137,7 +131,7 @@ def requeue(arguments: Sequence[str]) -> int:
             print(f"{letter.entry.gid}: {f'not requeued: {why}' if why else 'requeued'}")
         return 1 if stayed else 0
 
-    return _with_broker(settings, run)
+    return with_broker(settings, run)
 
 
 def purge(arguments: Sequence[str]) -> int:
@@ -150,7 +144,7 @@ def purge(arguments: Sequence[str]) -> int:
         print(f"purged {' and '.join(f'{count} {what}' for what, count in sorted(counts.items())) or 'nothing'}")
         return 0
 
-    return _with_broker(settings, run)
+    return with_broker(settings, run)
 
 
 ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"list": list_, "show": show, "requeue": requeue, "purge": purge}
@@ -219,18 +213,6 @@ async def _post_again(broker: Broker, letter: Letter, body: bytes, policy: str) 
         return str(error.detail)
     await broker.dead.purge(letter, who=WHO, event="requeue")
     return ""
-
-
-def _with_broker(settings: RedisSettings, operation: Callable[[Broker], Awaitable[int]]) -> int:
-    async def run(url: str) -> int:
-        broker = await Broker.connect(url, settings.run)
-        try:
-            return await operation(broker)
-        finally:
-            await broker.aclose()
-
-    with settings.redis() as url:
-        return asyncio.run(run(url))
 
 
 def _seconds(duration: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -18,6 +17,7 @@ from lachesis.broker.keys import check_name
 from lachesis.broker.pools import NEWEST
 from lachesis.broker.records import PoolRule, ServerStatus
 from lachesis.broker.settings import RedisSettings
+from lachesis.cli.actions import dispatch, with_broker
 from lachesis.cli.options import parse
 
 USAGE = """\
@@ -68,17 +68,12 @@ class CanarySettings(PinSettings):
 
 
 def main(arguments: Sequence[str]) -> int:
-    action, *rest = arguments or ["--help"]
-    if action in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    if action not in ACTIONS:
-        raise ConfigurationError(f"no such action: {action!r}; one of {', '.join(ACTIONS)}")
-    return ACTIONS[action](rest)
+    return dispatch(ACTIONS, USAGE, arguments)
 
 
 def list_(arguments: Sequence[str]) -> int:
     settings = parse(PoolSettings, "pool list", arguments)
+    check_name("pool", settings.pool)
 
     async def run(broker: Broker) -> int:
         servers = sorted(await broker.parties.servers(), key=lambda status: status.server)
@@ -94,7 +89,7 @@ def list_(arguments: Sequence[str]) -> int:
             _show(found)
         return 0
 
-    return _with_broker(settings, run)
+    return with_broker(settings, run)
 
 
 def newest(arguments: Sequence[str]) -> int:
@@ -146,22 +141,9 @@ ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
 }  # fmt: skip
 
 
-def _with_broker(settings: PoolSettings | SteerSettings, action: Callable[[Broker], Awaitable[int]]) -> int:
-    check_name("pool", settings.pool)
-
-    async def run(url: str) -> int:
-        broker = await Broker.connect(url, settings.run)
-        try:
-            return await action(broker)
-        finally:
-            await broker.aclose()
-
-    with settings.redis() as url:
-        return asyncio.run(run(url))
-
-
 def _steer(settings: SteerSettings, rule: Callable[[Broker, PoolRule], Awaitable[PoolRule]]) -> int:
     """Replace the pool's rule by what `rule` makes of it."""
+    check_name("pool", settings.pool)
 
     async def run(broker: Broker) -> int:
         while True:
@@ -171,7 +153,7 @@ def _steer(settings: SteerSettings, rule: Callable[[Broker, PoolRule], Awaitable
                 print(f"pool {settings.pool}: {describe(wanted)}")
                 return 0
 
-    return _with_broker(settings, run)
+    return with_broker(settings, run)
 
 
 async def _rule(rule: PoolRule) -> PoolRule:

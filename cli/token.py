@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 import msgspec
 from pydantic import Field
@@ -14,10 +12,9 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 from rich.table import Table
 
-from lachesis.broker.client import Broker
-from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.records import Role, TokenRecord
 from lachesis.broker.settings import RedisSettings
+from lachesis.cli.actions import dispatch, with_broker
 from lachesis.cli.options import parse
 
 USAGE = """\
@@ -27,8 +24,6 @@ usage: lachesis token create --role environment|trainer|admin [--name NAME] [--r
 
 Bearer tokens for the shim, of one run. A run that never had a token is open to everyone who reaches the shim;
 once it has one, every call needs one. `lachesis token create --help` lists the options, docs/security.md explains."""
-
-T = TypeVar("T")
 
 
 class CreateSettings(RedisSettings):
@@ -51,55 +46,39 @@ class RevokeSettings(RedisSettings):
 
 
 def main(arguments: Sequence[str]) -> int:
-    action, *rest = arguments or ["--help"]
-    if action in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    if action not in ACTIONS:
-        raise ConfigurationError(f"no such action: {action!r}; one of {', '.join(ACTIONS)}")
-    ACTIONS[action](rest)
-    return 0
+    return dispatch(ACTIONS, USAGE, arguments)
 
 
-def create(arguments: Sequence[str]) -> None:
+def create(arguments: Sequence[str]) -> int:
     settings = parse(CreateSettings, "token create", arguments)
-    token, record = _with_broker(settings, lambda broker: broker.tokens.create(settings.role, settings.name))
+    token, record = with_broker(settings, lambda broker: broker.tokens.create(settings.role, settings.name))
     print(
         f"token {record.name!r} for run {settings.run!r}, role {record.role}; it is not shown again:", file=sys.stderr
     )
     print(token)
+    return 0
 
 
-def list_(arguments: Sequence[str]) -> None:
+def list_(arguments: Sequence[str]) -> int:
     settings = parse(ListSettings, "token list", arguments)
-    records = _with_broker(settings, lambda broker: broker.tokens.all())
+    records = with_broker(settings, lambda broker: broker.tokens.all())
     if settings.json_output:
         print(msgspec.json.encode(records).decode())
     elif records:
         _show(records)
     else:
         print(f"run {settings.run!r} has no tokens: it is open, unless the shim runs with --require-tokens")
+    return 0
 
 
-def revoke(arguments: Sequence[str]) -> None:
+def revoke(arguments: Sequence[str]) -> int:
     settings = parse(RevokeSettings, "token revoke", arguments)
-    record = _with_broker(settings, lambda broker: broker.tokens.revoke(settings.name))
+    record = with_broker(settings, lambda broker: broker.tokens.revoke(settings.name))
     print(f"token {record.name!r} of run {settings.run!r} is revoked")
+    return 0
 
 
-ACTIONS: dict[str, Callable[[Sequence[str]], None]] = {"create": create, "list": list_, "revoke": revoke}
-
-
-def _with_broker(settings: RedisSettings, operation: Callable[[Broker], Awaitable[T]]) -> T:
-    async def run(url: str) -> T:
-        broker = await Broker.connect(url, settings.run)
-        try:
-            return await operation(broker)
-        finally:
-            await broker.aclose()
-
-    with settings.redis() as url:
-        return asyncio.run(run(url))
+ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"create": create, "list": list_, "revoke": revoke}
 
 
 def _show(records: Sequence[TokenRecord]) -> None:

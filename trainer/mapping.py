@@ -23,8 +23,6 @@ from lachesis.trainer.batch import TrainingBatch
 from lachesis.trainer.teacher import teacher_columns
 from lachesis.trainer.untrainable import NOT_TRAINED, Limits, Untrainable, check_score, check_sequence, targets
 
-__all__ = ["TrainingBatch", "to_batch"]
-
 
 def to_batch(
     groups: Sequence[Group],

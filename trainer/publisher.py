@@ -90,11 +90,13 @@ class Publisher:
         self._broker.call(self._broker.broker.queue.deliver, step)
 
     def _awaited(self) -> bool:
-        """Whether a server at work that follows the newest version still samples from an older one."""
+        """Whether a server at work that follows the newest version, and can, still samples from an older one."""
         alive = time.time() - SERVER_SILENT_S
         servers = self._broker.call(self._broker.broker.parties.servers)
         at_work = [server for server in servers if server.heartbeat > alive and server.state in ("ready", "updating")]
-        return any(server.version < self.newest for server in at_work if server.rule == "newest")
+        return any(
+            server.version < self.newest for server in at_work if server.rule == "newest" and not server.last_error
+        )
 
     def _write(self, version: int, parent: int, copied: list[tuple[str, Tensor]]) -> None:
         began = time.perf_counter()

@@ -7,9 +7,9 @@ others, verl's engine does: parameters are sharded over them, gradients summed. 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from lachesis.trainer.batch import TrainingBatch
     from lachesis.trainer.engine import Engine
 
-IDLE = timedelta(
-    days=30
-)  # ranks wait for the leader's next order, and it waits for rollouts; a dead peer shows at once
+# ranks wait for the leader's next order, and it waits for rollouts; a dead peer shows at once
+IDLE = timedelta(days=30)
 LEADER = 0
 
 
@@ -66,7 +65,8 @@ class Ranks:
 class Crew:
     """What the ranks do together: `with Crew(…) as crew` on rank 0, where every method has the others do the same.
 
-    They `follow` until the end of that block.
+    They `follow` until the end of that block. If it ends by an error they may be in the midst of something, where no
+    order reaches them: then they notice that rank 0 is gone, when its process ends.
     """
 
     def __init__(self, engine: Engine, learner: Learner) -> None:
@@ -75,8 +75,10 @@ class Crew:
     def __enter__(self) -> Crew:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with suppress(RuntimeError):  # those that are gone need not be told
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
             self._ranks.order("dismiss")
 
     def step(self, groups: Sequence[Group], batch: TrainingBatch) -> dict[str, float]:
@@ -98,12 +100,18 @@ class Crew:
         self._ranks.order("load_checkpoint", path, *args)
         self._engine.worker.load_checkpoint(path, *args)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights in memory, whole, under Hugging Face's names."""
+    def tensors(self) -> Generator[tuple[str, Tensor]]:
+        """The weights in memory, whole, under Hugging Face's names. Close it where not all are taken: the others give all."""
         from lachesis.trainer.engine import published_tensors
 
         self._ranks.order("tensors")
-        yield from published_tensors(self._engine)
+        found = published_tensors(self._engine)
+        try:
+            for name, tensor in found:  # noqa: UP028  `yield from` would close it
+                yield name, tensor
+        finally:
+            for _ in found:
+                pass
 
     def follow(self, to_batch: Callable[[Sequence[Group]], TrainingBatch]) -> None:
         """Do what rank 0 does until it dismisses. `to_batch` maps groups as rank 0 maps them."""
@@ -126,8 +134,6 @@ def share(lengths: Sequence[int], parts: int) -> list[list[int]]:
     Args:
         lengths: tokens of each row.
     """
-    if parts == 1:
-        return [list(range(len(lengths)))]
     from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
     missing = -len(lengths) % parts

@@ -15,7 +15,7 @@ from verl.single_controller.base import Worker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
-from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.errors import ConfigurationError, LachesisError
 from lachesis.trainer.configure import compose_config, make_plan
 from lachesis.trainer.engine import device_name
 from lachesis.trainer.settings import TrainerSettings
@@ -63,5 +63,14 @@ def run_on_ray(settings: TrainerSettings, device: str) -> int:
     group = RayWorkerGroup(resource_pool=pool, ray_cls_with_init=actor, device_name=device)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: group.stop())
-    codes: list[int] = ray.get(group.train(settings.model_dump() | {"ray_ranks": 0}))
-    return codes[0]
+    pending = group.train(settings.model_dump() | {"ray_ranks": 0})
+    leader = pending[0]
+    try:
+        while pending:  # whichever fails first: the others may wait for it
+            [done], pending = ray.wait(pending)
+            ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LachesisError):
+            raise error.cause from None
+        raise
+    return int(ray.get(leader))

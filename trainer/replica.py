@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 from structlog.stdlib import BoundLogger
 
@@ -231,7 +232,8 @@ class Replica:
     def _publish(self) -> None:
         """Copy the weights in memory and let the publisher write them."""
         self._tenure.check()
-        self._publisher.publish(self.step, self._published, self._crew.tensors())
+        with closing(self._crew.tensors()) as tensors:
+            self._publisher.publish(self.step, self._published, tensors)
         self._published = self.step
 
     def _save(self) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import socket
 from collections.abc import Sequence
+from contextlib import closing
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ def _rank(rank: int, size: int, port: int, model: Path, overrides: list[str], pi
     if rank:
         return crew.follow(mapped)
     with crew:
+        with closing(crew.tensors()) as tensors:
+            next(tensors)  # as where a version is refused for its first tensor: the ranks stay in step
         metrics = [crew.step(groups, mapped(groups)) for groups in (uneven_groups(1), uneven_groups(2))]
         weights = {name: tensor.detach().clone().numpy() for name, tensor in crew.tensors()}
     pipe.send((metrics, weights))

@@ -11,7 +11,8 @@ import pytest
 import torch
 from trainer_kit import scored_group, stored
 
-from lachesis.trainer.mapping import TrainingBatch, to_batch
+from lachesis.trainer.batch import TrainingBatch
+from lachesis.trainer.mapping import to_batch
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

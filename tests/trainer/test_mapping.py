@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from trainer_kit import stored
 
 from lachesis.broker.records import Group, ScoredGroup
-from lachesis.trainer.mapping import TrainingBatch, to_batch
+from lachesis.trainer.batch import TrainingBatch
+from lachesis.trainer.mapping import to_batch
 
 VOCABULARY, LONGEST = 50, 12
 finite = st.floats(-5, 5, width=32)

@@ -118,6 +118,8 @@ def test_in_lockstep_it_counts_as_queued_until_servers_have_the_version(
 
     report("dead", "ready", 0, heard=60.0)
     report("failed", "failed", 0)
+    refusing = ServerStatus("refusing", "main", "http://s", "ready", 0, -1, time.time(), last_error="version 1 refused")
+    blocking.call(parties.report, refusing)  # it will never have it
     report("behind", "ready", 0)
     store.let_go.set()
     publisher.publish(1, 0, weights(1.0))

@@ -16,8 +16,9 @@ from trainer_kit import scored_group, stored
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.records import Group, LedgerEntry
 from lachesis.trainer import tracking
+from lachesis.trainer.batch import TrainingBatch
 from lachesis.trainer.examples import SHOWN, examples
-from lachesis.trainer.mapping import TrainingBatch, to_batch
+from lachesis.trainer.mapping import to_batch
 from lachesis.trainer.metrics import VERLS, batch_metrics, mfu, under_verls_names
 from lachesis.trainer.tracking import BACKENDS, Tracker, check_backends
 
