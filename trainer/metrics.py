@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lachesis.broker.records import Group, LedgerEntry
+from lachesis.trainer.lag import lag_metrics, spread
 
 if TYPE_CHECKING:
     from lachesis.trainer.algo import Estimated
@@ -36,7 +37,6 @@ VERLS = {
     "publish_s": "timing_s/update_weights",
     "checkpoint_s": "timing_s/save_checkpoint",
 }
-VERSIONS = ("v_min", "v_max")
 NOT_TOLD = ("lag", "lag_mean", "reward")  # verl's names for them are among the step's own
 
 
@@ -45,14 +45,12 @@ def batch_metrics(
 ) -> dict[str, float]:
     """Step, reward (mean score of all sequences, nothing filtered), lag in versions, sizes, advantages."""
     of = {group.gid: group for group in groups}
-    v_min, v_max = (np.array([getattr(of[uid], name) for uid in batch.uids], dtype=np.int64) for name in VERSIONS)
-    lags = entry.v_before - v_min
+    sequences = [(of[uid], place) for uid, place in zip(batch.uids, batch.places.tolist(), strict=True)]
     scores = batch.scores.numpy()
     found = {
         "step": entry.step,
         "reward": entry.reward,
         "lag": entry.lag,
-        "lag_mean": float(lags.mean()) if len(lags) else 0.0,
         "sequences": entry.n,
         "tokens": batch.tokens,
         "trained_tokens": int(batch.response_mask.sum()),
@@ -60,22 +58,13 @@ def batch_metrics(
         "unfit_sequences": batch.unfit,
         **spread("critic/score", scores),
         **spread("critic/rewards", batch.token_level_rewards.sum(-1).numpy()),
-        **spread("training/off_policy/trajectory_staleness", entry.v_before - v_max),
-        **spread("training/off_policy/trajectory_staleness_worst", lags),
-        **spread("training/off_policy/trajectory_spans", v_max - v_min + 1),
+        **lag_metrics(entry.v_before, sequences),
     }
     for name in ("prompt", "response"):
         found |= spread(f"{name}_length", batch.model[f"{name}s"].offsets().diff().numpy())
     if estimated is not None:
         found |= spread("critic/advantages", estimated.advantages[estimated.response_mask.bool()].numpy())
     return found
-
-
-def spread(name: str, values: np.ndarray) -> dict[str, float]:
-    """name/mean, name/max and name/min; nothing of nothing."""
-    if not len(values):
-        return {}
-    return {f"{name}/{what}": float(getattr(values, what)()) for what in ("mean", "max", "min")}
 
 
 def under_verls_names(values: Mapping[str, float]) -> dict[str, float]:

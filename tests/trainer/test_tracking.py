@@ -96,7 +96,30 @@ def test_staleness_is_told_in_versions() -> None:
     assert [values[f"{staleness}_worst/{what}"] for what in ("mean", "max", "min")] == [3, 3, 3]
     assert [values[f"training/off_policy/trajectory_spans/{what}"] for what in ("mean", "max", "min")] == [2, 3, 1]
     assert (values["lag"], values["lag_mean"], values["reward"]) == (3, 3, 1.5)
+    assert values["version_known"] == 0
     assert "critic/advantages/mean" not in values
+
+
+def test_staleness_is_that_of_the_tokens_where_their_versions_are_known() -> None:
+    """Two groups of two sequences, twelve tokens each, the last eight trained: versions 3 and 5 in all, now at 6."""
+    groups = [
+        Group(
+            gid=gid, env=None, v_min=3, v_max=5, tokens=[np.arange(12)] * 2,
+            masks=[np.array([-100] * 4 + [1] * 8)] * 2, scores=np.array([0.0, 1.0]),
+            advantages=None, ref_logprobs=None, inference_logprobs=None, rest={}, versions=versions,
+        )
+        for gid, versions in (
+            ("known", [((3, 0, 6), (5, 6, 12)), ((5, 4, 12),)]),  # a prompt's versions do not count: 2 x 3 + 6 x 5, 8 x 5
+            ("half", [((4, 4, 12),), ((5, 4, 8),)]),  # 8 x 4; 4 x 5, and 4 that nobody knows: from 3 to 5
+        )
+    ]  # fmt: skip
+    values = batch_metrics(ENTRY, groups, mapped(groups), None)
+    staleness = "training/off_policy/trajectory_staleness"
+    assert [values[f"{staleness}/{what}"] for what in ("mean", "max", "min")] == [1.25, 2, 1]  # 1, 1, 2, 1
+    assert [values[f"{staleness}_worst/{what}"] for what in ("mean", "max", "min")] == [2.25, 3, 1]  # 3, 1, 2, 3
+    assert [values[f"training/off_policy/trajectory_spans/{what}"] for what in ("mean", "max", "min")] == [2, 3, 1]
+    assert values["lag_mean"] == 6 - (2 * 3 + 6 * 5 + 8 * 5 + 8 * 4 + 4 * 5 + 4 * 3) / 32
+    assert values["version_known"] == 28 / 32
 
 
 def test_trackers_get_verls_names_and_ours_only_for_what_is_ours() -> None:
