@@ -44,7 +44,8 @@ def token_versions(group: Group, index: int) -> np.ndarray:
     versions = np.full(len(trained), UNKNOWN, dtype=np.int64)
     for version, start, end in group.versions[index] if group.versions else ():
         versions[start:end] = version
-    return versions[trained]
+    found: np.ndarray = versions[trained]
+    return found
 
 
 def spread(name: str, values: np.ndarray) -> dict[str, float]:
