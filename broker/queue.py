@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
 
 from msgspec import structs
 from redis.exceptions import ResponseError
@@ -41,6 +42,14 @@ REFUSED_TTL_S = 7 * 24 * 3600
 NO_LIMITS = Limits()
 
 
+class Believed(NamedTuple):
+    """What a caller of PUT holds true of the run without having asked again: this, and that nobody serves its weights."""
+
+    policy: str
+    registration: bytes  # of the trainer, as it is kept; empty for none
+    newest: bytes  # entry id of the policy's newest version; empty for none
+
+
 class Queue:
     """Groups and batches of one run. A policy reads batches as the consumer group of its name."""
 
@@ -62,9 +71,11 @@ class Queue:
         v_max: int,
         limits: Limits = NO_LIMITS,
         packed: bytes = b"",
+        believed: Believed | None = None,
     ) -> str:
         """Store a valid group durably. Returns "stored" or "duplicate"; or, and then nothing is stored, what it is over:
-        "late" (max_lag), "full" (a quota of the queue), "env_full" (a quota of its environment).
+        "late" (max_lag), "full" (a quota of the queue), "env_full" (a quota of its environment); or "changed": what is
+        `believed` of the run is not so.
 
         `packed` is the group's packed form where the caller has it already: it is stored as it is.
         """
@@ -79,11 +90,15 @@ class Queue:
             sampled_logprobs=group.sampled_logprobs,
         )
         entry = queue_entry(structs.replace(group, gid=gid, v_min=v_min, v_max=v_max), len(blob))
-        keys = [self._keys.groups, self._keys.blob(gid), self._keys.seen(gid), self._keys.state, self._keys.trainers]
+        names = self._keys
+        keys = [names.groups, names.blob(gid), names.seen(gid), names.state, names.trainers]
+        keys += [names.weights(believed.policy if believed else "main"), names.pools]
+        keys += [names.lineage, names.old_lineage]
         quotas = [limits.bytes, limits.sequences, limits.env_bytes, limits.env_sequences]
         lag = ["" if limits.max_lag is None else limits.max_lag, limits.policy]
         fields = [text for pair in to_entry(entry).items() for text in pair]
-        args = [SEEN_TTL_S, *quotas, *lag, entry.env, entry.n, entry.bytes, *fields]
+        belief = [1, believed.registration, believed.newest] if believed else [0, "", ""]
+        args = [SEEN_TTL_S, *quotas, *lag, *belief, entry.env, entry.n, entry.bytes, *fields]
         store = ("SET", self._keys.blob(gid), blob, "NX", "EX", BLOB_TTL_S)
         while True:
             reply = await self._scripts.put(keys=keys, args=args, after=store)

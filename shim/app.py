@@ -76,19 +76,19 @@ def _routes(
     async def runs(_: Request) -> Response:
         return JSONResponse({"runs": [{"run": run, "since": since} for run, since in (await broker.runs()).items()]})
 
-    return [
+    return [  # they are tried in this order
+        route("POST", "/scored_data", groups.scored_data, ENVIRONMENT),
+        route("GET", "/status-env", status.status_env, ENVIRONMENT),
+        route("GET", "/batch", BatchEndpoint(broker, trainers), TRAINER),
         route("GET", "/", root, ANY),
         route("GET", "/info", parties.info, ANY),
         route("GET", "/wandb_info", parties.wandb_info, ANY),
         route("GET", "/status", status.status, ANY),
         route("GET", "/latest_example", LatestExample(broker).latest, ANY),
-        route("GET", "/status-env", status.status_env, ENVIRONMENT),
         route("POST", "/register-env", parties.register_env, ENVIRONMENT),
         route("POST", "/disconnect-env", parties.disconnect_env, ENVIRONMENT),
-        route("POST", "/scored_data", groups.scored_data, ENVIRONMENT),
         route("POST", "/scored_data_list", groups.scored_data_list, ENVIRONMENT),
         route("POST", "/register", parties.register, TRAINER),
-        route("GET", "/batch", BatchEndpoint(broker, trainers), TRAINER),
         route("GET", "/reset_data", parties.reset_data, ADMIN),
         *([route("GET", "/runs", runs, ADMIN)] if own else []),
         route("GET", "/healthz", status.healthz, OPEN),

@@ -128,7 +128,9 @@ class _Writer:
         for blob in blobs:
             group = from_blob(blob)
             scores.append(group.scores)
-            await self._write(before + to_json(group))
+            await self._write(before)
+            await self._write(to_json(group))
+            await asyncio.sleep(0)
             before = b","
         small = np.ldexp(np.concatenate(scores), -32)  # exact, and no sum of these overflows
         return float(np.ldexp(small.mean(), 32))
@@ -147,10 +149,11 @@ class _Writer:
             body, self._held = self._held, None
             await self._start(gzip=self._gzip_accepted)
         for start in range(0, len(body), CHUNK_BYTES):
+            if start:
+                await asyncio.sleep(0)
             chunk = body[start : start + CHUNK_BYTES]
             if chunk := self._gzip.compress(chunk) if self._gzip else chunk:
                 await self._peer.write(chunk, more=True)
-            await asyncio.sleep(0)
 
     async def _start(self, *, gzip: bool) -> None:
         headers = [(b"content-type", b"application/json")]

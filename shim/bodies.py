@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from lachesis.broker.records import Group, ScoredGroup
+from lachesis.shim.connection import in_whole
 from lachesis.shim.direct import read_group, read_groups
 from lachesis.shim.errors import SHOWN_ERRORS, InvalidGzip, Location, Malformed, detail
 
@@ -44,12 +45,14 @@ async def read_body(request: Request, limit: int) -> bytes:
     """The decompressed body. Raises InvalidGzip, and HTTPException 413 where it has more than `limit` bytes."""
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large(limit)
+    in_whole(request.scope)
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
         if size > limit:
             raise too_large(limit)
-        chunks.append(chunk)
+        if chunk:  # the last one is empty, and to join one alone copies nothing
+            chunks.append(chunk)
     body = b"".join(chunks)
     if "gzip" not in request.headers.get("content-encoding", "").lower():
         return body

@@ -1,7 +1,10 @@
-"""Has a response really reached its reader? ASGI does not say; the connection does, and this lets the app ask.
+"""What ASGI keeps from an app and the connection knows.
 
-A peer that goes away with unread data in its socket resets the connection; one that read everything closes it in
-order. So a reset after the last byte was written still tells that the response was not read.
+Has a response really reached its reader? A peer that goes away with unread data in its socket resets the connection;
+one that read everything closes it in order. So a reset after the last byte was written still tells that the response
+was not read.
+
+And a body comes in pieces as large as the socket had them. To wake the app for each costs more than to copy them.
 """
 
 from __future__ import annotations
@@ -13,19 +16,47 @@ from typing import cast
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-ON_CUT = "lachesis.on_cut"
+ON_CUT, IN_WHOLE = "lachesis.on_cut", "lachesis.in_whole"
+PIECE_BYTES = 1 << 20
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's, plus the ASGI extension `lachesis.on_cut`: a list of functions to call if the response is cut off."""
+    """uvicorn's, plus two ASGI extensions.
+
+    `lachesis.on_cut`: a list of functions to call if the response is cut off. `lachesis.in_whole`: a function after
+    whose call the body comes whole, or in pieces of about PIECE_BYTES.
+    """
 
     _on_cut: list[Callable[[], None]]
-    _cut = False
+    _parts: list[bytes]
+    _in_whole = _cut = False
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._on_cut = []  # the next request on a connection says that the response before it was read
-        self.scope["extensions"] = {ON_CUT: cast(dict[object, object], {"calls": self._on_cut})}
+        self._parts, self._in_whole = [], False
+        extensions = {ON_CUT: {"calls": self._on_cut}, IN_WHOLE: {"call": self._gather}}
+        self.scope["extensions"] = cast(dict[str, dict[object, object]], extensions)
+
+    def _gather(self) -> None:
+        self._in_whole = True
+
+    def on_body(self, body: bytes) -> None:
+        if not self._in_whole:
+            super().on_body(body)
+            return
+        self._parts.append(body)
+        if sum(map(len, self._parts)) >= PIECE_BYTES:
+            self._hand_over()
+
+    def on_message_complete(self) -> None:
+        self._hand_over()
+        super().on_message_complete()
+
+    def _hand_over(self) -> None:
+        if self._parts:
+            body, self._parts = b"".join(self._parts), []
+            super().on_body(body)
 
     def eof_received(self) -> None:
         self._cut = self.transport.get_write_buffer_size() > 0
@@ -43,6 +74,12 @@ def on_cut(scope: Scope, call: Callable[[], None]) -> None:
     """Have `call` called if the peer is found to have gone away without reading the whole response."""
     if (extension := scope.get("extensions", {}).get(ON_CUT)) is not None:
         extension["calls"].append(call)
+
+
+def in_whole(scope: Scope) -> None:
+    """Have the request's body come whole, or in large pieces. Until this is called little of it is taken in."""
+    if (extension := scope.get("extensions", {}).get(IN_WHOLE)) is not None:
+        extension["call"]()
 
 
 class Peer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ from lachesis.shim.bodies import check_messages, decode_group, decode_groups, no
 from lachesis.shim.errors import Malformed, path, refusal
 from lachesis.shim.pressure import Hold
 from lachesis.shim.status import buffered
-from lachesis.shim.versions import Versions
+from lachesis.shim.versions import Arrival, Versions
 
 
 class GroupsIn:
@@ -86,6 +87,20 @@ class GroupsIn:
             raise InvalidGroup(path(found[0]), found[1], "must be finite")
         arrays = to_arrays(group) if isinstance(group, ScoredGroup) else group
         arrival = await self._versions.arrival(arrays)
+        try:
+            reply = await self._store(gid, arrays, arrival, hold, packed)
+        except InvalidGroup:
+            if not arrival.believed:
+                raise
+            reply = "changed"  # perhaps
+        if reply == "changed":
+            arrival = await self._versions.arrival(arrays, ask=True)
+            reply = await self._store(gid, arrays, arrival, hold, packed)
+        self.counts[reply] += 1
+        return await buffered(self._broker, arrays.env, len(arrays.tokens))
+
+    async def _store(self, gid: str, arrays: Group, arrival: Arrival, hold: Hold, packed: bytes) -> str:
+        """Check the group against what the run knew at its arrival, and PUT it. Returns what PUT replies."""
         config = arrival.trainer
         limits = {"max_token_len": config.max_token_len, "batch_size": config.batch_size} if config else {}
         check_group(arrays, **limits)
@@ -93,13 +108,14 @@ class GroupsIn:
             packed = packed or pack(arrays)
         except (OverflowError, UnicodeEncodeError):
             raise _unstorable(arrays) from None
-        self._versions.stamp(arrival, arrays)
-        v_min, v_max = arrays.v_min, arrays.v_max
-        reply = await hold.store(
-            lambda limits: self._broker.queue.put(gid, arrays, v_min=v_min, v_max=v_max, limits=limits, packed=packed)
-        )
-        self.counts[reply] += 1
-        return await buffered(self._broker, arrays.env, len(arrays.tokens))
+        told = self._versions.stamp(arrival, arrays)
+        put = partial(
+            self._broker.queue.put, gid, arrays, v_min=arrays.v_min, v_max=arrays.v_max, packed=packed, believed=arrival.believed
+        )  # fmt: skip
+        reply = await hold.store(lambda limits: put(limits=limits))
+        if reply == "stored":
+            self._versions.counts.update(told)
+        return reply
 
     def _unpack(self, body: bytes) -> Group:
         if unpacked_bytes(body) > self._max_body_bytes:

@@ -14,10 +14,12 @@ import numpy as np
 from lachesis.broker import Broker
 from lachesis.broker.codec import from_entry
 from lachesis.broker.lineage import from_record
+from lachesis.broker.queue import Believed
 from lachesis.broker.records import Group, ServerStatus, TrainerConfig, WeightsEntry
 from lachesis.shim.join import UNKNOWN, Joined, Places, covers, digests, join, mismatched, places
 
 HEARTBEAT_S = 60.0  # a server not heard of for longer serves nobody
+FRESH_S = 1.0
 REMEMBERED_S = 60.0  # a generation may have begun on a version that its server has replaced since
 
 
@@ -25,10 +27,11 @@ class Arrival(NamedTuple):
     """What the run knew when a group arrived."""
 
     trainer: TrainerConfig | None
-    places: list[Places]  # per sequence: where generations may end
-    lineages: list[bytes | None]  # of all those ends, in order
     newest: int  # version of the policy
     servers: list[bytes]  # ServerStatus each, JSON: only needed where a lineage is missing
+    places: list[Places]  # per sequence: where generations may end; none where nobody serves this run's weights
+    lineages: list[bytes | None]  # of all those ends, in order
+    believed: Believed | None = None  # set where Redis was not asked anew
 
 
 class Versions:
@@ -42,54 +45,69 @@ class Versions:
         self.counts: Counter[str] = Counter(joined=0, unknown=0, mismatched=0, sent=0)
         self._broker, self._policy = broker, policy
         self._served: deque[tuple[float, int]] = deque()  # (when seen, oldest version served then)
+        self._last: tuple[float, Arrival] | None = None  # while nobody serves: when, and what Redis said
 
-    async def arrival(self, group: Group) -> Arrival:
-        """What Redis says of a group and of the run, in one trip. The group need not be valid yet."""
+    async def arrival(self, group: Group, *, ask: bool = False) -> Arrival:
+        """What Redis says of a group and of the run, in one trip. The group need not be valid yet.
+
+        While nobody serves the run's weights, as with servers of the user's own, the same holds for the next group, too:
+        it is believed for FRESH_S, and PUT tells if it is not so any more. Then `ask` again.
+        """
+        if group.versions is None and self._last and not ask and time.monotonic() - self._last[0] < FRESH_S:
+            return self._last[1]
         keys, found = self._broker.keys, places(group)
-        config, newest, servers, lineages = await self._broker.scripts.arrive(
+        config, newest, servers, recorded, lineages = await self._broker.scripts.arrive(
             keys=[keys.trainers, keys.weights(self._policy), keys.pools, keys.lineage, keys.old_lineage],
             args=digests(group, found) if group.versions is None else (),
         )
-        return Arrival(
-            msgspec.json.decode(config, type=TrainerConfig) if config else None,
-            found,
-            lineages,
-            _version(newest[0][1]) if newest else 0,
-            servers,
-        )
+        trainer = msgspec.json.decode(config, type=TrainerConfig) if config else None
+        arrival = Arrival(trainer, _version(newest[0][1]) if newest else 0, servers, found, lineages)
+        believed = Believed(self._policy, config or b"", newest[0][0] if newest else b"")
+        self._last = None
+        if not servers and not recorded:
+            self._last = time.monotonic(), arrival._replace(places=[], lineages=[], believed=believed)
+        return arrival
 
-    def stamp(self, arrival: Arrival, group: Group) -> None:
-        """Set a valid group's versions and sampled log-probs.
+    def stamp(self, arrival: Arrival, group: Group) -> Counter[str]:
+        """Set a valid group's versions and sampled log-probs. Returns what to add to `counts` when it is stored.
 
         v_min and v_max are exact where the making of every trained token is known. Else bounds are counted in: newest
         is the policy's newest version, oldest what the slowest server served of late.
         """
-        joined = self._sent(arrival, group) if group.versions is not None else self._joined(arrival, group)
+        told: Counter[str] = Counter()
+        if group.versions is not None:
+            joined = self._sent(arrival, group, told)
+        elif arrival.believed:
+            joined = [Joined((), False, None)] * len(group.tokens)
+            told["unknown"] += len(group.tokens)
+        else:
+            joined = self._joined(arrival, group, told)
         versions = [version for each in joined for version, _, _ in each.spans]
         if not versions or not all(each.whole for each in joined):
             versions += self._bounds(arrival)
         group.v_min, group.v_max = min(versions), max(versions)
         if any(each.spans for each in joined):
             group.versions = [each.spans for each in joined]
+        return told
 
-    def _sent(self, arrival: Arrival, group: Group) -> list[Joined]:
-        self.counts["sent"] += len(group.tokens)
+    def _sent(self, arrival: Arrival, group: Group, told: Counter[str]) -> list[Joined]:
+        told["sent"] += len(group.tokens)
         return [
             Joined(spans, covers(spans, place, len(row)), None)
             for row, place, spans in zip(group.tokens, arrival.places, group.versions or (), strict=True)
         ]
 
-    def _joined(self, arrival: Arrival, group: Group) -> list[Joined]:
+    def _joined(self, arrival: Arrival, group: Group, told: Counter[str]) -> list[Joined]:
         lineages = (from_record(raw) if raw else None for raw in arrival.lineages)
         joined = [
             join(len(row), place, list(islice(lineages, len(place.ends))))
             for row, place in zip(group.tokens, arrival.places, strict=True)
         ]
         whole = sum(each.whole for each in joined)
-        self.counts["joined"] += whole
-        self.counts["unknown"] += len(joined) - whole
+        told["joined"] += whole
+        told["unknown"] += len(joined) - whole
         if posted := group.inference_logprobs:
-            self.counts["mismatched"] += mismatched(posted, joined)
+            told["mismatched"] += mismatched(posted, joined)
         elif any(each.log_probs is not None for each in joined):
             group.sampled_logprobs = [
                 np.full(len(row), UNKNOWN, "<f4") if each.log_probs is None else each.log_probs

@@ -2,7 +2,8 @@
 -- ARRIVE: what a run knows when a group arrives, in one trip.
 -- KEYS  1 trainers (hash)  2 weights:<policy> (stream)  3 pools (hash)  4 lineage (hash)  5 lineage:old (hash)
 -- ARGV  digests of where its sequences' generations may end
--- reply { the trainer's registration, newest version's entry if any, heartbeats of servers, a lineage or nil per digest }
+-- reply { the trainer's registration, newest version's entry if any, heartbeats of servers, whether there are lineages (0 for
+--         none), a lineage or nil per digest }
 local found = {}
 for first = 1, #ARGV, 1000 do -- Lua can't hand over many thousand arguments at once
   local last, missing = math.min(first + 999, #ARGV), false
@@ -18,5 +19,5 @@ for first = 1, #ARGV, 1000 do -- Lua can't hand over many thousand arguments at 
 end
 return {
   redis.call('HGET', KEYS[1], 'config'), redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', '1'),
-  redis.call('HVALS', KEYS[3]), found,
+  redis.call('HVALS', KEYS[3]), redis.call('EXISTS', KEYS[4], KEYS[5]), found,
 }

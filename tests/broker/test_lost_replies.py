@@ -79,7 +79,7 @@ async def arrive(run: Run) -> None:
     reply = await run.broker.scripts.arrive(
         keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage], args=["d"]
     )
-    assert reply == [msgspec.json.encode(CONFIG), [], [], [None]]
+    assert reply == [msgspec.json.encode(CONFIG), [], [], 0, [None]]
 
 
 async def record(run: Run) -> None:

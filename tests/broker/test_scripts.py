@@ -65,8 +65,18 @@ async def test_a_post_repeated_after_its_group_was_freed_leaves_only_what_expire
 async def test_put_without_its_blob_changes_nothing(broker: Broker) -> None:
     keys = broker.keys
     reply = await broker.scripts.put(
-        keys=[keys.groups, keys.blob("g1"), keys.seen("g1"), keys.state, keys.trainers],
-        args=[60, 0, 0, 0, 0, "", "main", "0", 2, 100, "gid", "g1"],
+        keys=[
+            keys.groups,
+            keys.blob("g1"),
+            keys.seen("g1"),
+            keys.state,
+            keys.trainers,
+            keys.weights("main"),
+            "p",
+            "l",
+            "o",
+        ],
+        args=[60, 0, 0, 0, 0, "", "main", 0, "", "", "0", 2, 100, "gid", "g1"],
     )
     assert reply == b"noblob"
     assert not await broker.redis.exists(keys.groups, keys.seen("g1"), keys.state)

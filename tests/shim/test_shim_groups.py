@@ -17,7 +17,7 @@ from trajectories import ENV, TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.codec import tokens_digest
-from lachesis.broker.records import Lineage, ServerStatus, WeightsEntry
+from lachesis.broker.records import Lineage, ServerStatus, TrainerConfig, WeightsEntry
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 
@@ -209,6 +209,35 @@ async def test_versions_are_joined_from_lineage_or_bounded(registered: httpx.Asy
     assert (await registered.get("/healthz")).json()["lineage"] == {
         "joined": 3, "unknown": 7, "mismatched": 0, "sent": 0,
     }  # fmt: skip
+
+
+async def test_while_nobody_serves_the_run_is_asked_once_and_still_believed_only_while_it_is_true(
+    registered: httpx.AsyncClient, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, arrive = [], broker.scripts.arrive
+
+    async def counted(**of: Any) -> Any:
+        asked.append(of)
+        return await arrive(**of)
+
+    async def post(number: int, **of: Any) -> tuple[int, int]:
+        before = len(asked)
+        response = await registered.post("/scored_data", json=group(number, **of))
+        return response.status_code, len(asked) - before
+
+    monkeypatch.setattr(broker.scripts, "arrive", counted)
+    assert [await post(number) for number in (1, 2, 3)] == [(200, 1), (200, 0), (200, 0)]
+    await broker.parties.register_trainer(TrainerConfig(**{**TRAINER, "max_token_len": 8}))
+    assert await post(4) == (200, 1)
+    assert await post(5, length=9) == (422, 1)
+    await broker.parties.register_trainer(TrainerConfig(**{**TRAINER, "max_token_len": 9}))
+    assert await post(6, length=9) == (200, 1)
+    await broker.weights.publish("main", WeightsEntry(7, 7, "file:///v", "0", 1, "BF16", 6))
+    assert [await post(number) for number in (7, 8)] == [(200, 1), (200, 0)]
+    await broker.lineage.record([("a digest", made((7, 7)))])
+    assert [await post(number) for number in (9, 10)] == [(200, 1), (200, 1)]
+    newest = [entry.v_max for _, entry in await broker.queue.queued()]
+    assert newest == [0, 0, 0, 0, 0, 7, 7, 7, 7]
 
 
 # -- too many -----------------------------------------------------------------------------------------------------
