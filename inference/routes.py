@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
 import anyio
@@ -17,6 +18,7 @@ from lachesis.broker.records import Role
 from lachesis.inference.generate import BadRequest, read_request
 from lachesis.inference.lineage import Lineages, StreamLineage, lineages, to_ask, without
 from lachesis.inference.relay import Answer, Relay, StreamBroken, Unanswered
+from lachesis.inference.several import merge, singles
 from lachesis.inference.vllm_shape import is_vllms, to_sglang, to_vllm
 
 MAX_BODY = 64 << 20  # bytes
@@ -81,12 +83,30 @@ class GenerationRoute:
         if self._record is None:
             return await self._relay.answer(self._path, body)
         asked = to_ask(self._path, body)
-        answer = await self._relay.answer(self._path, {**body, **asked})
+        parts, n = singles(self._path, body)
+        if parts:
+            answer = await self._all([{**part, **asked} for part in parts], n)
+        else:
+            answer = await self._relay.answer(self._path, {**body, **asked})
         if answer.status == 200:
             if found := lineages(body, answer.generated):
                 await self._record(found)
             answer.content = without(self._path, answer.content, asked, body)
         return answer
+
+    async def _all(self, parts: Sequence[dict[str, Any]], n: int) -> Answer:
+        """One answer of calls that are made at the same time; the first one that failed stands for all."""
+        calls = [asyncio.ensure_future(self._relay.answer(self._path, part)) for part in parts]
+        try:
+            answers = await asyncio.gather(*calls)
+        finally:
+            for call in calls:
+                call.cancel()
+        for answer in answers:
+            if answer.status != 200:
+                return answer
+        content = merge([answer.content for answer in answers], n)
+        return Answer(200, answers[0].media_type, content, [each for answer in answers for each in answer.generated])
 
 
 class Guard:

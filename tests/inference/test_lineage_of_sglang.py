@@ -124,6 +124,49 @@ async def test_several_outputs_of_a_chat(broker: Broker, client: aiohttp.ClientS
         )
 
 
+@pytest.mark.parametrize(
+    ("prompt", "prompts"), [("abc", 1), (["abc", "de"], 2), ([40, 41], 1), ([[40, 41], [42]], 2)], ids=str
+)
+async def test_several_outputs_of_completions(
+    broker: Broker, client: aiohttp.ClientSession, prompt: Any, prompts: int
+) -> None:
+    body = {"model": "m", "max_tokens": 12, "temperature": 1.0, "n": 2, "prompt": prompt}
+    told = await ask(client, "/v1/completions", **body, return_token_ids=True, logprobs=0)
+    asked = [choice["prompt_token_ids"] for choice in told["choices"]]
+    assert [choice["index"] for choice in told["choices"]] == list(range(2 * prompts))
+    assert asked[::2] == asked[1::2]
+    assert len({tuple(each) for each in asked}) == prompts
+    for choice in told["choices"]:
+        found = await recorded(broker, choice["prompt_token_ids"], choice["token_ids"])
+        assert log_probs(found) == pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-6)
+    made = sum(len(choice["token_ids"]) for choice in told["choices"])
+    read = sum(map(len, asked[::2]))
+    usage = told["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (read, made, read + made)
+    plain = await ask(client, "/v1/completions", **body)
+    assert not {"token_ids", "prompt_token_ids"} & {key for choice in plain["choices"] for key in choice}
+
+
+@pytest.mark.parametrize("prompts", [{"input_ids": [[50, 51], [52]]}, {"text": ["abc", "de"]}], ids=str)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_outputs_of_several_prompts(
+    broker: Broker, client: aiohttp.ClientSession, prompts: dict[str, Any], stream: bool
+) -> None:
+    body = {**prompts, "sampling_params": SAMPLING | {"n": 2}, "return_logprob": True, "return_prompt_token_ids": True}
+    if not stream:
+        told = await ask(client, "/generate", **body)
+    else:
+        async with client.post("/generate", json=body | {"stream": True}) as response:
+            raw = await response.read()
+        pieces = [msgspec.json.decode(piece[6:]) for piece in raw.split(b"\n\n") if piece.startswith(b"data: {")]
+        told = [piece for piece in pieces if piece["meta_info"]["finish_reason"]]
+    assert len(told) == 4
+    for each in told:
+        found = await recorded(broker, each["prompt_token_ids"], each["output_ids"])
+        given = [token[0] for token in each["meta_info"]["output_token_logprobs"]]
+        assert log_probs(found) == pytest.approx(given, abs=1e-6)
+
+
 async def test_vllms_shape(broker: Broker, client: aiohttp.ClientSession) -> None:
     prompt = [30, 31, 32]
     body = {"prompt": {"prompt_token_ids": prompt}, "logprobs": 0, "n": 2, "max_tokens": 12, "temperature": 1.0}
