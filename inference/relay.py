@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
@@ -20,7 +21,8 @@ from lachesis.inference.generate import (
     prompt_key,
     read_answer,
 )
-from lachesis.inference.pool import Pool, Server
+from lachesis.inference.pool import STALE_S, Pool, Server
+from lachesis.inference.prefix_cache import choose_key, is_stale, with_key
 
 CONNECT_S = 5.0
 KEEPALIVE_S = 2.0  # below the 5 s after which SGLang closes an idle connection
@@ -90,11 +92,13 @@ class Relay:
 
     async def answer(self, path: str, body: dict[str, Any]) -> Answer:
         """A complete answer, never an aborted one. Raises BadRequest or Unanswered."""
-        nulls = 0
+        nulls, stale = 0, False
 
         async def attempt(server: Server) -> Answer:
-            nonlocal nulls
-            async with self._call(server, path, body) as response:
+            nonlocal nulls, stale
+            status, sure = server.status, time.monotonic() - server.changed_at < STALE_S and not stale
+            key = choose_key(status, path, body, sure=sure)
+            async with self._call(server, path, with_key(body, key) if key else body) as response:
                 answer = Answer(response.status, response.content_type, await response.read())
             if answer.status != 200:
                 return answer
@@ -108,6 +112,8 @@ class Relay:
                 if nulls >= NULL_TIMES:
                     raise Unanswered(502, message)
                 raise _Failed(message)
+            if key and key == status.prefix_key and (stale := is_stale(answer.generated, status.version)):
+                raise _Failed(f"{server.name} went on from a prefix of other weights")
             return answer
 
         return await self._try(attempt, body)
@@ -121,8 +127,9 @@ class Relay:
 
         async def attempt(server: Server) -> Answer | None:
             started = False
+            key = choose_key(server.status, path, body, sure=False)
             try:
-                async with self._call(server, path, body) as response:
+                async with self._call(server, path, with_key(body, key) if key else body) as response:
                     if response.status != 200:
                         return Answer(response.status, response.content_type, await response.read())
                     async for piece in response.content.iter_any():

@@ -49,7 +49,7 @@ class Upstream:
 
     def __init__(self, broker: Broker, name: str, *script: Answer) -> None:
         self.broker, self.name, self.script, self.bodies = broker, name, list(script), []
-        self.url = ""
+        self.url, self.version, self.prefix_key = "", 4, ""
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         if request.method == "GET":  # what a router asks of its workers
@@ -66,10 +66,11 @@ class Upstream:
                 pool="main",
                 url=self.url,
                 state=state,
-                version=4,
+                version=self.version,
                 loading=-1,
                 heartbeat=time.time(),
                 vocab_size=320,
+                prefix_key=self.prefix_key,
             )
         )
 
