@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeAlias, TypeVar
 from uuid import uuid4
 
 import aiohttp
@@ -31,6 +32,7 @@ LOST_TIMES = 3  # servers lost under one request, after which it is taken for th
 NULL_TIMES = 3  # answers with null log-probs, after which the weights are taken for broken
 
 T = TypeVar("T")
+Served: TypeAlias = Callable[[], Awaitable[int | None]]  # the version that a server serves now, if it is known to grow
 
 
 class Unanswered(Exception):
@@ -56,6 +58,9 @@ class Answer(Struct):
 
 class Sink(Protocol):
     """Where a stream goes."""
+
+    async def prepare(self, served: Served) -> None:
+        """Called before the request goes out, each time it does; `served` asks that server."""
 
     async def start(self, status: int, media_type: str) -> None: ...
 
@@ -128,6 +133,7 @@ class Relay:
         async def attempt(server: Server) -> Answer | None:
             started = False
             key = choose_key(server.status, path, body, sure=False)
+            await sink.prepare(partial(self._served, server))
             try:
                 async with self._call(server, path, with_key(body, key) if key else body) as response:
                     if response.status != 200:
@@ -190,6 +196,16 @@ class Relay:
                     await self._pool.wait_for_change()
         finally:
             self.waiting -= 1
+
+    async def _served(self, server: Server) -> int | None:
+        if server.status.rule != "newest":
+            return None
+        try:
+            async with self._session.get(f"{server.url}/model_info") as response:
+                version = (await response.json()).get("weight_version") if response.status == 200 else None
+        except (aiohttp.ClientError, OSError, ValueError):  # what is wrong with it, the request will find out
+            return None
+        return int(version) if isinstance(version, str) and version.isdecimal() else None
 
     @asynccontextmanager
     async def _call(self, server: Server, path: str, body: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
