@@ -15,10 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -104,11 +105,18 @@ class Versions:
         self.model, self._tensors = model, load_file(model / "model.safetensors")
         self._store, self.newest = VersionStore(folder, model, dtype="fp32"), 0
 
+    def weights(self, base: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """Of the newest version."""
+        return [(name, tensor * 0.999**self.newest) for name, tensor in base.items()]
+
+    def path(self, version: int) -> Path:
+        return self._store.path(version)
+
     async def write(self, broker: Broker | None = None) -> tuple[Path, float]:
         """(folder, when it was announced) of the next version."""
         self.newest += 1
-        tensors = [(name, tensor * 0.999**self.newest) for name, tensor in self._tensors.items()]
-        entry = self._store.write(self.newest, self.newest, self.newest - 1, self._store.copy(self.newest, tensors))
+        tensors = self._store.copy(self.newest, self.weights(self._tensors))
+        entry = self._store.write(self.newest, self.newest, self.newest - 1, tensors)
         began = time.monotonic()
         if broker is not None:
             await broker.weights.publish("main", entry)

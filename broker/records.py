@@ -215,6 +215,7 @@ class ServerStatus(Struct, frozen=True):
     vocab_size: int = 0  # token ids are below it; 0 before the first model is loaded
     rule: str = "newest"  # its part of the pool's rule: newest | pin | canary | rest
     checksum: str = ""  # SGLang's, of the weights it serves; equal where the weights are
+    prefix_key: str = ""  # of these weights, where cached prefixes of others stay in its cache; no load gets it again
 
 
 class PoolRule(Struct, frozen=True):

@@ -90,8 +90,6 @@ def command_line(settings: AgentSettings, python: str, device: str, port: int) -
         "--log-level", "warning",
         "--watchdog-timeout", f"{WATCHDOG_S:g}",
     ]  # fmt: skip
-    if settings.update_mode == "in_place":
-        options.append("--disable-radix-cache")  # else new requests would go on from prefixes that older weights read
     if device == "cpu":
         options += _ON_CPU
     # -P: the launcher's folder holds modules of ours, which must not shadow what SGLang imports

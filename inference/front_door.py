@@ -51,7 +51,7 @@ class FrontDoor:
         record = self.record if settings.lineage_bytes else None
         routes = [
             *(
-                Route(path, GenerationRoute(path, self.relay, record), methods=methods)
+                Route(path, GenerationRoute(path, self.relay, record, direct=not settings.upstream), methods=methods)
                 for path, methods in GENERATION.items()
             ),
             Route("/v1/models", self._models),

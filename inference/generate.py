@@ -39,6 +39,7 @@ class Meta(Struct, gc=False):
     finish_reason: Any = None  # {"type": …}; null in a stream until its last piece
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int | None = None  # of the prompt; None where SGLang does not say
     weight_version: str | None = None
     weight_versions: list[Span] | None = None
     output_token_logprobs: list[tuple[float | None, int, Any]] | None = None

@@ -1,7 +1,7 @@
 """Which versions made an answer: what to ask SGLang for besides what the client asked, and what to make of it.
 
 A generation is known by its prompt ids and output ids. SGLang tells them in every answer that is no stream; of a
-stream only where the request has the prompt's ids, and on the OpenAI routes not at all.
+stream only where the request has the prompt's ids, and on the OpenAI routes as openai_stream.py says.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from lachesis.broker.records import ServerStatus
 STALE_S = 5.0  # a server silent for this long gets no new requests
 LOST_S = 30.0  # and after this, its machine is taken for gone, and what runs there is repeated elsewhere
 BUSIER_TIMES, BUSIER_BY = 1.25, 4  # a prompt's server may run this many times the least, and this many more
-TAKES_REQUESTS = ("ready", "updating")  # an update only holds requests for a moment
+TAKES_REQUESTS = ("ready", "updating")  # an update only holds requests for a moment; but in place, see prefix_cache.py
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class Server:
 
     def takes_requests(self, now: float) -> bool:
         return (
-            self.status.state in TAKES_REQUESTS
+            self.status.state in (("ready",) if self.status.prefix_key else TAKES_REQUESTS)
             and now - self.changed_at < STALE_S
             and self.failed_at != self.status.heartbeat
         )

@@ -12,6 +12,7 @@ from structlog.stdlib import BoundLogger
 from lachesis.broker import Broker
 from lachesis.broker.records import ServerStatus
 from lachesis.inference.pool import TAKES_REQUESTS, Pool
+from lachesis.inference.prefix_cache import ALONE
 from lachesis.inference.settings import FrontDoorSettings
 
 REFRESH_S = 0.5
@@ -90,4 +91,5 @@ class PoolWatch:
             loading=-1,
             heartbeat=now,
             vocab_size=min((status.vocab_size for status in serving if status.vocab_size), default=0),
+            prefix_key="" if serving and not any(status.prefix_key for status in serving) else ALONE,
         )

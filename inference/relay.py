@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeAlias, TypeVar
 from uuid import uuid4
 
 import aiohttp
@@ -20,7 +22,8 @@ from lachesis.inference.generate import (
     prompt_key,
     read_answer,
 )
-from lachesis.inference.pool import Pool, Server
+from lachesis.inference.pool import STALE_S, Pool, Server
+from lachesis.inference.prefix_cache import choose_key, is_stale, with_key
 
 CONNECT_S = 5.0
 KEEPALIVE_S = 2.0  # below the 5 s after which SGLang closes an idle connection
@@ -29,6 +32,7 @@ LOST_TIMES = 3  # servers lost under one request, after which it is taken for th
 NULL_TIMES = 3  # answers with null log-probs, after which the weights are taken for broken
 
 T = TypeVar("T")
+Served: TypeAlias = Callable[[], Awaitable[int | None]]  # the version that a server serves now, if it is known to grow
 
 
 class Unanswered(Exception):
@@ -54,6 +58,9 @@ class Answer(Struct):
 
 class Sink(Protocol):
     """Where a stream goes."""
+
+    async def prepare(self, served: Served) -> None:
+        """Called before the request goes out, each time it does; `served` asks that server."""
 
     async def start(self, status: int, media_type: str) -> None: ...
 
@@ -90,11 +97,13 @@ class Relay:
 
     async def answer(self, path: str, body: dict[str, Any]) -> Answer:
         """A complete answer, never an aborted one. Raises BadRequest or Unanswered."""
-        nulls = 0
+        nulls, stale = 0, False
 
         async def attempt(server: Server) -> Answer:
-            nonlocal nulls
-            async with self._call(server, path, body) as response:
+            nonlocal nulls, stale
+            status, sure = server.status, time.monotonic() - server.changed_at < STALE_S and not stale
+            key = choose_key(status, path, body, sure=sure)
+            async with self._call(server, path, with_key(body, key) if key else body) as response:
                 answer = Answer(response.status, response.content_type, await response.read())
             if answer.status != 200:
                 return answer
@@ -108,6 +117,8 @@ class Relay:
                 if nulls >= NULL_TIMES:
                     raise Unanswered(502, message)
                 raise _Failed(message)
+            if key and key == status.prefix_key and (stale := is_stale(answer.generated, status.version)):
+                raise _Failed(f"{server.name} went on from a prefix of other weights")
             return answer
 
         return await self._try(attempt, body)
@@ -121,8 +132,10 @@ class Relay:
 
         async def attempt(server: Server) -> Answer | None:
             started = False
+            key = choose_key(server.status, path, body, sure=False)
+            await sink.prepare(partial(self._served, server))
             try:
-                async with self._call(server, path, body) as response:
+                async with self._call(server, path, with_key(body, key) if key else body) as response:
                     if response.status != 200:
                         return Answer(response.status, response.content_type, await response.read())
                     async for piece in response.content.iter_any():
@@ -183,6 +196,16 @@ class Relay:
                     await self._pool.wait_for_change()
         finally:
             self.waiting -= 1
+
+    async def _served(self, server: Server) -> int | None:
+        if server.status.rule != "newest":
+            return None
+        try:
+            async with self._session.get(f"{server.url}/model_info") as response:
+                version = (await response.json()).get("weight_version") if response.status == 200 else None
+        except (aiohttp.ClientError, OSError, ValueError):  # what is wrong with it, the request will find out
+            return None
+        return int(version) if isinstance(version, str) and version.isdecimal() else None
 
     @asynccontextmanager
     async def _call(self, server: Server, path: str, body: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:

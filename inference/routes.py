@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import anyio
@@ -16,7 +17,9 @@ from lachesis.broker.access import Access, Denied
 from lachesis.broker.records import Role
 from lachesis.inference.generate import BadRequest, read_request
 from lachesis.inference.lineage import Lineages, StreamLineage, lineages, to_ask, without
-from lachesis.inference.relay import Answer, Relay, StreamBroken, Unanswered
+from lachesis.inference.openai_stream import OpenAIStream
+from lachesis.inference.relay import Answer, Relay, Served, StreamBroken, Unanswered
+from lachesis.inference.several import merge, singles
 from lachesis.inference.vllm_shape import is_vllms, to_sglang, to_vllm
 
 MAX_BODY = 64 << 20  # bytes
@@ -27,11 +30,12 @@ Record: TypeAlias = Callable[[Lineages], Awaitable[None]]
 class GenerationRoute:
     """One path that servers answer, as an ASGI application.
 
-    `record` is told of every generation that is about to be sent, as far as its lineage is known.
+    `record` is told of every generation that is about to be sent, as far as its lineage is known. `direct`: the relay's
+    servers are SGLang's own, and not a router that may ask another one each time.
     """
 
-    def __init__(self, path: str, relay: Relay, record: Record | None) -> None:
-        self._path, self._relay, self._record = path, relay, record
+    def __init__(self, path: str, relay: Relay, record: Record | None, *, direct: bool = True) -> None:
+        self._path, self._relay, self._record, self._direct = path, relay, record, direct
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -59,8 +63,8 @@ class GenerationRoute:
                 if answer.status == 200:
                     answer.content = to_vllm(body, answer.generated)
             elif body.get("stream"):
-                sink = _Stream(send, StreamLineage(body) if self._path == "/generate" else None, self._record)
-                streamed = await self._relay.stream(self._path, body, sink)
+                sink, asked = self._sink(body, send)
+                streamed = await self._relay.stream(self._path, {**body, **asked}, sink)
                 if streamed is None:
                     await sink.finish()
                     return
@@ -76,17 +80,44 @@ class GenerationRoute:
             return  # without an end: so the client sees that it is cut off
         await response(scope, receive, send)
 
+    def _sink(self, body: dict[str, Any], send: Send) -> tuple[_Stream, Mapping[str, Any]]:
+        """Where the stream goes, and what to ask for so that it can be recorded."""
+        if self._record is None or (self._path != "/generate" and not self._direct):
+            return _Stream(send), {}
+        if self._path == "/generate":
+            return _GenerateStream(send, StreamLineage(body), self._record), {}
+        stream = OpenAIStream(self._path, body)
+        return _OpenAIStream(send, stream, self._record), stream.asked
+
     async def _whole(self, body: dict[str, Any]) -> Answer:
         """A complete answer, recorded."""
         if self._record is None:
             return await self._relay.answer(self._path, body)
         asked = to_ask(self._path, body)
-        answer = await self._relay.answer(self._path, {**body, **asked})
+        parts, n = singles(self._path, body)
+        if parts:
+            answer = await self._all([{**part, **asked} for part in parts], n)
+        else:
+            answer = await self._relay.answer(self._path, {**body, **asked})
         if answer.status == 200:
             if found := lineages(body, answer.generated):
                 await self._record(found)
             answer.content = without(self._path, answer.content, asked, body)
         return answer
+
+    async def _all(self, parts: Sequence[dict[str, Any]], n: int) -> Answer:
+        """One answer of calls that are made at the same time; the first one that failed stands for all."""
+        calls = [asyncio.ensure_future(self._relay.answer(self._path, part)) for part in parts]
+        try:
+            answers = await asyncio.gather(*calls)
+        finally:
+            for call in calls:
+                call.cancel()
+        for answer in answers:
+            if answer.status != 200:
+                return answer
+        content = merge([answer.content for answer in answers], n)
+        return Answer(200, answers[0].media_type, content, [each for answer in answers for each in answer.generated])
 
 
 class Guard:
@@ -109,22 +140,56 @@ class Guard:
 
 
 class _Stream:
-    """A response in pieces, whose generations are recorded before the piece that ends them is sent."""
+    """A response in pieces."""
 
-    def __init__(self, send: Send, lineage: StreamLineage | None, record: Record | None) -> None:
-        self._send, self._lineage, self._record = send, lineage, record
+    def __init__(self, send: Send) -> None:
+        self._send = send
+
+    async def prepare(self, served: Served) -> None:
+        pass
 
     async def start(self, status: int, media_type: str) -> None:
         headers = [(b"content-type", media_type.encode()), (b"cache-control", b"no-cache")]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, piece: bytes) -> None:
-        if self._record and self._lineage and (found := self._lineage.pass_on(piece)):
-            await self._record(found)
         await self._send({"type": "http.response.body", "body": piece, "more_body": True})
 
     async def finish(self) -> None:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _GenerateStream(_Stream):
+    """Its generations are recorded before the piece that ends them is sent."""
+
+    def __init__(self, send: Send, lineage: StreamLineage, record: Record) -> None:
+        super().__init__(send)
+        self._lineage, self._record = lineage, record
+
+    async def write(self, piece: bytes) -> None:
+        if found := self._lineage.pass_on(piece):
+            await self._record(found)
+        await super().write(piece)
+
+
+class _OpenAIStream(_Stream):
+    """Its outputs are recorded where one version made them, before the piece that completes their ids is sent."""
+
+    def __init__(self, send: Send, stream: OpenAIStream, record: Record) -> None:
+        super().__init__(send)
+        self._stream, self._record = stream, record
+
+    async def prepare(self, served: Served) -> None:
+        self._served, self._before = served, await served()
+
+    async def write(self, piece: bytes) -> None:
+        sent, complete = self._stream.pass_on(piece)
+        if complete and self._before is not None and await self._served() == self._before:
+            for each in complete:
+                each.meta_info.weight_version = str(self._before)
+            await self._record(lineages({}, complete))
+        if sent:
+            await super().write(sent)
 
 
 async def _read(request: Request) -> bytes:

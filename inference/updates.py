@@ -61,6 +61,10 @@ class Updates:
             raise failure
         return True
 
+    def prefix_key(self, version: int, updates: int) -> str:
+        """Of a version that is served after so many updates; see prefix_cache.py."""
+        return f"{version}.{updates}" if self._settings.update_mode == "in_place" else ""
+
     async def _update(self, server: SGLangServer, to: Loadable) -> None:
         if self._settings.update_mode == "drain":
             self._become("draining")
@@ -92,7 +96,7 @@ class Updates:
             except TimeoutError:
                 raise ServerFailed(f"SGLang was paused for {self._pause_limit_s:g} s, all that its watchdog bears; --sglang-args "
                                    "'--watchdog-timeout SECONDS' allows more") from None  # fmt: skip
-        ended = time.monotonic()
+        updates, ended = self._heartbeat.status.updates + 1, time.monotonic()
         figures = {
             "verify_s": to.verify_s,
             "load_s": loaded - paused,
@@ -104,7 +108,8 @@ class Updates:
             version=to.version,
             checksum=checksum,
             loading=-1,
-            updates=self._heartbeat.status.updates + 1,
+            updates=updates,
+            prefix_key=self.prefix_key(to.version, updates),
             last_update_s=figures["total_s"],
             last_error=to.passed_over,
         )

@@ -38,6 +38,10 @@ async def answers(request: web.Request, body: dict[str, Any]) -> web.StreamRespo
     return web.json_response(good())
 
 
+async def describes(request: web.Request) -> web.Response:
+    return web.json_response({"model_path": "m", "served_model_name": "main", "is_generation": True})
+
+
 async def hangs_up(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
     assert request.transport is not None
     request.transport.close()
@@ -49,11 +53,12 @@ class Upstream:
 
     def __init__(self, broker: Broker, name: str, *script: Answer) -> None:
         self.broker, self.name, self.script, self.bodies = broker, name, list(script), []
-        self.url = ""
+        self.url, self.version, self.prefix_key, self.rule = "", 4, "", "newest"
+        self.on_get = describes
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         if request.method == "GET":  # what a router asks of its workers
-            return web.json_response({"model_path": "m", "served_model_name": "main", "is_generation": True})
+            return await self.on_get(request)
         body = await request.json()
         self.bodies.append(body)
         behave = self.script.pop(0) if len(self.script) > 1 else self.script[0]
@@ -66,10 +71,12 @@ class Upstream:
                 pool="main",
                 url=self.url,
                 state=state,
-                version=4,
+                version=self.version,
                 loading=-1,
                 heartbeat=time.time(),
                 vocab_size=320,
+                prefix_key=self.prefix_key,
+                rule=self.rule,
             )
         )
 

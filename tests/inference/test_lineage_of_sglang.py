@@ -124,6 +124,93 @@ async def test_several_outputs_of_a_chat(broker: Broker, client: aiohttp.ClientS
         )
 
 
+@pytest.mark.parametrize(
+    ("prompt", "prompts"), [("abc", 1), (["abc", "de"], 2), ([40, 41], 1), ([[40, 41], [42]], 2)], ids=str
+)
+async def test_several_outputs_of_completions(
+    broker: Broker, client: aiohttp.ClientSession, prompt: Any, prompts: int
+) -> None:
+    body = {"model": "m", "max_tokens": 12, "temperature": 1.0, "n": 2, "prompt": prompt}
+    told = await ask(client, "/v1/completions", **body, return_token_ids=True, logprobs=0)
+    asked = [choice["prompt_token_ids"] for choice in told["choices"]]
+    assert [choice["index"] for choice in told["choices"]] == list(range(2 * prompts))
+    assert asked[::2] == asked[1::2]
+    assert len({tuple(each) for each in asked}) == prompts
+    for choice in told["choices"]:
+        found = await recorded(broker, choice["prompt_token_ids"], choice["token_ids"])
+        assert log_probs(found) == pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-6)
+    made = sum(len(choice["token_ids"]) for choice in told["choices"])
+    read = sum(map(len, asked[::2]))
+    usage = told["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (read, made, read + made)
+    plain = await ask(client, "/v1/completions", **body)
+    assert not {"token_ids", "prompt_token_ids"} & {key for choice in plain["choices"] for key in choice}
+
+
+@pytest.mark.parametrize("prompts", [{"input_ids": [[50, 51], [52]]}, {"text": ["abc", "de"]}], ids=str)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_outputs_of_several_prompts(
+    broker: Broker, client: aiohttp.ClientSession, prompts: dict[str, Any], stream: bool
+) -> None:
+    body = {**prompts, "sampling_params": SAMPLING | {"n": 2}, "return_logprob": True, "return_prompt_token_ids": True}
+    if not stream:
+        told = await ask(client, "/generate", **body)
+    else:
+        async with client.post("/generate", json=body | {"stream": True}) as response:
+            raw = await response.read()
+        pieces = [msgspec.json.decode(piece[6:]) for piece in raw.split(b"\n\n") if piece.startswith(b"data: {")]
+        told = [piece for piece in pieces if piece["meta_info"]["finish_reason"]]
+    assert len(told) == 4
+    for each in told:
+        found = await recorded(broker, each["prompt_token_ids"], each["output_ids"])
+        given = [token[0] for token in each["meta_info"]["output_token_logprobs"]]
+        assert log_probs(found) == pytest.approx(given, abs=1e-6)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [("/v1/completions", {"prompt": ["abc", "de"]}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "abc"}]})],
+)  # fmt: skip
+async def test_streams_of_the_openai_routes(
+    broker: Broker, client: aiohttp.ClientSession, path: str, prompt: dict[str, Any], asks: bool
+) -> None:
+    chat = "messages" in prompt
+    wanted = ("return_input_ids_in_sglext", "return_output_ids_in_sglext") if chat else ("return_token_ids",)
+    common = {"model": "m", "max_tokens": 12, "temperature": 1.0, "n": 2, "stream": True, "ignore_eos": True, **prompt}
+    before = await broker.redis.hlen(broker.keys.lineage)
+    body = common | {"logprobs": True if chat else 0} | dict.fromkeys(wanted, asks)
+    async with client.post(path, json=body) as response:
+        raw = await response.read()
+    *pieces, done = [event.removeprefix(b"data: ") for event in raw.split(b"\n\n") if event]
+    assert done == b"[DONE]"
+    outputs = 2 if chat else 4
+    assert await broker.redis.hlen(broker.keys.lineage) == before + outputs
+    chunks = [msgspec.json.decode(piece) for piece in pieces]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    told = [chunk["sglext"] for chunk in chunks if chunk.get("sglext")]
+    if not asks:
+        assert not told
+        assert not [choice for choice in choices if choice.get("token_ids") or choice.get("prompt_token_ids")]
+        return
+    for index in range(outputs):
+        mine = [choice for choice in choices if choice["index"] == index]
+        if chat:
+            [ids] = told
+            prompt_ids, output_ids = ids["input_ids"], ids["output_ids"][index]
+            values = [token["logprob"] for each in mine for token in (each["logprobs"] or {"content": []})["content"]]
+        else:
+            prompt_ids = mine[0]["prompt_token_ids"]
+            output_ids = [token for each in mine for token in each["token_ids"]]
+            values = [
+                value for each in mine for value in (each["logprobs"] or {"token_logprobs": []})["token_logprobs"]
+            ]
+        found = await recorded(broker, prompt_ids, output_ids)
+        if chat and len(values) < len(output_ids):  # SGLang leaves out what adds no text, such as half a character
+            values = []
+        assert log_probs(found) == pytest.approx(values, abs=1e-6)
+
+
 async def test_vllms_shape(broker: Broker, client: aiohttp.ClientSession) -> None:
     prompt = [30, 31, 32]
     body = {"prompt": {"prompt_token_ids": prompt}, "logprobs": 0, "n": 2, "max_tokens": 12, "temperature": 1.0}

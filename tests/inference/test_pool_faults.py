@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,9 +25,9 @@ from hf_reference import Reference
 from published import make_model, publish, random_weights, tear, write_version
 
 from lachesis.broker import Broker, EmbeddedRedis
+from lachesis.broker.codec import tokens_digest
 from lachesis.broker.pools import canaries
 from lachesis.broker.records import PoolRule, ServerStatus
-from lachesis.cli.main import main as lachesis
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sglang, pytest.mark.timeout(600)]
 
@@ -226,27 +228,51 @@ async def test_redis_is_killed(rig: Rig, broker: Broker) -> None:
         await everywhere(broker, 12)
 
 
-def steer(rig: Rig, *arguments: str) -> None:
-    assert lachesis(["pool", *arguments, *rig.common]) == 0
+async def steer(rig: Rig, *arguments: str) -> None:
+    """One command, as an operator types it."""
+    command = [sys.executable, "-m", "lachesis.cli.main", "pool", *arguments, *rig.common]
+    await anyio.run_process(command, stderr=None)
+
+
+async def shares(broker: Broker, clients: Load, calls: slice) -> dict[int, float]:
+    """What share of calls each version made: what the lineage in Redis says, which agrees with each answer's label."""
+    done = clients.done[calls]
+    digests = [tokens_digest(body["input_ids"] + answer["output_ids"]) for body, _, answer in done]
+    told: Counter[int] = Counter()
+    for lineage, (_, _, answer) in zip(await broker.lineage.look_up(digests), done, strict=True):
+        assert lineage is not None
+        labels = answer["meta_info"]["weight_versions"]
+        assert lineage.spans == tuple((int(span["version"]), span["start"], span["end"]) for span in labels)
+        told[lineage.v_max] += 1
+    return {version: count / len(done) for version, count in told.items()}
 
 
 async def test_a_canary_is_rolled_back_by_one_command(rig: Rig, broker: Broker) -> None:
     (canary,) = canaries(PoolRule("canary", share=0.25), SERVERS)
     (other,) = {*SERVERS} - {canary}
-    async with fault(rig, broker, "canary, rollback, back to the newest") as clients:
-        await anyio.to_thread.run_sync(steer, rig, "pin", "12")
+    name = "canary rolled back by one command"
+    async with fault(rig, broker, name) as clients:
+        await steer(rig, "pin", "12")
         await until(broker, rule="pin")
         await publish(broker, rig.base, rig.store, 13)
-        await anyio.to_thread.run_sync(steer, rig, "canary", "13")
+        await steer(rig, "canary", "13", "--share", "0.25")
         await until(broker, servers=(canary,), rule="canary", version=13, state="ready")
         await until(broker, servers=(other,), rule="rest", version=12, state="ready")
-        seen = len(clients.done)
+        await clients.more()  # what was under way before
+        began = len(clients.done)
         await clients.more(4 * CLIENTS)
-        both = {answer["meta_info"]["weight_version"] for _, _, answer in clients.done[seen + CLIENTS :]}
-        assert both == {"12", "13"}
-        await anyio.to_thread.run_sync(steer, rig, "rollback")
+        ended = len(clients.done)
+        await steer(rig, "rollback")
         await everywhere(broker, 12)
-        await anyio.to_thread.run_sync(steer, rig, "newest")
+        await clients.more()
+        rolled_back = len(clients.done)
+        await clients.more(2 * CLIENTS)
+        tried = await shares(broker, clients, slice(began, ended))
+        assert set(tried) == {12, 13}
+        assert await shares(broker, clients, slice(rolled_back, rolled_back + 2 * CLIENTS)) == {12: 1.0}
+    rig.rows[-1] = (f"{name}; it served {tried[13]:.0%}", *rig.rows[-1][1:])
+    async with fault(rig, broker, "back to the newest"):
+        await steer(rig, "newest")
         await everywhere(broker, 13)
 
 

@@ -95,10 +95,15 @@ async def test_retract(broker: Broker, wanted: Loadable, tmp_path: Path) -> None
 
 
 async def test_in_place_keeps_the_cache_of_running_requests(broker: Broker, wanted: Loadable, tmp_path: Path) -> None:
-    stub, (update, _) = Stub(), updates(broker, update_mode="in_place")
+    stub, heartbeat = Stub(), heartbeat_of(broker)
+    update = Updates(AgentSettings(update_mode="in_place"), broker, heartbeat, [].append, LOG)
     async with serving(stub, tmp_path) as server:
-        assert await update.apply(server, wanted)
+        keys = []
+        for _ in range(2):
+            assert await update.apply(server, wanted)
+            keys.append(heartbeat.status.prefix_key)
 
+    assert keys == ["7.1", "7.2"]  # the same version, loaded again, shares no prefixes with itself
     assert dict(stub.calls)["/pause_generation"] == {"mode": "in_place"}
     assert dict(stub.calls)["/update_weights_from_disk"]["flush_cache"] is False
 

@@ -34,7 +34,7 @@ class Reference:
         for (version, _, prompt_length), found in rows.items():
             for begin in range(0, len(found), BATCH):
                 batch = found[begin : begin + BATCH]
-                ours = self._log_probs(version, torch.tensor([tokens for tokens, *_ in batch]))[:, prompt_length - 1 :]
+                ours = self.log_probs(version, torch.tensor([tokens for tokens, *_ in batch]))[:, prompt_length - 1 :]
                 for row, (_, given, start, end) in zip(ours, batch, strict=True):
                     delta = (row[start:end] - torch.tensor(given[start:end])).abs()
                     assert bool(torch.isfinite(delta).all())
@@ -42,7 +42,7 @@ class Reference:
                     largest = max(largest, float(delta.max()) if end > start else 0.0)
         return compared, largest
 
-    def _log_probs(self, version: int, tokens_B_T: torch.Tensor) -> torch.Tensor:
+    def log_probs(self, version: int, tokens_B_T: torch.Tensor) -> torch.Tensor:
         """(B, T-1): of each token but the first, given those before it."""
         if version not in self._models:
             self._models[version] = AutoModelForCausalLM.from_pretrained(self._folder_of(version), dtype=torch.float32)

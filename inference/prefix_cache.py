@@ -1,0 +1,62 @@
+"""Which prompts may share cached prefixes on a server whose cache outlives its weights (update mode `in_place`).
+
+SGLang finds a cached prefix by its tokens and by `extra_key`. Such a server's status names its weights by a `prefix_key`
+that no later load gets again, not even one of the same version; front doors send it along. So what was read by other
+weights is not found: neither prefixes from before an update nor the mixture that a request leaves behind which went
+through it. A front door may learn of an update late, though. A request that it sent under the old key then meets the
+new weights, may find a prefix of the old ones, and its first token tells: its answer is asked for again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import uuid4
+
+from lachesis.broker.records import ServerStatus
+from lachesis.inference.generate import Generated
+
+ALONE = "alone"  # in the place of a key: which weights answer can't be known, so nothing may be shared
+
+
+def choose_key(status: ServerStatus, path: str, body: Mapping[str, Any], *, sure: bool) -> str:
+    """The key for a request; empty where the server needs none.
+
+    It is one of its own unless the caller is `sure` of the status and `is_stale` will be able to judge the answer.
+    """
+    if not status.prefix_key:
+        return ""
+    shares = sure and status.prefix_key != ALONE and not body.get("stream") and _tells_versions(path, body)
+    return status.prefix_key if shares else uuid4().hex
+
+
+def with_key(body: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The request under that key, and under the client's own besides."""
+    clients = body.get("extra_key")
+    if isinstance(clients, list):
+        return {**body, "extra_key": [f"{key} {each}" for each in clients]}
+    return {**body, "extra_key": f"{key} {clients}" if clients else key}
+
+
+def is_stale(answer: Sequence[Generated], version: int) -> bool:
+    """Whether an output to a request under `version`'s key may go on from a prefix that other weights read.
+
+    That is, if its first token is another version's and its prefix was cached, or SGLang does not say that it was not.
+    """
+    for each in answer:
+        meta = each.meta_info
+        first = meta.weight_versions[0].version if meta.weight_versions else meta.weight_version
+        if first != str(version) and meta.cached_tokens != 0:
+            return True
+    return False
+
+
+def _tells_versions(path: str, body: Mapping[str, Any]) -> bool:
+    """Whether the answer says of each of its outputs which version made it."""
+    if path == "/generate":
+        return True
+    if path == "/v1/chat/completions" and body.get("return_meta_info"):
+        return True
+    prompt = body.get("prompt")
+    several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+    return body.get("n") in (None, 1) and not several
