@@ -105,13 +105,21 @@ class Members:
         )
         return bool(reply)
 
-    async def evict(self, policy: str, *, silent_s: float, limits: Mapping[str, float] | None = None) -> int:
-        """Take away replicas whose last beat is older than `silent_s`, or than their own limit; 0 takes one away at once."""
+    async def evict(
+        self, policy: str, *, silent_s: float, limits: Mapping[str, float] | None = None, for_good: bool = False
+    ) -> int:
+        """Take away replicas whose last beat is older than `silent_s`, or than their own limit; 0 takes one away at once.
+
+        `for_good`: those with a limit of 0 don't come back. If they were the last, the writer lock is free.
+        """
         keys = self._keys
         pairs = [text for id_, limit_s in (limits or {}).items() for text in (id_, _ms(limit_s))]
         reply = await self._scripts.evict(
-            keys=[keys.replicas(policy), keys.members(policy), keys.beats(policy), keys.control],
-            args=[_ms(silent_s), *pairs],
+            keys=[
+                *(keys.replicas(policy), keys.members(policy), keys.beats(policy), keys.writer(policy)),
+                keys.control,
+            ],
+            args=[_ms(silent_s), int(for_good), *pairs],
         )
         return int(reply)
 
@@ -127,6 +135,14 @@ class Members:
             return None
         _, step, *flat = reply
         return Meeting(step, {id_.decode(): at for id_, at in zip(flat[::2], flat[1::2], strict=True)})
+
+    async def leave_word(self, me: Membership, name: str, word: bytes) -> None:
+        """Tell the others of this epoch something, such as where they reach this replica."""
+        await self._redis.hset(self._keys.meeting(me.policy), f"link:{me.epoch}:{name}", word)
+
+    async def word(self, me: Membership, name: str) -> bytes | None:
+        found: bytes | None = await self._redis.hget(self._keys.meeting(me.policy), f"link:{me.epoch}:{name}")
+        return found
 
     async def heal(self, me: Membership, step: int) -> None:
         """Count as one that has the newest weights, those of `step`. Raises Moved."""
@@ -195,6 +211,11 @@ class Members:
         found = await self._redis.hmget(self._keys.replicas(policy), names)
         return Standing(*(int(value or 0) for value in found)) if found[0] else None
 
+    async def hold_lock(self, policy: str, generation: int) -> bool:
+        """Whether replicas of that generation hold the policy's writer lock, so that one can join them."""
+        found: bytes | None = await self._redis.get(self._keys.writer(policy))
+        return found == f"{CONSUMER}-{generation}".encode()
+
     async def is_held(self, policy: str) -> bool:
         """Whether anyone holds the policy's writer lock."""
         return bool(await self._redis.exists(self._keys.writer(policy)))
@@ -203,7 +224,7 @@ class Members:
         """The living replicas, in the order in which they joined."""
         keys = self._keys
         raw = await self._redis.hgetall(keys.replicas(policy))
-        beats = {id_: at for id_, at in await self._redis.zrange(keys.beats(policy), 0, -1, withscores=True)}
+        beats = dict(await self._redis.zrange(keys.beats(policy), 0, -1, withscores=True))
         work = keys.work(policy)
         pending = await self._redis.xinfo_consumers(work, "trainers") if await self._redis.exists(work) else []
         holds = {consumer["name"]: consumer["pending"] for consumer in pending}

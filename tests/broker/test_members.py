@@ -105,6 +105,17 @@ async def test_the_silent_are_evicted_and_those_with_a_limit_of_their_own_sooner
     assert (standing.generation, standing.epoch) == (1, 6)
 
 
+async def test_the_lock_is_free_once_the_last_went_for_good(broker: Broker) -> None:
+    await founded(broker)
+    await join(broker, "b")
+    for id_, for_good, is_held in (("b", True, True), ("a", False, True)):
+        assert await broker.members.evict("main", silent_s=60, limits={id_: 0}, for_good=for_good) == 1
+        assert await broker.members.is_held("main") == is_held
+    await join(broker, "c")
+    assert await broker.members.evict("main", silent_s=60, limits={"c": 0}, for_good=True) == 1
+    assert not await broker.members.is_held("main")
+
+
 async def test_only_members_with_the_newest_weights_keep_the_lock(broker: Broker) -> None:
     await founded(broker)
     await join(broker, "b")
