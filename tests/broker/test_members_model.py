@@ -163,7 +163,7 @@ class Replicas(RuleBasedStateMachine):
             return  # only time helps: they don't keep the lock
         if meeting.steps[replica.id] != meeting.step:
             donor = next((other for other in self.replicas if other.id == current[0]), None)
-            if donor is None or donor.me != me:
+            if donor is None or donor.me is None or donor.me.epoch != me.epoch:
                 return  # it does not answer
             assert donor.step == meeting.step
             assert donor.weights is not None

@@ -1,0 +1,183 @@
+"""Replicas of one policy as processes, killed and stopped at every point: the same weights as without, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from elastic_process import Settings
+from scored import group
+from trainer_kit import until
+
+from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
+from lachesis.broker.audit import audit
+from lachesis.broker.records import LedgerEntry
+
+STEPS, GROUPS = 6, 6  # groups of a step, of two sequences each
+POINTS = (
+    *("leased", "claimed", "accumulated", "reducing", "reduced", "voted", "committed", "applied"),
+    *("published", "saving", "saved"),
+)
+LEADS = ("leased", "published", "saving", "saved")  # only the first replica gets there
+PROCESS = Path(__file__).parent / "elastic_process.py"
+
+
+class Run:
+    """One run on a Redis, and its replicas."""
+
+    def __init__(self, url: str, name: str, folder: Path, **settings: Any) -> None:
+        self.url, self.name, self.folder, self._settings = url, name, folder, settings
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        folder.mkdir()
+
+    def start(self, name: str, *, crash_at: str = "", **settings: Any) -> subprocess.Popen[bytes]:
+        told = Settings(self.url, self.name, str(self.folder), name, **(self._settings | settings))
+        environment = os.environ | {"LACHESIS_CRASH_AT": crash_at, "OMP_NUM_THREADS": "1"}
+        arguments = [sys.executable, str(PROCESS), msgspec.json.encode(told).decode()]
+        with open(self.folder / f"{name}.log", "ab") as log:
+            process = subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
+        self.processes[name] = process
+        return process
+
+    def end(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def make(url: str, name: str, **settings: Any) -> Run:
+        runs.append(Run(url, name, tmp_path / name, **settings))
+        with connect_blocking(url, name) as broker:
+            steps = settings.get("steps", STEPS)
+            for number in range(steps * GROUPS):
+                scored = group(number % 64)
+                broker.call(broker.broker.queue.put, f"g{number:03d}", scored, v_min=0, v_max=0)
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.end()
+
+
+async def read_ledger(broker: BlockingBroker) -> list[LedgerEntry]:
+    return [entry async for entry in broker.broker.queue.ledger("main")]
+
+
+def ledger_of(broker: BlockingBroker) -> list[LedgerEntry]:
+    return broker.call(read_ledger, broker)
+
+
+def versions_of(broker: BlockingBroker) -> list[tuple[int, str]]:
+    found = broker.call(broker.broker.redis.xrange, broker.broker.keys.weights("main"))
+    return [(int(fields[b"version"]), fields[b"manifest_sha256"].decode()) for _, fields in found]
+
+
+def check(run: Run, expected: list[tuple[int, str]], *finished: str) -> None:
+    """Every step is there once, every version has the weights of an undisturbed run, and so have those that finished."""
+    for name in finished:
+        assert run.processes[name].wait(60) == 0, run.log(name)
+        told = json.loads((run.folder / f"{name}.json").read_text())
+        assert told == {"step": expected[-1][0], "digest": expected[-1][1]}, name
+    with connect_blocking(run.url, run.name) as broker:
+        assert [entry.step for entry in ledger_of(broker)] == list(range(1, expected[-1][0] + 1))
+        assert versions_of(broker) == expected
+        assert broker.call(audit, broker.broker).findings == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared_redis: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
+    """(version, hash of the weights) of one replica that nothing happens to, and of three."""
+    found = []
+    for count in (1, 3):
+        run = Run(shared_redis.url, f"undisturbed{count}", tmp_path_factory.mktemp("undisturbed") / str(count))
+        with connect_blocking(run.url, run.name) as broker:
+            for number in range(STEPS * GROUPS):
+                broker.call(broker.broker.queue.put, f"g{number:03d}", group(number), v_min=0, v_max=0)
+            for number in range(count):
+                run.start(f"r{number}")
+            for number in range(count):
+                assert run.processes[f"r{number}"].wait(60) == 0, run.log(f"r{number}")
+            found.append(versions_of(broker))
+            assert [version for version, _ in found[-1]] == list(range(STEPS + 1))
+    assert found[0] == found[1]
+    return found[0]
+
+
+def with_leader(run: Run, **settings: Any) -> None:
+    """Start a replica that leads all others started after it."""
+    run.start("leader", **settings)
+    with connect_blocking(run.url, run.name) as broker:
+        until(lambda: broker.call(broker.broker.members.members, "main"))
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_a_replica_killed_at_any_point_is_not_missed(
+    shared_redis: EmbeddedRedis,
+    run_name: str,
+    make_run: Callable[..., Run],
+    undisturbed: list[tuple[int, str]],
+    point: str,
+    others: int,
+) -> None:
+    """The first one, which leads; where it was alone, another comes."""
+    run = make_run(shared_redis.url, run_name, compute_s=0.01)
+    with_leader(run, crash_at=f"{point}:3")
+    names = [f"r{number}" for number in range(others)]
+    for name in names:
+        run.start(name)
+    if others or point != "voted":  # alone it never waits for votes
+        assert run.processes["leader"].wait(60) == -signal.SIGKILL, run.log("leader")
+    if not others:
+        run.start("later")
+    check(run, undisturbed, *(names or ["later"]))
+
+
+@pytest.mark.parametrize("point", [point for point in POINTS if point not in LEADS])
+def test_one_that_does_not_lead_is_not_missed_either(
+    shared_redis: EmbeddedRedis,
+    run_name: str,
+    make_run: Callable[..., Run],
+    undisturbed: list[tuple[int, str]],
+    point: str,
+) -> None:
+    run = make_run(shared_redis.url, run_name, compute_s=0.03)
+    with_leader(run)
+    run.start("doomed", crash_at=f"{point}:5")
+    check(run, undisturbed, "leader")
+    assert run.processes["doomed"].wait(60) in (-signal.SIGKILL, 0)  # 0: another's vote was the last
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_all_die_and_others_go_on_from_checkpoint_and_ledger(
+    shared_redis: EmbeddedRedis,
+    run_name: str,
+    make_run: Callable[..., Run],
+    undisturbed: list[tuple[int, str]],
+    point: str,
+) -> None:
+    run = make_run(shared_redis.url, run_name, compute_s=0.01)
+    with_leader(run, crash_at=f"{point}:3")
+    run.start("r1", crash_at=f"{'reducing' if point in LEADS else point}:3")
+    run.start("r2", crash_at="claimed:4")
+    for name in run.processes:
+        assert run.processes[name].wait(60) in (-signal.SIGKILL, 0), run.log(name)
+    for name in ("new0", "new1"):
+        run.start(name)
+    check(run, undisturbed, "new0", "new1")
