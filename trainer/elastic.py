@@ -126,21 +126,25 @@ class ElasticReplica:
             while self.step < self._team.num_steps:
                 self._check_stop()
                 try:
-                    if self._me is None:
-                        self._enter()
-                    elif self._meeting is None:
-                        self._meet(self._me)
-                    else:
-                        self._one_step(self._me, self._meeting)
+                    self._go_on()
                 except Moved:
                     self._move()
-                except PeerLost:
-                    self._part()
                 except LeaseLost:  # the batch was given up, or is lent to others by now
                     self._drop_work()
             self._finish()
         except Stopped:
             return
+
+    def _go_on(self) -> None:
+        try:
+            if self._me is None:
+                self._enter()
+            elif self._meeting is None:
+                self._meet(self._me)
+            else:
+                self._one_step(self._me, self._meeting)
+        except PeerLost:
+            self._part()
 
     def _finish(self) -> None:
         """The last step is committed. Each that leaves sees that it was followed up, in case those before it died."""
@@ -183,7 +187,9 @@ class ElasticReplica:
     def _others_live(self) -> bool:
         self._check_stop()
         standing = self._broker.call(self._members.standing, self._team.policy)
-        return standing is not None and self._broker.call(self._members.hold_lock, self._team.policy, standing.generation)
+        return standing is not None and self._broker.call(
+            self._members.hold_lock, self._team.policy, standing.generation
+        )
 
     def _move(self) -> None:
         """The epoch is over: go on in the next one, with the gradients of groups that are still this replica's."""
@@ -191,7 +197,9 @@ class ElasticReplica:
         self._reducer, self._meeting = Alone(), None
         standing = self._broker.call(self._members.standing, self._team.policy)
         if standing is None:
-            raise Conflict(f"run {self._broker.broker.keys.run!r} was reset while policy {self._team.policy!r} was trained")
+            raise Conflict(
+                f"run {self._broker.broker.keys.run!r} was reset while policy {self._team.policy!r} was trained"
+            )
         assert self._me is not None
         if self._reduced is not None:
             self._apply_if_committed()
@@ -267,10 +275,13 @@ class ElasticReplica:
         self._reduced = sums
         digest = 0
         for tensor in sums:
-            digest = zlib.crc32(tensor.view(torch.uint8).numpy(), digest)
+            digest = zlib.crc32(memoryview(tensor.view(torch.uint8).numpy()), digest)
         names = " ".join(sorted(id_.rsplit(":", 1)[0] for id_ in meeting.steps))
         entry = self._compute.entry(batch, sums)
-        entry = LedgerEntry(**{f: getattr(entry, f) for f in entry.__struct_fields__} | {"replica": names, "seconds": time.perf_counter() - began})
+        entry = LedgerEntry(
+            **{f: getattr(entry, f) for f in entry.__struct_fields__}
+            | {"replica": names, "seconds": time.perf_counter() - began}
+        )
         while not self._broker.call(self._members.vote, me, batch.step, f"{digest:08x}", entry):
             crash_point("voted", batch.step)
             self._watch()

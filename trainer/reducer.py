@@ -72,7 +72,7 @@ class GlooReducer:
 
     def __init__(self, broker: BlockingBroker, me: Membership, rank: int, world: int, watch: Watch) -> None:
         """Connect all to all. Raises what `watch` raises, and PeerLost."""
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs forget it
         options._timeout = CONNECT
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address_towards(broker.broker.url))]
         store = MeetingStore(broker, me, watch)
@@ -91,8 +91,8 @@ class GlooReducer:
         self._group = made[0]
 
     def sum(self, tensors: Sequence[Tensor], watch: Watch) -> None:
-        options = dist.AllreduceOptions()  # type: ignore[attr-defined]  # torch's stubs forget it
-        options.reduceOp, options.timeout = dist.ReduceOp.SUM, IDLE
+        options = dist.AllreduceOptions()
+        options.reduceOp, options.timeout = dist.ReduceOp.SUM, IDLE  # type: ignore[assignment]  # nor this
         self._finish([self._start(self._group.allreduce, [part], options) for part in _buckets(tensors)], watch)
 
     def send(self, tensors: Sequence[Tensor], to: int, watch: Watch) -> None:
@@ -122,7 +122,6 @@ class GlooReducer:
             except RuntimeError as error:
                 raise PeerLost(f"a replica is gone: {error}") from error
 
-
     @staticmethod
     def _transfer(under_way: list[Any], watch: Watch) -> None:
         """Of these, gloo tells that they are done only to who waits for it."""
@@ -149,7 +148,7 @@ def _watched(operation: Callable[[], None], watch: Watch) -> None:
         watch()
 
 
-class MeetingStore(dist.Store):  # type: ignore[misc]
+class MeetingStore(dist.Store):  # type: ignore[name-defined]
     """What gloo needs to make its connections: a few keys, in the hash of the epoch's meeting."""
 
     def __init__(self, broker: BlockingBroker, me: Membership, watch: Watch) -> None:

@@ -1,7 +1,6 @@
 """A replica as a process of its own, of a tiny float64 policy whose rollouts are `scored.group`s.
 
-`elastic_process.py <Settings as JSON>`; it dies at LACHESIS_CRASH_AT. Its checkpoints, the hashes of the versions that it
-published and its times are files of its folder.
+Its checkpoints, its log and what it ends with are files of its folder.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import hashlib
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -79,8 +77,8 @@ class TinyCompute:
         self.updates += 1
         self.first.lerp_(gradient, 0.1)
         self.second.lerp_(gradient**2, 0.01)
-        mean = self.first / (1 - 0.9 ** self.updates)
-        spread = self.second / (1 - 0.99 ** self.updates)
+        mean = self.first / (1 - 0.9**self.updates)
+        spread = self.second / (1 - 0.99**self.updates)
         self.theta -= 0.05 * mean / (spread.sqrt() + 1e-8)
         self.clear()
 
@@ -150,7 +148,11 @@ def _batch_of(entry: LedgerEntry) -> BatchEntry:
     return BatchEntry(entry.step, entry.gids, entry.n, entry.tok, entry.v_min, entry.v_min, 0.0)
 
 
-def main(settings: Settings) -> None:
+def main(settings: Settings, crash_at: str = "") -> None:
+    output = os.open(f"{settings.folder}/{settings.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ["LACHESIS_CRASH_AT"] = crash_at
     torch.set_num_threads(1)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -163,7 +165,3 @@ def main(settings: Settings) -> None:
             replica.train(stop.is_set)
             told: dict[str, Any] = {"step": replica.step, "digest": compute.digest()}
             (Path(settings.folder) / f"{settings.name}.json").write_text(json.dumps(told))
-
-
-if __name__ == "__main__":
-    main(msgspec.json.decode(sys.argv[1], type=Settings))

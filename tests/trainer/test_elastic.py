@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import msgspec
+import elastic_process
 import pytest
 from elastic_process import Settings
 from scored import group
-from trainer_kit import until
+from trainer_kit import PATIENCE_S, context, until
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
 from lachesis.broker.audit import audit
 from lachesis.broker.records import LedgerEntry
+
+pytestmark = pytest.mark.verl
 
 STEPS, GROUPS = 6, 6  # groups of a step, of two sequences each
 POINTS = (
@@ -28,7 +29,6 @@ POINTS = (
     *("published", "saving", "saved"),
 )
 LEADS = ("leased", "published", "saving", "saved")  # only the first replica gets there
-PROCESS = Path(__file__).parent / "elastic_process.py"
 
 
 class Run:
@@ -36,22 +36,25 @@ class Run:
 
     def __init__(self, url: str, name: str, folder: Path, **settings: Any) -> None:
         self.url, self.name, self.folder, self._settings = url, name, folder, settings
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, ForkServerProcess] = {}
         folder.mkdir()
 
-    def start(self, name: str, *, crash_at: str = "", **settings: Any) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *, crash_at: str = "", **settings: Any) -> ForkServerProcess:
         told = Settings(self.url, self.name, str(self.folder), name, **(self._settings | settings))
-        environment = os.environ | {"LACHESIS_CRASH_AT": crash_at, "OMP_NUM_THREADS": "1"}
-        arguments = [sys.executable, str(PROCESS), msgspec.json.encode(told).decode()]
-        with open(self.folder / f"{name}.log", "ab") as log:
-            process = subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
+        process = context.Process(target=elastic_process.main, args=(told, crash_at))
+        process.start()
         self.processes[name] = process
         return process
+
+    def exit_of(self, name: str) -> int | None:
+        """How it ended, waiting for that; None if it does not."""
+        self.processes[name].join(PATIENCE_S)
+        return self.processes[name].exitcode
 
     def end(self) -> None:
         for process in self.processes.values():
             process.kill()
-            process.wait()
+            process.join()
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
@@ -91,7 +94,7 @@ def versions_of(broker: BlockingBroker) -> list[tuple[int, str]]:
 def check(run: Run, expected: list[tuple[int, str]], *finished: str) -> None:
     """Every step is there once, every version has the weights of an undisturbed run, and so have those that finished."""
     for name in finished:
-        assert run.processes[name].wait(60) == 0, run.log(name)
+        assert run.exit_of(name) == 0, run.log(name)
         told = json.loads((run.folder / f"{name}.json").read_text())
         assert told == {"step": expected[-1][0], "digest": expected[-1][1]}, name
     with connect_blocking(run.url, run.name) as broker:
@@ -112,7 +115,7 @@ def undisturbed(shared_redis: EmbeddedRedis, tmp_path_factory: pytest.TempPathFa
             for number in range(count):
                 run.start(f"r{number}")
             for number in range(count):
-                assert run.processes[f"r{number}"].wait(60) == 0, run.log(f"r{number}")
+                assert run.exit_of(f"r{number}") == 0, run.log(f"r{number}")
             found.append(versions_of(broker))
             assert [version for version, _ in found[-1]] == list(range(STEPS + 1))
     assert found[0] == found[1]
@@ -142,8 +145,10 @@ def test_a_replica_killed_at_any_point_is_not_missed(
     names = [f"r{number}" for number in range(others)]
     for name in names:
         run.start(name)
-    if others or point != "voted":  # alone it never waits for votes
-        assert run.processes["leader"].wait(60) == -signal.SIGKILL, run.log("leader")
+    if point == "voted":  # whose vote is the last does not wait, and lives
+        assert run.exit_of("leader") in (-signal.SIGKILL, 0), run.log("leader")
+    else:
+        assert run.exit_of("leader") == -signal.SIGKILL, run.log("leader")
     if not others:
         run.start("later")
     check(run, undisturbed, *(names or ["later"]))
@@ -161,7 +166,7 @@ def test_one_that_does_not_lead_is_not_missed_either(
     with_leader(run)
     run.start("doomed", crash_at=f"{point}:5")
     check(run, undisturbed, "leader")
-    assert run.processes["doomed"].wait(60) in (-signal.SIGKILL, 0)  # 0: another's vote was the last
+    assert run.exit_of("doomed") in (-signal.SIGKILL, 0)  # 0: another's vote was the last
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -177,7 +182,89 @@ def test_all_die_and_others_go_on_from_checkpoint_and_ledger(
     run.start("r1", crash_at=f"{'reducing' if point in LEADS else point}:3")
     run.start("r2", crash_at="claimed:4")
     for name in run.processes:
-        assert run.processes[name].wait(60) in (-signal.SIGKILL, 0), run.log(name)
+        assert run.exit_of(name) in (-signal.SIGKILL, 0), run.log(name)
     for name in ("new0", "new1"):
         run.start(name)
     check(run, undisturbed, "new0", "new1")
+
+
+# -- what else happens --------------------------------------------------------------------------------------------
+
+
+def step_of(broker: BlockingBroker) -> int:
+    newest = broker.call(broker.broker.queue.newest_committed, "main")
+    return newest.step if newest else 0
+
+
+def test_a_silent_replica_is_left_out_and_comes_back_as_another(
+    shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
+) -> None:
+    run = make_run(shared_redis.url, run_name, compute_s=0.05, silent_s=1.0)
+    with_leader(run)
+    zombie = run.start("zombie")
+    with connect_blocking(run.url, run.name) as broker:
+        until(lambda: len(broker.call(broker.broker.members.members, "main")) == 2 and step_of(broker) >= 1)
+        assert zombie.pid is not None
+        os.kill(zombie.pid, signal.SIGSTOP)
+        stopped_at = step_of(broker)
+        until(lambda: step_of(broker) >= stopped_at + 2)
+        assert len(broker.call(broker.broker.members.members, "main")) == 1
+        os.kill(zombie.pid, signal.SIGCONT)
+    check(run, undisturbed, "leader", "zombie")
+
+
+def test_replicas_that_come_in_the_middle_get_the_newest_weights(
+    shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
+) -> None:
+    run = make_run(shared_redis.url, run_name, compute_s=0.05)
+    with_leader(run)
+    with connect_blocking(run.url, run.name) as broker:
+        for number in range(2):
+            until(lambda: step_of(broker) > number)  # noqa: B023  # it is called at once
+            run.start(f"late{number}")
+        check(run, undisturbed, "leader", "late0", "late1")
+        assert ledger_of(broker)[-1].replica == "late0 late1 leader"
+
+
+def test_replicas_outlive_redis(
+    redis_server: EmbeddedRedis, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
+) -> None:
+    """Away for longer than a replica may be silent, and shorter than they hold the lock: nobody goes back."""
+    run = make_run(redis_server.url, "outlive", compute_s=0.05, silent_s=0.6, hold_s=20.0)
+    with_leader(run)
+    run.start("other")
+    with connect_blocking(run.url, run.name) as broker:
+        until(lambda: step_of(broker) >= 2)
+        assert redis_server.pid is not None
+        os.kill(redis_server.pid, signal.SIGKILL)
+        time.sleep(1.0)
+        until(redis_server.revive)
+        check(run, undisturbed, "leader", "other")
+        standing = broker.call(broker.broker.members.standing, "main")
+        assert standing is not None
+        assert standing.generation == 1
+
+
+def test_what_stops_leaves_its_groups_to_the_others(
+    shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
+) -> None:
+    run = make_run(shared_redis.url, run_name, compute_s=0.05)
+    with_leader(run)
+    run.start("other")
+    with connect_blocking(run.url, run.name) as broker:
+        until(lambda: step_of(broker) >= 2)
+        run.processes["leader"].terminate()
+        assert run.exit_of("leader") == 0, run.log("leader")
+    check(run, undisturbed, "other")
+
+
+def test_a_reset_run_stops_its_replicas_with_a_reason(
+    shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run]
+) -> None:
+    run = make_run(shared_redis.url, run_name, compute_s=0.05)
+    with_leader(run)
+    with connect_blocking(run.url, run.name) as broker:
+        until(lambda: step_of(broker) >= 1)
+        broker.call(broker.broker.reset)
+    assert run.exit_of("leader") == 1
+    assert "was reset" in run.log("leader")
