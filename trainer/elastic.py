@@ -275,7 +275,7 @@ class ElasticReplica:
         self._reduced = sums
         digest = 0
         for tensor in sums:
-            digest = zlib.crc32(memoryview(tensor.view(torch.uint8).numpy()), digest)
+            digest = zlib.crc32(tensor.view(torch.uint8).numpy().data, digest)
         names = " ".join(sorted(id_.rsplit(":", 1)[0] for id_ in meeting.steps))
         entry = self._compute.entry(batch, sums)
         entry = LedgerEntry(

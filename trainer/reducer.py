@@ -8,6 +8,7 @@ way.
 
 from __future__ import annotations
 
+import ctypes
 import socket
 import threading
 import time
@@ -48,7 +49,7 @@ class Reducer(Protocol):
         """Fill tensors with what the replica of that rank sends. Raises PeerLost."""
 
     def close(self) -> None:
-        """Give the connections up; what is under way fails, on all replicas."""
+        """Give the connections up. Another replica that waits for this one learns from its watch that the epoch is over."""
 
 
 class Alone:
@@ -75,7 +76,7 @@ class GlooReducer:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs forget it
         options._timeout = CONNECT
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address_towards(broker.broker.url))]
-        store = MeetingStore(broker, me, watch)
+        store = MeetingStore(broker, me)
         made: list[Any] = []
 
         def connect() -> None:
@@ -84,11 +85,17 @@ class GlooReducer:
             except BaseException as error:  # it belongs to the caller, who may not be waiting any more
                 made.append(error)
 
-        _watched(connect, watch)
+        try:
+            _watched(connect, watch)
+        except BaseException:
+            store.over = True  # which ends the thread
+            raise
         if isinstance(made[0], BaseException):
             watch()
             raise PeerLost(f"replicas can't connect: {made[0]}") from made[0]
         self._group = made[0]
+        self._under_way: list[Any] = []
+        self._transferring = False
 
     def sum(self, tensors: Sequence[Tensor], watch: Watch) -> None:
         options = dist.AllreduceOptions()
@@ -102,8 +109,14 @@ class GlooReducer:
         self._transfer([self._start(self._group.recv, [part], source, 0) for part in _buckets(tensors)], watch)
 
     def close(self) -> None:
-        # gloo's threads may be at work on tensors: they are ended before anybody lets go of those; which can take a while
-        threading.Thread(target=self._group.abort, daemon=True).start()
+        """Where something is under way it stays until that fails, as it does when its peer is gone.
+
+        Gloo can neither be interrupted, nor destroyed while it waits for a peer: both would wait too, and hold the
+        interpreter's lock meanwhile. So what a silent peer keeps is kept for good: some threads and sockets.
+        """
+        group, self._group = self._group, None
+        if not all(work.is_completed() for work in self._under_way) or self._transferring:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
     @staticmethod
     def _start(operation: Callable[..., Any], *args: Any) -> Any:
@@ -113,6 +126,7 @@ class GlooReducer:
             raise PeerLost(f"a replica is gone: {error}") from error
 
     def _finish(self, under_way: list[Any], watch: Watch) -> None:
+        self._under_way = under_way
         for work in under_way:
             while not work.is_completed():
                 watch()
@@ -122,8 +136,7 @@ class GlooReducer:
             except RuntimeError as error:
                 raise PeerLost(f"a replica is gone: {error}") from error
 
-    @staticmethod
-    def _transfer(under_way: list[Any], watch: Watch) -> None:
+    def _transfer(self, under_way: list[Any], watch: Watch) -> None:
         """Of these, gloo tells that they are done only to who waits for it."""
         failed: list[RuntimeError] = []
 
@@ -134,7 +147,9 @@ class GlooReducer:
             except RuntimeError as error:
                 failed.append(error)
 
+        self._transferring = True
         _watched(finish, watch)
+        self._transferring = False
         if failed:
             raise PeerLost(f"a replica is gone: {failed[0]}") from failed[0]
 
@@ -151,9 +166,10 @@ def _watched(operation: Callable[[], None], watch: Watch) -> None:
 class MeetingStore(dist.Store):  # type: ignore[name-defined]
     """What gloo needs to make its connections: a few keys, in the hash of the epoch's meeting."""
 
-    def __init__(self, broker: BlockingBroker, me: Membership, watch: Watch) -> None:
+    def __init__(self, broker: BlockingBroker, me: Membership) -> None:
         super().__init__()
-        self._broker, self._me, self._watch = broker, me, watch
+        self._broker, self._me = broker, me
+        self.over = False  # nobody waits any more for what it is to connect
 
     def set(self, key: str, value: bytes | str) -> None:
         raw = value.encode() if isinstance(value, str) else bytes(value)
@@ -161,7 +177,8 @@ class MeetingStore(dist.Store):  # type: ignore[name-defined]
 
     def get(self, key: str) -> bytes:
         while (value := self._broker.call(self._broker.broker.members.word, self._me, key)) is None:
-            self._watch()
+            if self.over:
+                raise PeerLost(f"epoch {self._me.epoch} is over")
             time.sleep(0.002)
         return value
 

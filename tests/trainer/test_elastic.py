@@ -199,11 +199,11 @@ def step_of(broker: BlockingBroker) -> int:
 def test_a_silent_replica_is_left_out_and_comes_back_as_another(
     shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
 ) -> None:
-    run = make_run(shared_redis.url, run_name, compute_s=0.05, silent_s=1.0)
+    run = make_run(shared_redis.url, run_name, compute_s=0.1, silent_s=1.0)
     with_leader(run)
     zombie = run.start("zombie")
     with connect_blocking(run.url, run.name) as broker:
-        until(lambda: len(broker.call(broker.broker.members.members, "main")) == 2 and step_of(broker) >= 1)
+        until(lambda: [m.step >= 0 for m in broker.call(broker.broker.members.members, "main")] == [True, True])
         assert zombie.pid is not None
         os.kill(zombie.pid, signal.SIGSTOP)
         stopped_at = step_of(broker)
