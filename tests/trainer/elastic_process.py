@@ -21,8 +21,11 @@ from torch import Tensor
 
 from lachesis.broker import BlockingBroker, connect_blocking
 from lachesis.broker.crash import crash_point
-from lachesis.broker.records import BatchEntry, Group, LedgerEntry, WeightsEntry
-from lachesis.trainer.elastic import ElasticReplica, Team
+from lachesis.broker.dead import untrainable
+from lachesis.broker.members import Meeting
+from lachesis.broker.records import BatchEntry, DeadEntry, Group, LedgerEntry, Membership, WeightsEntry
+from lachesis.trainer.compute import Team, Trained
+from lachesis.trainer.elastic import ElasticReplica
 from lachesis.trainer.exact import ExactSum, total
 from lachesis.trainer.tenure import Tenure
 
@@ -52,7 +55,7 @@ class TinyCompute:
         self._compute_s = compute_s
         self.clear()
 
-    def accumulate(self, batch: BatchEntry, claimed: Sequence[tuple[int, Group]]) -> None:
+    def accumulate(self, batch: BatchEntry, claimed: Sequence[tuple[int, Group]]) -> list[bytes]:
         for _, group in claimed:
             time.sleep(self._compute_s)
             theta = self.theta.clone().requires_grad_()
@@ -64,6 +67,7 @@ class TinyCompute:
             (gradient,) = torch.autograd.grad(loss, theta)
             count = torch.tensor([float(tokens[:, 1:].numel())], dtype=torch.float64)
             self._sum.add(torch.cat([gradient, loss.detach()[None], count]))
+        return [group.gid.encode() for _, group in claimed]
 
     def sums(self) -> list[Tensor]:
         return [self._sum.parts.clone()]
@@ -71,7 +75,8 @@ class TinyCompute:
     def clear(self) -> None:
         self._sum = ExactSum(len(self.theta) + 2)
 
-    def apply(self, batch: BatchEntry, sums: Sequence[Tensor]) -> None:
+    def apply(self, batch: BatchEntry, sums: Sequence[Tensor], told: Sequence[bytes]) -> None:
+        assert [gid.decode() for gid in told] == list(batch.gids)
         found = total(sums[0])
         gradient = found[:-2] / found[-1]
         self.updates += 1
@@ -82,21 +87,27 @@ class TinyCompute:
         self.theta -= 0.05 * mean / (spread.sqrt() + 1e-8)
         self.clear()
 
-    def entry(self, batch: BatchEntry, sums: Sequence[Tensor]) -> LedgerEntry:
+    def entry(
+        self, batch: BatchEntry, before: int, sums: Sequence[Tensor], told: Sequence[bytes]
+    ) -> tuple[LedgerEntry, list[DeadEntry]]:
         found = total(sums[0])
-        return LedgerEntry(
-            batch.step, batch.gids, batch.n, batch.tok, batch.step - 1, batch.step, batch.v_min, batch.step - 1, "",
+        entry = LedgerEntry(
+            batch.step, batch.gids, batch.n, batch.tok, before, batch.step, batch.v_min, before, "",
             0.0, (found[-2] / found[-1]).item(), 0.0,
         )  # fmt: skip
+        return entry, [untrainable(gid.decode(), 0, "a test") for gid in told[:1]]
 
-    def state(self) -> list[Tensor]:
-        return [self.theta.clone(), self.first.clone(), self.second.clone(), self.updates.clone()]
+    def state(self) -> tuple[bytes, list[Tensor]]:
+        return b"{}", [self.theta.clone(), self.first.clone(), self.second.clone(), self.updates.clone()]
 
-    def load(self, state: Sequence[Tensor]) -> None:
-        self.theta, self.first, self.second, self.updates = state
+    def blank(self, header: bytes) -> list[Tensor]:
+        return [torch.zeros_like(part) for part in self.state()[1]]
+
+    def load(self, header: bytes, tensors: Sequence[Tensor]) -> None:
+        self.theta, self.first, self.second, self.updates = tensors
 
     def digest(self) -> str:
-        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in self.state())).hexdigest()
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in self.state()[1])).hexdigest()
 
 
 class TinyDuties:
@@ -112,13 +123,13 @@ class TinyDuties:
         ledger = self._broker.call(read)
         saved = max((int(path.stem) for path in self._folder.glob("*.pt")), default=0)
         if saved:
-            self._compute.load(torch.load(self._folder / f"{saved}.pt", weights_only=True))
+            self._compute.load(b"{}", torch.load(self._folder / f"{saved}.pt", weights_only=True))
         elif not ledger:
             self._publish(0)
         for entry in ledger[saved:]:
             groups = self._broker.call(self._broker.broker.queue.fetch, entry.gids)
-            self._compute.accumulate(_batch_of(entry), list(enumerate(groups)))
-            self._compute.apply(_batch_of(entry), self._compute.sums())
+            told = self._compute.accumulate(_batch_of(entry), list(enumerate(groups)))
+            self._compute.apply(_batch_of(entry), self._compute.sums(), told)
             crash_point("replayed", entry.step)
             self.follow_up(entry.step)
         return len(ledger)
@@ -129,11 +140,29 @@ class TinyDuties:
         path = self._folder / f"{step}.pt"
         if step and step % EVERY == 0 and not path.exists():
             aside = path.with_suffix(f".{os.getpid()}.tmp")
-            torch.save(self._compute.state(), aside)
+            torch.save(self._compute.state()[1], aside)
             crash_point("saving", step)
             aside.rename(path)
             crash_point("saved", step)
             self._broker.call(self._broker.broker.queue.retire, "main", step)
+
+    def met(self, meeting: Meeting, me: Membership) -> None:
+        print("met", meeting, me)
+
+    def opened(self, step: int) -> None:
+        self._broker.call(self._broker.broker.queue.deliver, step)
+
+    def settle(self) -> None:
+        """Nothing is under way."""
+
+    def report(self, trained: Trained) -> None:
+        """Nobody reads it."""
+
+    def finish(self, step: int) -> None:
+        """The next one replays what it must."""
+
+    def resign(self) -> None:
+        """It holds nothing."""
 
     def _publish(self, step: int) -> None:
         weights = self._broker.broker.weights
@@ -161,7 +190,7 @@ def main(settings: Settings, crash_at: str = "") -> None:
     with connect_blocking(settings.url, settings.run) as broker:
         broker.call(broker.broker.queue.subscribe, "main")
         duties = TinyDuties(broker, compute, Path(settings.folder))
-        with ElasticReplica(broker, team, settings.name, compute, duties) as replica:
-            replica.train(stop.is_set)
+        with ElasticReplica(broker, team, settings.name, compute, lambda _: duties, stop.is_set) as replica:
+            replica.train()
             told: dict[str, Any] = {"step": replica.step, "digest": compute.digest()}
             (Path(settings.folder) / f"{settings.name}.json").write_text(json.dumps(told))

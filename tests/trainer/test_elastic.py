@@ -101,6 +101,7 @@ def check(run: Run, expected: list[tuple[int, str]], *finished: str) -> None:
         assert [entry.step for entry in ledger_of(broker)] == list(range(1, expected[-1][0] + 1))
         assert versions_of(broker) == expected
         assert broker.call(audit, broker.broker).findings == []
+        assert broker.call(broker.broker.queue.status).untrainable == expected[-1][0]  # one of each step, once
 
 
 @pytest.fixture(scope="module")
