@@ -236,6 +236,7 @@ class Members:
                 trained=int(raw.get(b"trained:" + id_, 0)),
                 voted=b"vote:" + id_ in raw,
                 heartbeat=beats.get(id_, 0.0) / 1000,
+                joined=int(raw.get(b"since:" + id_, 0)) / 1000,
             )
             for id_ in await self._redis.zrange(keys.members(policy), 0, -1)
         ]

@@ -153,6 +153,7 @@ class Member(Struct, frozen=True):
     trained: int  # groups of committed steps
     voted: bool  # whether it holds the open step's gradients
     heartbeat: float  # seconds since the epoch
+    joined: float  # likewise
 
 
 class WeightsEntry(Struct, frozen=True):

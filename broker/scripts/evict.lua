@@ -21,7 +21,7 @@ local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
 for _, found in ipairs(gone) do
   redis.call('ZREM', KEYS[2], found[1])
   redis.call('ZREM', KEYS[3], found[1])
-  redis.call('HDEL', KEYS[1], 'at:' .. found[1], 'vote:' .. found[1], 'trained:' .. found[1])
+  redis.call('HDEL', KEYS[1], 'at:' .. found[1], 'vote:' .. found[1], 'trained:' .. found[1], 'since:' .. found[1])
   redis.call('XADD', KEYS[5], 'MAXLEN', '~', 100000, '*', 'event', 'evicted', 'who', found[1], 'detail',
     found[2] .. ', epoch ' .. epoch)
 end

@@ -17,11 +17,13 @@ if step ~= ARGV[3] then return {'behind'} end
 
 local time = redis.call('TIME')
 generation, epoch = generation + 1, epoch + 1
+local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
 redis.call('DEL', KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5])
 redis.call('SET', KEYS[6], 'replicas-' .. generation, 'PX', ARGV[4])
-redis.call('HSET', KEYS[1], 'generation', generation, 'epoch', epoch, 'joined', 1, 'step', step, 'at:' .. ARGV[1], step)
+redis.call('HSET', KEYS[1], 'generation', generation, 'epoch', epoch, 'joined', 1, 'step', step, 'at:' .. ARGV[1], step,
+  'since:' .. ARGV[1], now)
 redis.call('ZADD', KEYS[2], 1, ARGV[1])
-redis.call('ZADD', KEYS[3], string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)), ARGV[1])
+redis.call('ZADD', KEYS[3], now, ARGV[1])
 redis.call('XADD', KEYS[8], 'MAXLEN', '~', 100000, '*', 'event', 'founded', 'who', ARGV[1], 'detail',
   'generation ' .. generation .. ' from step ' .. step)
 return {'founded', generation, epoch}

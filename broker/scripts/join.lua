@@ -11,9 +11,10 @@ if redis.call('ZSCORE', KEYS[2], ARGV[1]) then
 end
 
 local time = redis.call('TIME')
+local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
 redis.call('ZADD', KEYS[2], redis.call('HINCRBY', KEYS[1], 'joined', 1), ARGV[1])
-redis.call('ZADD', KEYS[3], string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)), ARGV[1])
-redis.call('HSET', KEYS[1], 'at:' .. ARGV[1], ARGV[2] == generation and ARGV[3] or '-1')
+redis.call('ZADD', KEYS[3], now, ARGV[1])
+redis.call('HSET', KEYS[1], 'at:' .. ARGV[1], ARGV[2] == generation and ARGV[3] or '-1', 'since:' .. ARGV[1], now)
 local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
 redis.call('XADD', KEYS[5], 'MAXLEN', '~', 100000, '*', 'event', 'joined', 'who', ARGV[1], 'detail', 'epoch ' .. epoch)
 return {'joined', tonumber(generation), epoch}
