@@ -216,6 +216,11 @@ class Members:
         found: bytes | None = await self._redis.get(self._keys.writer(policy))
         return found == f"{CONSUMER}-{generation}".encode()
 
+    async def is_ousted(self, policy: str, generation: int) -> bool:
+        """Whether somebody else holds it: one that founds another generation, or a trainer that trains alone."""
+        found: bytes | None = await self._redis.get(self._keys.writer(policy))
+        return found not in (None, f"{CONSUMER}-{generation}".encode())
+
     async def is_held(self, policy: str) -> bool:
         """Whether anyone holds the policy's writer lock."""
         return bool(await self._redis.exists(self._keys.writer(policy)))

@@ -1,26 +1,32 @@
-"""What the loop of one of several replicas (elastic.py) needs of those who compute, publish and save."""
+"""What the loop of one of several replicas (elastic.py) needs of those who compute."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from lachesis.broker.members import Meeting
 from lachesis.broker.records import BatchEntry, DeadEntry, Group, LedgerEntry, Membership
-from lachesis.trainer.tenure import Tenure
+from lachesis.trainer.reducer import Reducer, Watch
 
 
 class Compute(Protocol):
-    """What one replica computes. Sums are contiguous tensors in host memory, alike in shape and dtype on all replicas."""
+    """What one replica computes and shares. Sums are of all that it has accumulated, over all replicas."""
+
+    def connect(self, me: Membership, rank: int, world: int) -> None:
+        """The replicas of this epoch are connected; this one is the rank-th of `world` of them. Raises PeerLost, Moved."""
+
+    def disconnect(self) -> None:
+        """They are no longer."""
 
     def accumulate(self, batch: BatchEntry, claimed: Sequence[tuple[int, Group]]) -> list[bytes]:
         """Add groups of the batch, each with its place in it, to the sums. Returns what all replicas are to know of each."""
 
-    def sums(self) -> list[Tensor]:
-        """A copy of the sums so far; zeros before the first group."""
+    def reduce(self, reducer: Reducer, told: Tensor, watch: Watch) -> list[Tensor]:
+        """A copy of the sums, and `told`, summed over the replicas; `told` in place. Raises PeerLost, and what `watch` does."""
 
     def clear(self) -> None:
         """Forget the sums."""
@@ -36,67 +42,63 @@ class Compute(Protocol):
         `replica` and `seconds` are the caller's to fill in.
         """
 
-    def state(self) -> tuple[bytes, list[Tensor]]:
-        """All that decides what later steps do (weights, optimizer, schedule), and what `blank` needs to know of it."""
+    def give(self, reducer: Reducer, to: int, watch: Watch) -> None:
+        """Send the replica of that rank all that decides what later steps do: weights, optimizer, schedule."""
 
+    def get(self, reducer: Reducer, source: int, watch: Watch) -> None:
+        """Take that over from the replica of that rank."""
+
+
+class LocalCompute(ABC):
+    """A Compute of one process: what it shares is a few tensors, contiguous and in host memory."""
+
+    def connect(self, me: Membership, rank: int, world: int) -> None:  # noqa: B027  the caller's reducer is all it needs
+        pass
+
+    def disconnect(self) -> None:  # noqa: B027
+        pass
+
+    @abstractmethod
+    def sums(self) -> list[Tensor]:
+        """A copy of the sums so far, zeros before the first group; alike in shape and dtype on all replicas."""
+
+    @abstractmethod
+    def state(self) -> tuple[bytes, list[Tensor]]:
+        """What `give` gives, and what `blank` needs to know of it."""
+
+    @abstractmethod
     def blank(self, header: bytes) -> list[Tensor]:
         """Tensors to receive another replica's state in."""
 
+    @abstractmethod
     def load(self, header: bytes, tensors: Sequence[Tensor]) -> None:
         """Take over another replica's state. The tensors passed may be kept."""
 
+    def reduce(self, reducer: Reducer, told: Tensor, watch: Watch) -> list[Tensor]:
+        sums = self.sums()
+        reducer.sum([*sums, told], watch)
+        return sums
 
-class Duties(Protocol):
-    """What only one replica does; each may be repeated by another one that took over in the middle of it."""
+    def give(self, reducer: Reducer, to: int, watch: Watch) -> None:
+        header, tensors = self.state()
+        reducer.send([torch.tensor([len(header)])], to, watch)
+        reducer.send([to_tensor(header)], to, watch)
+        reducer.send(tensors, to, watch)
 
-    def resume(self, tenure: Tenure) -> int:
-        """Bring the weights in memory from the newest checkpoint to the end of the ledger; the step it ends at."""
-
-    def met(self, meeting: Meeting, me: Membership) -> None:
-        """The replicas of an epoch know each other."""
-
-    def follow_up(self, step: int) -> None:
-        """Publish and save what is due with step `step`, which is committed and in memory; all that is still missing."""
-
-    def opened(self, step: int) -> None:
-        """The groups of a step are laid out for the replicas; called again by one that takes over."""
-
-    def settle(self) -> None:
-        """Before the next step may be committed: what it makes unrepeatable must be done."""
-
-    def report(self, trained: Trained) -> None:
-        """Tell of a step that is committed and applied; called before its `follow_up`, which may free its groups."""
-
-    def finish(self, step: int) -> None:
-        """Leave what a later process goes on from; the weights in memory are those of `step`."""
-
-    def resign(self) -> None:
-        """Another replica is the first one now, or this one is gone."""
+    def get(self, reducer: Reducer, source: int, watch: Watch) -> None:
+        size = torch.zeros(1, dtype=torch.int64)
+        reducer.receive([size], source, watch)
+        raw = torch.zeros(int(size), dtype=torch.uint8)
+        reducer.receive([raw], source, watch)
+        header = to_bytes(raw)
+        tensors = self.blank(header)
+        reducer.receive(tensors, source, watch)
+        self.load(header, tensors)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """One committed step, as the replica saw it that tells of it."""
-
-    entry: LedgerEntry
-    letters: Sequence[DeadEntry]
-    told: Sequence[bytes]
-    groups: int  # of them its own
-    replicas: int
-    since: float  # time.perf_counter() when the step before was done
-    wait_s: float  # from then until this one was open
-    reduce_s: float  # from the end of its own groups to the sums
-    vote_s: float
+def to_tensor(raw: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.zeros(0, dtype=torch.uint8)
 
 
-@dataclass(frozen=True)
-class Team:
-    """What all replicas of a policy agree on."""
-
-    policy: str
-    batch_size: int
-    num_steps: int
-    silent_s: float  # a replica without a heartbeat for so long is taken out
-    hold_s: float  # after such a silence of all of them a checkpoint is gone back to
-    max_deliveries: int = 10
-    chunk: int = 1  # groups claimed at a time; a slow replica delays a step by at most so many
+def to_bytes(tensor: Tensor) -> bytes:
+    return tensor.numpy().tobytes()

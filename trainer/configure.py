@@ -19,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.keys import check_name
 from lachesis.trainer.algorithms import check_algorithm, check_elastic, settle_algorithm
-from lachesis.trainer.ranks import world_size
 from lachesis.trainer.settings import TrainerSettings
 from lachesis.trainer.tracking import check_backends
 
@@ -219,10 +218,10 @@ def _check_device(config: DictConfig) -> None:
 
 def _check_elastic(config: DictConfig, settings: TrainerSettings) -> None:
     check_elastic(config)
-    if settings.ray_ranks > 1 or world_size() > 1:
+    if settings.ray_ranks:
         raise ConfigurationError(
-            "lachesis.elastic: each replica is one process; start several trainers instead of several ranks of one "
-            "(no torchrun, no --ray-ranks), or give lachesis.elastic=false"
+            f"ray_ranks = {settings.ray_ranks}: not with lachesis.elastic; start replicas with torchrun where they are to have "
+            "several ranks, or give lachesis.elastic=false"
         )
 
 

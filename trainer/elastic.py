@@ -23,8 +23,9 @@ from lachesis.broker.crash import crash_point
 from lachesis.broker.errors import Moved
 from lachesis.broker.members import CONSUMER, NO_WEIGHTS, Meeting
 from lachesis.broker.records import BatchEntry, DeadEntry, LedgerEntry, Membership
-from lachesis.trainer.compute import Compute, Duties, Team, Trained
-from lachesis.trainer.exchange import digest, get_weights, give_weights, sum_up
+from lachesis.trainer.compute import Compute
+from lachesis.trainer.duties import Duties, Team, Trained
+from lachesis.trainer.exchange import digest, sum_up
 from lachesis.trainer.feed import noticing_resets
 from lachesis.trainer.reducer import Alone, GlooReducer, PeerLost, Reducer
 from lachesis.trainer.seat import POLL_S, Seat, Stopped
@@ -130,15 +131,16 @@ class ElasticReplica:
         rank = list(meeting.steps).index(me.id)
         if len(meeting.steps) > 1:
             self._reducer = GlooReducer(self._broker, me, rank, len(meeting.steps), self.seat.watch)
+            self._compute.connect(me, rank, len(meeting.steps))
         crash_point("met", max(0, self.step))
         for other, step in enumerate(meeting.steps.values()):
             if step == meeting.step:
                 continue
             if rank == current[0]:
-                give_weights(self._reducer, self._compute, other, self.seat.watch)
+                self._compute.give(self._reducer, other, self.seat.watch)
             elif rank == other:
                 self._drop_work()
-                get_weights(self._reducer, self._compute, current[0], self.seat.watch)
+                self._compute.get(self._reducer, current[0], self.seat.watch)
                 self.step = meeting.step
                 self._broker.call(self._members.heal, me, self.step)
                 crash_point("healed", self.step)
@@ -149,6 +151,7 @@ class ElasticReplica:
 
     def _disconnect(self) -> None:
         self._reducer.close()
+        self._compute.disconnect()
         self._reducer, self._meeting = Alone(), None
 
     def _leads(self, meeting: Meeting) -> bool:

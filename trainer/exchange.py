@@ -1,4 +1,4 @@
-"""What replicas of one epoch exchange: a step's sums with what is told of its groups, and weights for one that lacks them."""
+"""A step's sums over the replicas of one epoch, with what they tell each other of its groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lachesis.broker import Conflict
 from lachesis.broker.records import BatchEntry
-from lachesis.trainer.compute import Compute
+from lachesis.trainer.compute import Compute, to_bytes, to_tensor
 from lachesis.trainer.reducer import Reducer, Watch
 
 
@@ -31,10 +31,10 @@ def sum_up(
         )
     words = [torch.zeros(size, dtype=torch.uint8) for size in sizes.tolist()]
     for place, word in held.items():
-        words[place] = _to_tensor(word)
-    told, sums = torch.cat(words), compute.sums()
-    reducer.sum([*sums, told], watch)
-    return sums, [_to_bytes(word) for word in told.split(sizes.tolist())]
+        words[place] = to_tensor(word)
+    told = torch.cat(words)
+    sums = compute.reduce(reducer, told, watch)
+    return sums, [to_bytes(word) for word in told.split(sizes.tolist())]
 
 
 def digest(sums: Sequence[Tensor], told: Sequence[bytes]) -> str:
@@ -45,29 +45,3 @@ def digest(sums: Sequence[Tensor], told: Sequence[bytes]) -> str:
     for word in told:
         found = zlib.crc32(word, found)
     return f"{found:08x}"
-
-
-def give_weights(reducer: Reducer, compute: Compute, to: int, watch: Watch) -> None:
-    header, tensors = compute.state()
-    reducer.send([torch.tensor([len(header)])], to, watch)
-    reducer.send([_to_tensor(header)], to, watch)
-    reducer.send(tensors, to, watch)
-
-
-def get_weights(reducer: Reducer, compute: Compute, source: int, watch: Watch) -> None:
-    size = torch.zeros(1, dtype=torch.int64)
-    reducer.receive([size], source, watch)
-    raw = torch.zeros(int(size), dtype=torch.uint8)
-    reducer.receive([raw], source, watch)
-    header = _to_bytes(raw)
-    tensors = compute.blank(header)
-    reducer.receive(tensors, source, watch)
-    compute.load(header, tensors)
-
-
-def _to_tensor(raw: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.zeros(0, dtype=torch.uint8)
-
-
-def _to_bytes(tensor: Tensor) -> bytes:
-    return tensor.numpy().tobytes()

@@ -17,13 +17,14 @@ from lachesis.broker.records import BatchEntry, DeadEntry, Group, LedgerEntry
 from lachesis.trainer import handover
 from lachesis.trainer.algo import Learner
 from lachesis.trainer.batch import TrainingBatch
+from lachesis.trainer.compute import LocalCompute
 from lachesis.trainer.engine import Engine
 from lachesis.trainer.exact import ExactSum, total
 from lachesis.trainer.handover import local, trained_parameters
 from lachesis.trainer.told import Told, decode, divisor, encode, ledger_entry, merged, tell
 
 
-class GroupLearner:
+class GroupLearner(LocalCompute):
     """The Compute (see compute.py) of a replica whose engine sums its loss (algorithms.summed_loss).
 
     float32 gradients are added up where verl keeps them. With `exact` each group's are added on the host in a way that
@@ -45,6 +46,7 @@ class GroupLearner:
         self._exact = ExactSum(sum(self._sizes)) if exact else None
         self._used = torch.zeros(len(self._parameters), dtype=torch.int64)
         self.metrics: dict[str, float] = {}  # of the newest step
+        self.pristine = True  # whether the weights are those that the engine was built with
         self.clear()
 
     def accumulate(self, batch: BatchEntry, claimed: Sequence[tuple[int, Group]]) -> list[bytes]:
@@ -76,6 +78,7 @@ class GroupLearner:
             if used:
                 parameter.grad = torch.zeros_like(parameter)
                 local(parameter.grad).copy_(part.view_as(local(parameter)))
+        self.pristine = False
         self.metrics = merged(groups) | self._learner.update(any_gradient=any_gradient)
         self._drop_gradients()
 
@@ -93,6 +96,7 @@ class GroupLearner:
         return handover.blank(header)
 
     def load(self, header: bytes, tensors: Sequence[Tensor]) -> None:
+        self.pristine = False
         handover.take(self._engine, header, tensors)
 
     def _one_group(self, group: Group) -> Told:

@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+import torch
 from structlog.stdlib import BoundLogger
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.members import Meeting
 from lachesis.broker.records import BatchEntry, Group, LedgerEntry, Membership
 from lachesis.trainer.batch import TrainingBatch
-from lachesis.trainer.compute import Trained
 from lachesis.trainer.configure import Plan
+from lachesis.trainer.crew_compute import CrewCompute
+from lachesis.trainer.duties import Trained
 from lachesis.trainer.group_learner import GroupLearner
 from lachesis.trainer.metrics import batch_metrics
+from lachesis.trainer.reducer import Alone
 from lachesis.trainer.reporter import Reporter, warn_of_untrainable
 from lachesis.trainer.tenure import Right, Tenure
 from lachesis.trainer.told import decode, whole
@@ -23,13 +26,13 @@ from lachesis.trainer.upkeep import Upkeep
 
 
 class Lead:
-    """The Duties (see compute.py) of a replica with real weights, and its right to do them: `check`."""
+    """The Duties (see duties.py) of a replica with real weights, and its right to do them: `check`."""
 
     def __init__(
         self,
         broker: BlockingBroker,
         plan: Plan,
-        compute: GroupLearner,
+        compute: GroupLearner | CrewCompute,
         mapping: Callable[[Sequence[Group]], TrainingBatch],
         seat: Right,
         reporter: Reporter,
@@ -52,6 +55,7 @@ class Lead:
         self._tenure = tenure
         try:
             upkeep = self._begin()
+            upkeep.check_base(pristine=self._compute.pristine)
             upkeep.resume(self._replay)
             upkeep.register()
         finally:
@@ -128,7 +132,8 @@ class Lead:
         groups = self._broker.call(self._broker.broker.queue.fetch, entry.gids)
         batch = BatchEntry(entry.step, entry.gids, entry.n, entry.tok, entry.v_min, entry.v_min, 0.0)
         told = self._compute.accumulate(batch, list(enumerate(groups)))
-        self._compute.apply(batch, self._compute.sums(), told)
+        sums = self._compute.reduce(Alone(), torch.zeros(0, dtype=torch.uint8), lambda: None)
+        self._compute.apply(batch, sums, told)
 
     def _tell(self, seconds: dict[str, float], upkeep: Upkeep) -> None:
         if self._untold is None:

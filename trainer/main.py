@@ -18,6 +18,7 @@ from lachesis.broker import BlockingBroker, connect_blocking
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.logs import configure_logging
 from lachesis.broker.records import Group
+from lachesis.trainer.algorithms import summed_loss
 from lachesis.trainer.batch import TrainingBatch
 from lachesis.trainer.configure import Plan, compose_config, make_plan
 from lachesis.trainer.engine import Engine, build_engine, device_name
@@ -120,8 +121,6 @@ def _train_together(
     config: DictConfig, plan: Plan, broker: BlockingBroker, stop: threading.Event, log: BoundLogger
 ) -> int:
     """As one of several replicas of the policy."""
-    from lachesis.trainer.algorithms import summed_loss
-
     config, divide_by = summed_loss(config)
     engine = build_engine(config)
     from lachesis.trainer.reporter import Reporter
@@ -144,11 +143,25 @@ def _train_together(
 
 
 def _follow(config: DictConfig, plan: Plan, settings: TrainerSettings) -> int:
-    """A rank that is not the leader: it needs neither Redis nor signals, and ends when the leader says so."""
+    """A rank that is not the leader: it needs no signals, and ends when the leader says so."""
+    divide_by = ""
+    if plan.elastic:
+        config, divide_by = summed_loss(config)
     engine = build_engine(config)
-    if not settings.dry_run:
-        from lachesis.trainer.algo import Learner
+    if settings.dry_run:
+        return 0
+    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.together import follow_together
 
+    if plan.elastic:
+        follow_together(
+            plan=plan,
+            engine=engine,
+            algorithm=config.algorithm,
+            divide_by=divide_by,
+            mapping=partial(_mapping, plan),
+        )
+    else:
         learner = Learner(engine, config.algorithm)
         Crew(engine, learner).follow(_mapping(plan, engine, learner))
     return 0

@@ -71,12 +71,14 @@ class Alone:
 class GlooReducer:
     """Gloo's rings over TCP between replicas of rank 0 to world - 1, who find each other through Redis."""
 
-    def __init__(self, broker: BlockingBroker, me: Membership, rank: int, world: int, watch: Watch) -> None:
-        """Connect all to all. Raises what `watch` raises, and PeerLost."""
+    def __init__(
+        self, broker: BlockingBroker, me: Membership, rank: int, world: int, watch: Watch, *, shard: int = 0
+    ) -> None:
+        """Connect all to all: of each replica that process which holds this shard. Raises PeerLost and what `watch` raises."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs forget it
         options._timeout = CONNECT
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address_towards(broker.broker.url))]
-        store = MeetingStore(broker, me)
+        store = MeetingStore(broker, me, shard)
         made: list[Any] = []
 
         def connect() -> None:
@@ -166,17 +168,17 @@ def _watched(operation: Callable[[], None], watch: Watch) -> None:
 class MeetingStore(dist.Store):  # type: ignore[name-defined]
     """What gloo needs to make its connections: a few keys, in the hash of the epoch's meeting."""
 
-    def __init__(self, broker: BlockingBroker, me: Membership) -> None:
+    def __init__(self, broker: BlockingBroker, me: Membership, shard: int) -> None:
         super().__init__()
-        self._broker, self._me = broker, me
+        self._broker, self._me, self._shard = broker, me, shard
         self.over = False  # nobody waits any more for what it is to connect
 
     def set(self, key: str, value: bytes | str) -> None:
         raw = value.encode() if isinstance(value, str) else bytes(value)
-        self._broker.call(self._broker.broker.members.leave_word, self._me, key, raw)
+        self._broker.call(self._broker.broker.members.leave_word, self._me, self._name(key), raw)
 
     def get(self, key: str) -> bytes:
-        while (value := self._broker.call(self._broker.broker.members.word, self._me, key)) is None:
+        while (value := self._broker.call(self._broker.broker.members.word, self._me, self._name(key))) is None:
             if self.over:
                 raise PeerLost(f"epoch {self._me.epoch} is over")
             time.sleep(0.002)
@@ -187,8 +189,11 @@ class MeetingStore(dist.Store):  # type: ignore[name-defined]
             self.get(key)
 
     def check(self, keys: Sequence[str]) -> bool:
-        words = [self._broker.call(self._broker.broker.members.word, self._me, key) for key in keys]
+        words = [self._broker.call(self._broker.broker.members.word, self._me, self._name(key)) for key in keys]
         return None not in words
+
+    def _name(self, key: str) -> str:
+        return f"{self._shard}:{key}"
 
     def set_timeout(self, timeout: timedelta) -> None:
         """The watch says how long to wait."""

@@ -12,7 +12,7 @@ from lachesis.broker.errors import Moved
 from lachesis.broker.heartbeat import Heartbeat
 from lachesis.broker.members import Meeting, Standing, new_id
 from lachesis.broker.records import Membership
-from lachesis.trainer.compute import Team
+from lachesis.trainer.duties import Team
 from lachesis.trainer.tenure import Tenure
 
 BEAT_S = 0.25
@@ -95,6 +95,8 @@ class Seat:
                 f"run {self._broker.broker.keys.run!r} was reset while policy {self._team.policy!r} was trained"
             )
         assert self.me is not None
+        if self._ousted(self.me):
+            self._evict({self.me.id: 0})
         stays = standing.generation == self.me.generation and self.me.id in self.alive()
         self.me = Membership(self._team.policy, self.me.id, standing.generation, standing.epoch) if stays else None
         return standing
@@ -163,6 +165,11 @@ class Seat:
         assert self.me is not None
         if standing is None or (standing.generation, standing.epoch) != (self.me.generation, self.me.epoch):
             raise Moved(f"epoch {self.me.epoch} of policy {self._team.policy!r} is over")
+        if self._ousted(self.me):  # all fell silent for too long: what is committed now, others commit
+            raise Moved(f"another trainer has taken policy {self._team.policy!r} over")
+
+    def _ousted(self, me: Membership) -> bool:
+        return self._broker.call(self._members.is_ousted, self._team.policy, me.generation)
 
     def _evict(self, limits: dict[str, float]) -> None:
         self._broker.call(self._members.evict, self._team.policy, silent_s=self._team.silent_s, limits=limits)

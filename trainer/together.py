@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 from omegaconf import DictConfig
 from structlog.stdlib import BoundLogger
@@ -14,8 +14,9 @@ from lachesis.broker.records import Group
 from lachesis.trainer.algo import Learner
 from lachesis.trainer.batch import TrainingBatch
 from lachesis.trainer.checkpoint import Checkpoints
-from lachesis.trainer.compute import Team
 from lachesis.trainer.configure import Plan
+from lachesis.trainer.crew_compute import CrewCompute
+from lachesis.trainer.duties import Team
 from lachesis.trainer.elastic import ElasticReplica
 from lachesis.trainer.engine import Engine
 from lachesis.trainer.group_learner import GroupLearner
@@ -45,7 +46,9 @@ def train_together(
     """Train until the last step, or until `stop` is set. Returns the step of the weights in memory."""
     learner = Learner(engine, algorithm)
     crew, mapped = Crew(engine, learner), mapping(engine, learner)
-    compute = GroupLearner(engine, learner, mapped, divide_by=divide_by, exact=plan.exact)
+    mine = GroupLearner(engine, learner, mapped, divide_by=divide_by, exact=plan.exact)
+    several = engine.ranks.size > 1
+    compute = CrewCompute(mine, engine.ranks, broker.broker.url, plan.run) if several else mine
 
     def make_upkeep(right: Right, parts: ExitStack) -> Upkeep:
         versions = VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype)
@@ -65,3 +68,19 @@ def train_together(
     with crew, ElasticReplica(broker, team, plan.replica, compute, duties, stop.is_set) as replica:
         replica.train()
     return replica.step
+
+
+def follow_together(
+    *,
+    plan: Plan,
+    engine: Engine,
+    algorithm: DictConfig,
+    divide_by: str,
+    mapping: Callable[[Engine, Learner], Callable[[Sequence[Group]], TrainingBatch]],
+) -> None:
+    """A rank of such a replica that is not its first: it does as that one does."""
+    learner = Learner(engine, algorithm)
+    mapped = mapping(engine, learner)
+    mine = GroupLearner(engine, learner, mapped, divide_by=divide_by, exact=plan.exact)
+    with closing(CrewCompute(mine, engine.ranks, "", plan.run)) as compute:
+        Crew(engine, learner).follow(mapped, compute.orders)

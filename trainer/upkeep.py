@@ -8,7 +8,7 @@ from contextlib import closing
 
 from structlog.stdlib import BoundLogger
 
-from lachesis.broker import BlockingBroker, Conflict
+from lachesis.broker import BlockingBroker, Conflict, LeaseLost
 from lachesis.broker.records import LedgerEntry, TrainerConfig
 from lachesis.trainer.checkpoint import Checkpoints
 from lachesis.trainer.configure import Plan
@@ -88,6 +88,14 @@ class Upkeep:
         self.publisher.deliver(committed)  # a process may have died before it did
         self.publisher.flush()
         self.save()  # so that crashes in a row don't make the replay longer and longer
+
+    def check_base(self, *, pristine: bool) -> None:
+        """Raise LeaseLost where there is no checkpoint to go back to and the weights in memory are not the first ones."""
+        if not pristine and not self._checkpoints.steps():
+            raise LeaseLost(
+                f"policy {self._plan.policy!r} has to be trained anew from its first step, as {self._checkpoints.folder} holds "
+                "no checkpoint, and this process has other weights by now: start it again"
+            )
 
     def take_over(self, step: int) -> None:
         """Go on from another process, with weights in memory that are those of `step`, the end of the ledger."""

@@ -247,6 +247,26 @@ async def test_no_commit_while_a_founder_holds_the_lock(filled: Broker) -> None:
     assert await filled.queue.newest_committed("main") is None
 
 
+async def test_one_may_heal_without_the_lock_which_only_a_commit_needs(filled: Broker) -> None:
+    """Weights that are handed over while a founder holds the lock harm nobody: no vote of theirs counts."""
+    a = await opened(filled)
+    b = await join(filled, "b")
+    await filled.members.claim(b, 1, count=2, held=0)
+    assert not await filled.members.is_ousted("main", b.generation)
+    await filled.redis.set(filled.keys.writer("main"), "a founder")
+    assert await filled.members.is_ousted("main", b.generation)
+    await filled.members.heal(b, 0)
+    entry = await entry_of(filled, 1)
+    assert not await filled.members.vote(Membership("main", "a", a.generation, b.epoch), 1, "d", entry)
+    assert not await filled.members.vote(b, 1, "d", entry)
+    assert await filled.queue.newest_committed("main") is None
+    await filled.redis.delete(filled.keys.writer("main"))
+    assert not await filled.members.is_ousted("main", b.generation)
+    assert await filled.members.beat("main", "b", hold_s=60)  # it has the newest weights: it takes the lock back
+    await filled.members.vote(Membership("main", "a", a.generation, b.epoch), 1, "d", entry)
+    assert await filled.members.vote(b, 1, "d", entry)
+
+
 async def test_a_zombie_from_before_a_rollback_commits_nothing(filled: Broker) -> None:
     """It is in the same step, the same epoch number even, and has all votes of its time."""
     zombie = await opened(filled)

@@ -24,7 +24,8 @@ from lachesis.broker.crash import crash_point
 from lachesis.broker.dead import untrainable
 from lachesis.broker.members import Meeting
 from lachesis.broker.records import BatchEntry, DeadEntry, Group, LedgerEntry, Membership, WeightsEntry
-from lachesis.trainer.compute import Team, Trained
+from lachesis.trainer.compute import LocalCompute
+from lachesis.trainer.duties import Team, Trained
 from lachesis.trainer.elastic import ElasticReplica
 from lachesis.trainer.exact import ExactSum, total
 from lachesis.trainer.tenure import Tenure
@@ -44,7 +45,7 @@ class Settings(msgspec.Struct, frozen=True):
     hold_s: float = 1.5
 
 
-class TinyCompute:
+class TinyCompute(LocalCompute):
     """Next-token log-probs of an embedding and a linear layer, weighted by scores; Adam by hand."""
 
     def __init__(self, compute_s: float = 0.0) -> None:

@@ -214,6 +214,30 @@ def test_a_silent_replica_is_left_out_and_comes_back_as_another(
     check(run, undisturbed, "leader", "zombie")
 
 
+def test_a_trainer_that_trains_alone_takes_over_from_silent_replicas(
+    shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
+) -> None:
+    """The replica that wakes then leaves, and founds anew from checkpoint and ledger when the other is gone."""
+    run = make_run(shared_redis.url, run_name, compute_s=0.05, hold_s=0.5)
+    with_leader(run)
+    leader = run.processes["leader"]
+    with connect_blocking(run.url, run.name) as broker:
+        until(lambda: step_of(broker) >= 4)  # there is a checkpoint
+        assert leader.pid is not None
+        os.kill(leader.pid, signal.SIGSTOP)
+        lock = broker.broker.parties.writer("main", ttl_s=60)
+        until(lambda: broker.call(lock.acquire, blocking=False))
+        before = step_of(broker)
+        os.kill(leader.pid, signal.SIGCONT)
+        until(lambda: not broker.call(broker.broker.members.members, "main"))
+        assert step_of(broker) == before
+        broker.call(lock.release)
+        check(run, undisturbed, "leader")
+        standing = broker.call(broker.broker.members.standing, "main")
+        assert standing is not None
+        assert standing.generation == 2
+
+
 def test_replicas_that_come_in_the_middle_get_the_newest_weights(
     shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
 ) -> None:
