@@ -17,6 +17,7 @@ from lachesis.broker.journal import Journal
 from lachesis.broker.keys import RUNS, Keys
 from lachesis.broker.lineage import LineageStore
 from lachesis.broker.lua import Scripts
+from lachesis.broker.members import Members
 from lachesis.broker.parties import Parties
 from lachesis.broker.pools import Pools
 from lachesis.broker.queue import Queue
@@ -52,7 +53,7 @@ class Connections:
 class Broker:
     """Everything a room may do with one run, by concern.
 
-    `queue`, `dead`, `weights`, `pools`, `parties`, `lineage`, `journal`, `tokens`.
+    `queue`, `members`, `dead`, `weights`, `pools`, `parties`, `lineage`, `journal`, `tokens`.
     """
 
     def __init__(self, connections: Connections, run: str = "default") -> None:
@@ -63,6 +64,7 @@ class Broker:
         self.dead = DeadLetters(redis, scripts, self.keys)
         self.weights = Weights(redis, blocking, scripts, self.keys)
         self.pools = Pools(redis, blocking, scripts, self.keys)
+        self.members = Members(redis, heartbeats, scripts, self.keys)
         self.parties = Parties(redis, heartbeats, scripts, self.keys)
         self.lineage = LineageStore(scripts, self.keys)
         self.journal = Journal(redis, blocking, scripts, self.keys)
@@ -125,7 +127,9 @@ class Broker:
             await self.scripts.reset(keys=groups[start : start + RESET_SLICE])
         keys = self.keys
         named = [keys.groups, keys.batches, keys.dead, keys.skipped, keys.state, keys.envs, keys.trainers]
-        await self.scripts.reset(keys=[*named, *map(keys.ledger, policies)])
+        for of_policy in (keys.ledger, keys.replicas, keys.members, keys.beats, keys.meeting, keys.work):
+            named += map(of_policy, policies)
+        await self.scripts.reset(keys=named)
         self.parties.forget_envs()
 
 

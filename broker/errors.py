@@ -28,6 +28,14 @@ class LeaseLost(LachesisError, RuntimeError):
     """The batch is no longer ours to commit: its lease lapsed or another writer took the policy over."""
 
 
+class Moved(LachesisError, RuntimeError):
+    """The replicas of a policy are in another epoch: one came or went, or this one was evicted. Meet again."""
+
+
+class Diverged(LachesisError, RuntimeError):
+    """Replicas of a policy disagree about the step they trained together."""
+
+
 class NotFound(LachesisError, LookupError):
     """There is nothing of that name."""
 

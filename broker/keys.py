@@ -83,6 +83,23 @@ class Keys:
         """The lock of the one process that may write a policy's ledger and weights."""
         return self._key("writer", policy)
 
+    def replicas(self, policy: str) -> str:
+        """Which generation and epoch a policy's replicas are in, the step that is open, votes."""
+        return self._key("replicas", policy)
+
+    def members(self, policy: str) -> str:
+        return self._key("members", policy)
+
+    def beats(self, policy: str) -> str:
+        return self._key("beats", policy)
+
+    def meeting(self, policy: str) -> str:
+        return self._key("meeting", policy)
+
+    def work(self, policy: str) -> str:
+        """The groups of the open step."""
+        return self._key("work", policy)
+
     # parties
     def once(self, nonce: str) -> str:
         return self._key("once", nonce)

@@ -20,6 +20,7 @@ from lachesis.broker.wire import Command, Wire
 NAMES = (
     "arrive", "put", "record", "bury", "form", "drop", "lease", "deliver", "renew", "commit", "retire", "cover", "leave", "requeue",
     "purge", "subscribe", "acquire", "adopt", "register_env", "publish", "steer", "take_turn", "note", "append", "reset",
+    "found", "join", "beat", "evict", "meet", "heal", "open", "claim", "vote",
 )  # fmt: skip
 
 FREQUENT = ("arrive", "put", "record")  # what every posted group and every generation needs
@@ -87,6 +88,15 @@ class Scripts:
     note: Script
     append: Script
     reset: Script
+    found: Script
+    join: Script
+    beat: Script
+    evict: Script
+    meet: Script
+    heal: Script
+    open: Script
+    claim: Script
+    vote: Script
 
     def __init__(self, redis: Redis, wire: Wire) -> None:
         folder = files("lachesis.broker") / "scripts"

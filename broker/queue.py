@@ -297,6 +297,13 @@ class Queue:
             return int(pending["min"].split(b"-")[0]) - 1
         return int(delivered.split(b"-")[0])
 
+    async def readers(self) -> list[str]:
+        """Policies that read batches; the archiver is none."""
+        if not await self._redis.exists(self._keys.batches):
+            return []
+        names = [reader["name"].decode() for reader in await self._redis.xinfo_groups(self._keys.batches)]
+        return sorted(name for name in names if name != ARCHIVE)
+
     async def retire(self, policy: str, covered: int) -> int:
         """`policy` no longer needs batches up to step `covered`. Frees what nobody needs; returns how many that were."""
         await self.retention.cover(policy, covered)

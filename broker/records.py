@@ -135,6 +135,27 @@ class LedgerEntry(Struct, frozen=True):
     at: float = 0.0
 
 
+class Membership(Struct, frozen=True):
+    """One life of a replica of a policy, in one epoch of one generation (see members.py)."""
+
+    policy: str
+    id: str
+    generation: int
+    epoch: int
+
+
+class Member(Struct, frozen=True):
+    """A living replica, as Redis knows it."""
+
+    id: str
+    step: int  # that its weights are at, -1 before it has any of use
+    holds: int  # groups of the open step that it claimed
+    trained: int  # groups of committed steps
+    voted: bool  # whether it holds the open step's gradients
+    heartbeat: float  # seconds since the epoch
+    joined: float  # likewise
+
+
 class WeightsEntry(Struct, frozen=True):
     """One published version (stream `weights:<policy>`, id `<version>-1`)."""
 

@@ -30,8 +30,6 @@ from lachesis.trainer.correction import correct
 from lachesis.trainer.engine import Engine
 from lachesis.trainer.ranks import share
 
-NO_UPDATE = {"loss": 0.0, "grad_norm": 0.0}
-
 
 @dataclass(frozen=True)
 class Estimated:
@@ -45,7 +43,8 @@ class Estimated:
 class Learner:
     """Trains one policy, batch by batch."""
 
-    estimated: Estimated | None = None  # of the newest step, if it trained anything
+    estimated: Estimated | None = None  # of the newest batch, if it trained anything
+    entered = 0  # how many of its sequences entered the model
 
     def __init__(self, engine: Engine, algorithm: DictConfig) -> None:
         self._worker, self._actor, self._reference = engine.worker, engine.actor, engine.reference
@@ -64,14 +63,25 @@ class Learner:
         Where nothing is left to train (no trained token, or all filtered or rejected) the weights stay, the loss is 0,
         and the learning rate's schedule goes on.
         """
+        self._worker.optimizer_zero_grad()
+        metrics = self.accumulate(batch)
+        began = time.perf_counter()
+        metrics |= self.update(any_gradient=self.estimated is not None)
+        metrics["train_s"] += time.perf_counter() - began
+        return metrics
+
+    def accumulate(self, batch: TrainingBatch, *, sequences: int | None = None) -> dict[str, float]:
+        """Add the gradients of the batch's loss to those there are. Returns metrics as `step` does.
+
+        `sequences`: what verl's means over sequences divide by; None: how many of the batch enter the model.
+        """
         self.estimated = None
         started = time.perf_counter()
         batch, metrics = without_flat_groups(batch, self._algorithm)
-        learning_rate = float(self._worker.engine.optimizer.param_groups[0]["lr"])
-        logp_s = 0.0
-        update = NO_UPDATE
-        if len(batch.rows):
-            old_log_probs, found = self._old_log_probs(batch)
+        self.entered = len(batch.rows)
+        logp_s, found = 0.0, {"loss": 0.0}
+        if self.entered:
+            old_log_probs, told = self._old_log_probs(batch)
             logp_s = time.perf_counter() - started
             extra: dict[str, Tensor] = {"old_log_probs": old_log_probs}
             if self._reference:
@@ -79,16 +89,23 @@ class Learner:
                 batch, penalty = with_kl_in_reward(batch, old_log_probs, reference, self._algorithm)
                 metrics |= penalty
             response_mask, weights, corrected = correct(batch, old_log_probs, self._algorithm.rollout_correction)
-            metrics |= found | corrected
+            metrics |= told | corrected
             if weights is not None:
                 extra["rollout_is_weights"] = weights
             if response_mask.any():
                 extra["advantages"] = advantages = estimate_advantages(batch, response_mask, self._algorithm)
                 self.estimated = Estimated(batch, response_mask, advantages)
-                update = self._update(batch, response_mask, extra)
-        self._worker.engine.lr_scheduler_step()
+                found = self._backward(batch, response_mask, extra, sequences or self.entered)
         took = time.perf_counter() - started
-        return metrics | update | {"lr": learning_rate, "logp_s": logp_s, "train_s": took - logp_s}
+        return metrics | found | {"logp_s": logp_s, "train_s": took - logp_s}
+
+    def update(self, *, any_gradient: bool) -> dict[str, float]:
+        """Make one optimizer step of the gradients there are, unless there are none, and go on in the schedule."""
+        learning_rate, grad_norm = float(self._worker.engine.optimizer.param_groups[0]["lr"]), 0.0
+        if any_gradient:
+            grad_norm = float(self._worker.optimizer_step().get("grad_norm", 0.0))
+        self._worker.engine.lr_scheduler_step()
+        return {"lr": learning_rate, "grad_norm": grad_norm}
 
     def log_probs(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         """Log-probabilities (nats) and entropies of the present weights, each float32 (N, R)."""
@@ -142,22 +159,21 @@ class Learner:
             metrics |= _sampler_gap(log_probs, batch.rollout_log_probs, known)
         return torch.where(known, batch.rollout_log_probs, log_probs) if bypass else log_probs, metrics
 
-    def _update(self, batch: TrainingBatch, response_mask: Tensor, extra: dict[str, Tensor]) -> dict[str, float]:
-        """One pass of verl's loss and one step of its optimizer. `extra`: what the loss reads besides, each (N, R)."""
+    def _backward(
+        self, batch: TrainingBatch, response_mask: Tensor, extra: dict[str, Tensor], sequences: int
+    ) -> dict[str, float]:
+        """One pass of verl's loss, forth and back. `extra`: what the loss reads besides, each (N, R)."""
         mine = self._share(batch)
         data = mine.model.copy()
         for name, value in extra.items():
             data[name] = mine.jagged(value)
         data["response_mask"] = data["loss_mask"] = mine.jagged(response_mask)
         entropy = self._actor.calculate_entropy or self._actor.entropy_coeff != 0
-        flags = self._update_flags | {"calculate_entropy": entropy, "global_batch_size": len(batch.rows)}
+        flags = self._update_flags | {"calculate_entropy": entropy, "global_batch_size": sequences}
         self._annotate(data, batch, mine, self._worker, **flags)
-        self._worker.optimizer_zero_grad()
         out = self._worker.forward_backward(data)
-        found = NO_UPDATE if out is None else _reduced(tu.get(out, "metrics"))
-        grad_norm = float(self._worker.optimizer_step().get("grad_norm", 0.0))
-        short = {"clip_frac": found.get("actor/pg_clipfrac", 0.0), "kl": found.get("actor/ppo_kl", 0.0)}
-        return found | short | {"grad_norm": grad_norm}
+        found = {"loss": 0.0} if out is None else _reduced(tu.get(out, "metrics"))
+        return found | {"clip_frac": found.get("actor/pg_clipfrac", 0.0), "kl": found.get("actor/ppo_kl", 0.0)}
 
     def _annotate(
         self, data: TensorDict, batch: TrainingBatch, mine: TrainingBatch, worker: Any, **values: Any

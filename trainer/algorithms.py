@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from omegaconf import DictConfig, OmegaConf
 
 from lachesis.broker.errors import ConfigurationError
@@ -35,6 +37,51 @@ def check_algorithm(config: DictConfig) -> None:
         )
     _check_distillation(config.distillation)
     _check_correction(algorithm.rollout_correction, actor.policy_loss.loss_mode)
+
+
+BY_GROUP = ("grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "opo")  # estimators that need no other
+SUMS = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "gpg", "dro", "cispo", "bypass_mode")  # losses that add over sequences
+
+
+# verl's loss_agg_mode → how replicas sum it, and what divides the step's sum
+SUMMED = {
+    "token-mean": ("token-sum", "tokens"),
+    "token-sum": ("token-sum", "nothing"),
+    "seq-mean-token-sum": ("seq-mean-token-sum", "sequences"),
+    "seq-mean-token-mean": ("seq-mean-token-mean", "sequences"),
+    "seq-mean-token-sum-norm": ("seq-mean-token-sum-norm", "sequences"),
+}
+
+
+def summed_loss(config: DictConfig) -> tuple[DictConfig, str]:
+    """The configuration with a loss that is summed, and what its sum is to be divided by: tokens | sequences | nothing."""
+    mode, divide_by = SUMMED[config.actor_rollout_ref.actor.loss_agg_mode]
+    config = copy.deepcopy(config)
+    config.actor_rollout_ref.actor.loss_agg_mode = mode
+    return config, divide_by
+
+
+def check_elastic(config: DictConfig) -> None:
+    """Raise ConfigurationError for what replicas that see single groups can't train as one trainer would."""
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    correction = algorithm.rollout_correction
+    for name, value, wrong, why in (
+        ("algorithm.adv_estimator", algorithm.adv_estimator, algorithm.adv_estimator not in BY_GROUP,
+         f"advantages need the whole batch, and a replica sees single groups; use {', '.join(BY_GROUP)}"),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode", actor.policy_loss.loss_mode,
+         actor.policy_loss.loss_mode not in SUMS,
+         f"this loss of a batch is not the sum of its groups'; use {', '.join(SUMS)}"),
+        ("actor_rollout_ref.actor.loss_agg_mode", actor.loss_agg_mode, actor.loss_agg_mode not in SUMMED,
+         f"use {', '.join(SUMMED)}"),
+        ("algorithm.rollout_correction.rollout_is_batch_normalize", correction.rollout_is_batch_normalize,
+         bool(correction.rollout_is_batch_normalize), "weights need the whole batch, and a replica sees single groups"),
+        ("distillation.enabled", config.distillation.enabled, bool(config.distillation.enabled),
+         "its term of the loss is not divided between replicas"),
+    ):  # fmt: skip
+        if wrong:
+            raise ConfigurationError(
+                f"{name} = {value!r}: not with lachesis.elastic ({why}); or lachesis.elastic=false"
+            )
 
 
 def _check_distillation(distillation: DictConfig) -> None:

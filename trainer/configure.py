@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.keys import check_name
-from lachesis.trainer.algorithms import check_algorithm, settle_algorithm
+from lachesis.trainer.algorithms import check_algorithm, check_elastic, settle_algorithm
 from lachesis.trainer.settings import TrainerSettings
 from lachesis.trainer.tracking import check_backends
 
@@ -38,6 +38,7 @@ NOT_READ = {  # in those nodes, and why
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 DTYPES = ("fp32", "bf16", "fp16")
+SUM_DTYPES = ("fp32", "fp64")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Plan:
     weights_dtype: str
     checkpoint_dir: Path  # of this run and policy
     lease_s: float
+    elastic: bool  # whether replicas train each step together
+    exact: bool  # whether their sums are the same bit for bit, however many they are
     max_deliveries: int
     temperature: float
     examples_every: int  # steps; 0: no examples
@@ -111,6 +114,10 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
     if ours.weights_dtype not in DTYPES:
         raise ConfigurationError(f"lachesis.weights_dtype = {ours.weights_dtype!r}: must be one of {', '.join(DTYPES)}")
     check_algorithm(config)
+    if ours.elastic_dtype not in SUM_DTYPES:
+        raise ConfigurationError(
+            f"lachesis.elastic_dtype = {ours.elastic_dtype!r}: must be one of {', '.join(SUM_DTYPES)}"
+        )
     _check_device(config)
     temperature = config.actor_rollout_ref.rollout.temperature
     if not temperature > 0:
@@ -129,6 +136,8 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
             "micro-batch (actor_rollout_ref.actor.ppo_max_token_len_per_gpu) can hold"
         )
     settle_algorithm(config, ours.max_token_len or longest)
+    if ours.elastic:
+        _check_elastic(config, settings)
     policy = check_name("lachesis.policy", ours.policy)
     place = Path(settings.run, policy)
     return Plan(
@@ -148,6 +157,8 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         weights_dtype=ours.weights_dtype,
         checkpoint_dir=Path(ours.checkpoint_dir or settings.state_dir / "checkpoints").absolute() / place,
         lease_s=float(ours.lease_s),
+        elastic=ours.elastic,
+        exact=ours.elastic_dtype == "fp64",
         max_deliveries=ours.max_deliveries,
         temperature=float(temperature),
         examples_every=ours.examples_every,
@@ -202,6 +213,15 @@ def _check_device(config: DictConfig) -> None:
     if on_cpu and attention.startswith("flash"):
         raise ConfigurationError(
             f"actor_rollout_ref.model.override_config.attn_implementation = {attention!r}: needs an accelerator; use sdpa"
+        )
+
+
+def _check_elastic(config: DictConfig, settings: TrainerSettings) -> None:
+    check_elastic(config)
+    if settings.ray_ranks:
+        raise ConfigurationError(
+            f"ray_ranks = {settings.ray_ranks}: not with lachesis.elastic; start replicas with torchrun where they are to have "
+            "several ranks, or give lachesis.elastic=false"
         )
 
 

@@ -41,6 +41,14 @@ class Ready:
     map_s: float
 
 
+def letters(batch: TrainingBatch) -> tuple[DeadEntry, ...]:
+    """What COMMIT is to note of the sequences that are not trained."""
+    return tuple(
+        untrainable(reason.gid, reason.row, f"{reason.field} = {reason.value!r}: {reason.rule}"[:1000])
+        for reason in batch.untrainable
+    )
+
+
 class Feed:
     """`with Feed(…) as feed:`; then `next` for each step. With `lachesis.prefetch` one batch is made ready ahead."""
 
@@ -106,17 +114,13 @@ class Feed:
         fetched = time.perf_counter()
         batch = self._mapping(groups)
         mapped = time.perf_counter()
-        letters = tuple(
-            untrainable(reason.gid, reason.row, f"{reason.field} = {reason.value!r}: {reason.rule}"[:1000])
-            for reason in batch.untrainable
-        )
-        return Ready(entry, groups, batch, letters, fetched - began, mapped - fetched)
+        return Ready(entry, groups, batch, letters(batch), fetched - began, mapped - fetched)
 
     def _make_ready(self, after: int) -> Ready | None:
         """In the worker: what will be lent after step `after`, formed if need be; None once the feed is closed."""
         while not self._closing.is_set():
             newest = self._broker.call(self._queue.newest_group)
-            with self._noticing_resets():
+            with noticing_resets(self._plan.run, self._plan.policy):
                 entry = self._broker.call(self._queue.upcoming, self._plan.policy, after)
             if entry is not None:
                 ready = self.load(entry)
@@ -129,7 +133,7 @@ class Feed:
 
     def _lease(self) -> Lease | None:
         plan = self._plan
-        with self._noticing_resets():
+        with noticing_resets(self._plan.run, self._plan.policy):
             # as holder of the writer lock, whoever else holds a lease of this policy is gone: no need to let it lapse
             return self._broker.call(
                 self._queue.lease,
@@ -140,13 +144,13 @@ class Feed:
                 delivered=False,  # see Publisher.deliver
             )
 
-    @contextmanager
-    def _noticing_resets(self) -> Iterator[None]:
-        try:
-            yield
-        except ResponseError as error:
-            if "NOGROUP" not in str(error):
-                raise
-            raise Conflict(
-                f"run {self._plan.run!r} was reset while policy {self._plan.policy!r} was trained"
-            ) from error
+
+@contextmanager
+def noticing_resets(run: str, policy: str) -> Iterator[None]:
+    """Raises Conflict where Redis finds the policy to read no batches any more."""
+    try:
+        yield
+    except ResponseError as error:
+        if "NOGROUP" not in str(error):
+            raise
+        raise Conflict(f"run {run!r} was reset while policy {policy!r} was trained") from error

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
+from structlog.stdlib import BoundLogger
 
-from lachesis.broker import connect_blocking
+from lachesis.broker import BlockingBroker, connect_blocking
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.logs import configure_logging
 from lachesis.broker.records import Group
+from lachesis.trainer.algorithms import summed_loss
 from lachesis.trainer.batch import TrainingBatch
 from lachesis.trainer.configure import Plan, compose_config, make_plan
 from lachesis.trainer.engine import Engine, build_engine, device_name
@@ -71,6 +73,8 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
                 "dry run: all is well", config=str(written), model=str(plan.model_dir), device=config.lachesis.device
             )
             return 0
+        if plan.elastic:
+            return _train_together(config, plan, broker, stop, log)
         with Tenure(broker, plan.policy, ttl_s=plan.lease_s) as tenure, ExitStack() as parts:
             engine = build_engine(config)
             # these need verl, which build_engine has imported for the right platform
@@ -79,6 +83,8 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
             from lachesis.trainer.feed import Feed
             from lachesis.trainer.publisher import Publisher
             from lachesis.trainer.replica import Replica
+            from lachesis.trainer.reporter import Reporter
+            from lachesis.trainer.upkeep import Upkeep
             from lachesis.trainer.versions import VersionStore
 
             learner = Learner(engine, config.algorithm)
@@ -88,33 +94,74 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
             ):
                 return 0
             versions = VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype)
-            publisher = Publisher(broker, plan.policy, versions, tenure, keep_versions=plan.keep_versions)
+            publisher = parts.enter_context(
+                Publisher(broker, plan.policy, versions, tenure, keep_versions=plan.keep_versions)
+            )
+            checkpoints = Checkpoints(plan.checkpoint_dir, crew)
+            feed = parts.enter_context(Feed(broker, plan, tenure, _mapping(plan, engine, learner)))
+            tracker = parts.enter_context(_tracker(plan, config))
             replica = Replica(
                 broker=broker,
                 plan=plan,
-                engine=engine,
                 crew=crew,
-                checkpoints=Checkpoints(plan.checkpoint_dir, crew),
-                publisher=parts.enter_context(publisher),
-                feed=parts.enter_context(Feed(broker, plan, tenure, _mapping(plan, engine, learner))),
+                upkeep=Upkeep(broker, plan, crew, checkpoints, publisher, tenure, log),
+                feed=feed,
                 tenure=tenure,
-                tracker=parts.enter_context(_tracker(plan, config)),
+                reporter=Reporter(broker, plan, engine, tracker, log),
                 log=log,
             )
             replica.resume()
-            replica.register()
             log.info("training", step=replica.step, num_steps=plan.num_steps, ranks=world_size())
             replica.train(stop.is_set)
         log.info("stopped" if replica.step < plan.num_steps else "finished", step=replica.step)
     return 0
 
 
-def _follow(config: DictConfig, plan: Plan, settings: TrainerSettings) -> int:
-    """A rank that is not the leader: it needs neither Redis nor signals, and ends when the leader says so."""
+def _train_together(
+    config: DictConfig, plan: Plan, broker: BlockingBroker, stop: threading.Event, log: BoundLogger
+) -> int:
+    """As one of several replicas of the policy."""
+    config, divide_by = summed_loss(config)
     engine = build_engine(config)
-    if not settings.dry_run:
-        from lachesis.trainer.algo import Learner
+    from lachesis.trainer.reporter import Reporter
+    from lachesis.trainer.together import train_together
 
+    with _tracker(plan, config) as tracker:
+        step = train_together(
+            broker=broker,
+            plan=plan,
+            engine=engine,
+            algorithm=config.algorithm,
+            divide_by=divide_by,
+            mapping=partial(_mapping, plan),
+            reporter=Reporter(broker, plan, engine, tracker, log),
+            stop=stop,
+            log=log,
+        )
+    log.info("stopped" if step < plan.num_steps else "finished", step=step)
+    return 0
+
+
+def _follow(config: DictConfig, plan: Plan, settings: TrainerSettings) -> int:
+    """A rank that is not the leader: it needs no signals, and ends when the leader says so."""
+    divide_by = ""
+    if plan.elastic:
+        config, divide_by = summed_loss(config)
+    engine = build_engine(config)
+    if settings.dry_run:
+        return 0
+    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.together import follow_together
+
+    if plan.elastic:
+        follow_together(
+            plan=plan,
+            engine=engine,
+            algorithm=config.algorithm,
+            divide_by=divide_by,
+            mapping=partial(_mapping, plan),
+        )
+    else:
         learner = Learner(engine, config.algorithm)
         Crew(engine, learner).follow(_mapping(plan, engine, learner))
     return 0

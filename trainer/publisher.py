@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.crash import crash_point
-from lachesis.trainer.tenure import Tenure
+from lachesis.trainer.tenure import Right
 from lachesis.trainer.versions import VersionStore
 
 SERVER_GONE_S = 600.0  # a server silent for this long no longer holds a version on disk
@@ -30,7 +30,7 @@ class Publisher:
     """`with Publisher(…) as publisher:`; what goes wrong in its thread is raised by the next call, in the caller's."""
 
     def __init__(
-        self, broker: BlockingBroker, policy: str, versions: VersionStore, tenure: Tenure, *, keep_versions: int
+        self, broker: BlockingBroker, policy: str, versions: VersionStore, tenure: Right, *, keep_versions: int
     ) -> None:
         self._broker, self._policy, self._versions, self._tenure = broker, policy, versions, tenure
         self._keep_versions = keep_versions

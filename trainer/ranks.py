@@ -7,9 +7,9 @@ others, verl's engine does: parameters are sharded over them, gradients summed. 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import timedelta
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,13 +113,19 @@ class Crew:
             for _ in found:
                 pass
 
-    def follow(self, to_batch: Callable[[Sequence[Group]], TrainingBatch]) -> None:
-        """Do what rank 0 does until it dismisses. `to_batch` maps groups as rank 0 maps them."""
+    def follow(
+        self,
+        to_batch: Callable[[Sequence[Group]], TrainingBatch],
+        orders: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+    ) -> None:
+        """Do what rank 0 does until it dismisses. `to_batch` maps groups as rank 0 maps them; `orders`: what else there is."""
         while True:
             name, args = self._ranks.next_order()
             if name == "dismiss":
                 return
-            if name == "step":
+            if name in orders:
+                orders[name](*args)
+            elif name == "step":
                 self._learner.step(to_batch(args[0]))
             elif name == "tensors":
                 for _ in self.tensors():

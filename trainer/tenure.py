@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from types import TracebackType
+from typing import Protocol
 
 import anyio
 from redis.exceptions import RedisError
@@ -13,6 +14,13 @@ from lachesis.broker import BlockingBroker, LeaseLost
 from lachesis.broker.records import Lease
 
 WAIT_S = 0.2
+
+
+class Right(Protocol):
+    """The right to publish a policy's versions and to save its checkpoints."""
+
+    def check(self) -> None:
+        """Raise LeaseLost if another process has it by now."""
 
 
 class Tenure:

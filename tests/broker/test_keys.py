@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from replicas import replicas_at_work
 from scored import group, trained
 
 from lachesis.broker import Broker, ConfigurationError
@@ -49,7 +50,7 @@ async def test_a_run_makes_only_listed_keys_of_the_listed_types(broker: Broker) 
     await broker.tokens.create("admin")
     await queue.retention.keep(1 << 20)
     await queue.bury("bad", b"{}", "invalid", "test")
-    for number in range(4):
+    for number in range(6):
         await queue.put(f"g{number}", group(number), v_min=0, v_max=0)
     await queue.subscribe("main")
     for _ in range(2):
@@ -57,6 +58,7 @@ async def test_a_run_makes_only_listed_keys_of_the_listed_types(broker: Broker) 
     lease = await queue.lease_or_form("main", "c", 2, lapse_s=60)
     assert lease is not None
     await queue.commit("main", lease, trained(lease.batch))
+    await replicas_at_work(broker)
 
     prefix = broker.keys.groups.removesuffix("groups")
     page = {re.compile(re.sub(r"<\w+>", ".+", name)): kind for name, kind in documented().items()}

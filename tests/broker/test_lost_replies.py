@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 import pytest
+from replicas import founded, lent, opened
 from reply_dropper import ReplyDropper, dropping_replies
 from scored import group, trained
 
@@ -13,11 +14,13 @@ from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
 from lachesis.broker.codec import tokens_digest
 from lachesis.broker.lua import NAMES
+from lachesis.broker.members import Claimed, Meeting
 from lachesis.broker.records import (
     EnvConfig,
     Lease,
     Limits,
     Lineage,
+    Membership,
     PoolRule,
     ServerStatus,
     TrainerConfig,
@@ -273,10 +276,90 @@ async def note(run: Run) -> None:
     assert await run.direct.parties.servers() == [STATUS]
 
 
+async def found(run: Run) -> None:
+    await run.filled()
+    run.lose("found")
+    me = await founded(run.broker)
+    assert me == Membership("main", "a", 1, 1)
+    assert [member.id for member in await run.direct.members.members("main")] == ["a"]
+
+
+async def join(run: Run) -> None:
+    await run.filled()
+    await founded(run.direct)
+    run.lose("join")
+    assert await run.broker.members.join("main", "b", generation=1, step=0) == Membership("main", "b", 1, 2)
+    assert [member.id for member in await run.direct.members.members("main")] == ["a", "b"]
+
+
+async def beat(run: Run) -> None:
+    await run.filled()
+    await founded(run.direct)
+    run.lose("beat")
+    assert await run.broker.members.beat("main", "a", hold_s=60)
+
+
+async def evict(run: Run) -> None:
+    await join(run)
+    run.dropper.lost = 0
+    run.lose("evict")
+    assert await run.broker.members.evict("main", silent_s=60, limits={"b": 0}) == 0  # of the call that was answered
+    standing = await run.direct.members.standing("main")
+    assert standing is not None
+    assert standing.epoch == 3
+
+
+async def meet(run: Run) -> None:
+    await run.filled()
+    me = await founded(run.direct)
+    run.lose("meet")
+    assert await run.broker.members.meet(me) == Meeting(0, {"a": 0})
+
+
+async def heal(run: Run) -> None:
+    await run.filled()
+    await founded(run.direct)
+    me = await run.direct.members.join("main", "b", generation=1, step=-1)
+    assert me is not None
+    run.lose("heal")
+    await run.broker.members.heal(me, 0)
+    assert [member.step for member in await run.direct.members.members("main")] == [0, 0]
+
+
+async def open(run: Run) -> None:
+    await run.filled()
+    me = await founded(run.direct)
+    step = await lent(run.direct)
+    run.lose("open")
+    assert await run.broker.members.open(me, step)
+    assert await run.length(run.direct.keys.work("main")) == 2
+
+
+async def claim(run: Run) -> None:
+    await run.filled()
+    me = await opened(run.direct)
+    run.lose("claim")
+    assert await run.broker.members.claim(me, 1, count=1, held=0) == Claimed(((0, "g0"),))
+    assert [member.holds for member in await run.direct.members.members("main")] == [1]
+
+
+async def vote(run: Run) -> None:
+    await run.filled()
+    me = await opened(run.direct)
+    await run.direct.members.claim(me, 1, count=2, held=0)
+    batch = await run.direct.queue.batch(1)
+    assert batch is not None
+    run.lose("vote")
+    assert await run.broker.members.vote(me, 1, "digest", trained(batch))
+    assert await run.length(run.direct.keys.ledger("main")) == 1
+    assert await run.direct.redis.hget(run.direct.keys.state, "committed:main") == b"1"
+    assert [member.trained for member in await run.direct.members.members("main")] == [2]
+
+
 SCRIPTS = {case.__name__: case for case in (
     arrive, put, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, adopt,
     register_env,
-    publish, steer, take_turn, append, note,
+    publish, steer, take_turn, append, note, found, join, beat, evict, meet, heal, open, claim, vote,
 )}  # fmt: skip
 
 

@@ -6,10 +6,11 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -119,20 +120,22 @@ def start_trainer(
     crash_at: str = "",
     log: Path | None = None,
     dry_run: bool = False,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> ForkServerProcess:
     """A trainer as a process of its own, with its own state folder and log."""
     settings = {"redis_url": url, "run": run, "state_dir": state_dir, "overrides": list(overrides), "dry_run": dry_run}
-    process = context.Process(target=_train, args=(settings, crash_at, log or state_dir / "trainer.log"))
+    given = {**environment, "LACHESIS_CRASH_AT": crash_at}
+    process = context.Process(target=_train, args=(settings, given, log or state_dir / "trainer.log"))
     process.start()
     return process
 
 
-def _train(settings: dict[str, Any], crash_at: str, log: Path) -> None:
+def _train(settings: dict[str, Any], environment: dict[str, str], log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ["LACHESIS_CRASH_AT"] = crash_at
+    os.environ.update(environment)
     from lachesis.trainer.main import run as run_trainer
     from lachesis.trainer.settings import TrainerSettings
 

@@ -1,0 +1,197 @@
+"""A replica as a process of its own, of a tiny float64 policy whose rollouts are `scored.group`s.
+
+Its checkpoints, its log and what it ends with are files of its folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from lachesis.broker import BlockingBroker, connect_blocking
+from lachesis.broker.crash import crash_point
+from lachesis.broker.dead import untrainable
+from lachesis.broker.members import Meeting
+from lachesis.broker.records import BatchEntry, DeadEntry, Group, LedgerEntry, Membership, WeightsEntry
+from lachesis.trainer.compute import LocalCompute
+from lachesis.trainer.duties import Team, Trained
+from lachesis.trainer.elastic import ElasticReplica
+from lachesis.trainer.exact import ExactSum, total
+from lachesis.trainer.tenure import Tenure
+
+WORDS, WIDTH, EVERY = 64, 8, 3  # tokens, size of the hidden layer, steps between checkpoints
+
+
+class Settings(msgspec.Struct, frozen=True):
+    url: str
+    run: str
+    folder: str
+    name: str
+    steps: int = 6
+    batch_size: int = 12
+    compute_s: float = 0.0  # of one group, waited
+    silent_s: float = 5.0
+    hold_s: float = 1.5
+
+
+class TinyCompute(LocalCompute):
+    """Next-token log-probs of an embedding and a linear layer, weighted by scores; Adam by hand."""
+
+    def __init__(self, compute_s: float = 0.0) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.theta = torch.randn(2 * WORDS * WIDTH, dtype=torch.float64, generator=generator)
+        self.first, self.second = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
+        self.updates = torch.zeros(1, dtype=torch.float64)
+        self._compute_s = compute_s
+        self.clear()
+
+    def accumulate(self, batch: BatchEntry, claimed: Sequence[tuple[int, Group]]) -> list[bytes]:
+        for _, group in claimed:
+            time.sleep(self._compute_s)
+            theta = self.theta.clone().requires_grad_()
+            embedding, head = theta.view(2, WORDS, WIDTH)
+            tokens = torch.stack([torch.tensor(row, dtype=torch.int64) for row in group.tokens])
+            scores = torch.tensor(group.scores)
+            log_probs = torch.log_softmax(embedding[tokens[:, :-1]] @ head.T, -1)
+            loss = -(scores[:, None] * log_probs.gather(-1, tokens[:, 1:, None])[..., 0]).sum()
+            (gradient,) = torch.autograd.grad(loss, theta)
+            count = torch.tensor([float(tokens[:, 1:].numel())], dtype=torch.float64)
+            self._sum.add(torch.cat([gradient, loss.detach()[None], count]))
+        return [group.gid.encode() for _, group in claimed]
+
+    def sums(self) -> list[Tensor]:
+        return [self._sum.parts.clone()]
+
+    def clear(self) -> None:
+        self._sum = ExactSum(len(self.theta) + 2)
+
+    def apply(self, batch: BatchEntry, sums: Sequence[Tensor], told: Sequence[bytes]) -> None:
+        assert [gid.decode() for gid in told] == list(batch.gids)
+        found = total(sums[0])
+        gradient = found[:-2] / found[-1]
+        self.updates += 1
+        self.first.lerp_(gradient, 0.1)
+        self.second.lerp_(gradient**2, 0.01)
+        mean = self.first / (1 - 0.9**self.updates)
+        spread = self.second / (1 - 0.99**self.updates)
+        self.theta -= 0.05 * mean / (spread.sqrt() + 1e-8)
+        self.clear()
+
+    def entry(
+        self, batch: BatchEntry, before: int, sums: Sequence[Tensor], told: Sequence[bytes]
+    ) -> tuple[LedgerEntry, list[DeadEntry]]:
+        found = total(sums[0])
+        entry = LedgerEntry(
+            batch.step, batch.gids, batch.n, batch.tok, before, batch.step, batch.v_min, before, "",
+            0.0, (found[-2] / found[-1]).item(), 0.0,
+        )  # fmt: skip
+        return entry, [untrainable(gid.decode(), 0, "a test") for gid in told[:1]]
+
+    def state(self) -> tuple[bytes, list[Tensor]]:
+        return b"{}", [self.theta.clone(), self.first.clone(), self.second.clone(), self.updates.clone()]
+
+    def blank(self, header: bytes) -> list[Tensor]:
+        return [torch.zeros_like(part) for part in self.state()[1]]
+
+    def load(self, header: bytes, tensors: Sequence[Tensor]) -> None:
+        self.theta, self.first, self.second, self.updates = tensors
+
+    def digest(self) -> str:
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in self.state()[1])).hexdigest()
+
+
+class TinyDuties:
+    """Checkpoints as files, versions as nothing but the hash of their weights."""
+
+    def __init__(self, broker: BlockingBroker, compute: TinyCompute, folder: Path) -> None:
+        self._broker, self._compute, self._folder = broker, compute, folder
+
+    def resume(self, tenure: Tenure) -> int:
+        async def read() -> list[LedgerEntry]:
+            return [entry async for entry in self._broker.broker.queue.ledger("main")]
+
+        ledger = self._broker.call(read)
+        saved = max((int(path.stem) for path in self._folder.glob("*.pt")), default=0)
+        if saved:
+            self._compute.load(b"{}", torch.load(self._folder / f"{saved}.pt", weights_only=True))
+        elif not ledger:
+            self._publish(0)
+        for entry in ledger[saved:]:
+            groups = self._broker.call(self._broker.broker.queue.fetch, entry.gids)
+            told = self._compute.accumulate(_batch_of(entry), list(enumerate(groups)))
+            self._compute.apply(_batch_of(entry), self._compute.sums(), told)
+            crash_point("replayed", entry.step)
+            self.follow_up(entry.step)
+        return len(ledger)
+
+    def follow_up(self, step: int) -> None:
+        self._publish(step)
+        crash_point("published", step)
+        path = self._folder / f"{step}.pt"
+        if step and step % EVERY == 0 and not path.exists():
+            aside = path.with_suffix(f".{os.getpid()}.tmp")
+            torch.save(self._compute.state()[1], aside)
+            crash_point("saving", step)
+            aside.rename(path)
+            crash_point("saved", step)
+            self._broker.call(self._broker.broker.queue.retire, "main", step)
+
+    def met(self, meeting: Meeting, me: Membership) -> None:
+        print("met", meeting, me)
+
+    def opened(self, step: int) -> None:
+        self._broker.call(self._broker.broker.queue.deliver, step)
+
+    def settle(self) -> None:
+        """Nothing is under way."""
+
+    def report(self, trained: Trained) -> None:
+        """Nobody reads it."""
+
+    def finish(self, step: int) -> None:
+        """The next one replays what it must."""
+
+    def resign(self) -> None:
+        """It holds nothing."""
+
+    def _publish(self, step: int) -> None:
+        weights = self._broker.broker.weights
+        newest = self._broker.call(weights.newest, "main")
+        if newest is None or newest.version < step:
+            digest = self._compute.digest()
+            entry = WeightsEntry(step, step, "memory:", digest, 0, "F64", step - 1)
+            self._broker.call(weights.publish, "main", entry)
+
+
+def _batch_of(entry: LedgerEntry) -> BatchEntry:
+    return BatchEntry(entry.step, entry.gids, entry.n, entry.tok, entry.v_min, entry.v_min, 0.0)
+
+
+def main(settings: Settings, crash_at: str = "") -> None:
+    output = os.open(f"{settings.folder}/{settings.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ["LACHESIS_CRASH_AT"] = crash_at
+    torch.set_num_threads(1)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    team = Team("main", settings.batch_size, settings.steps, settings.silent_s, settings.hold_s)
+    compute = TinyCompute(settings.compute_s)
+    with connect_blocking(settings.url, settings.run) as broker:
+        broker.call(broker.broker.queue.subscribe, "main")
+        duties = TinyDuties(broker, compute, Path(settings.folder))
+        with ElasticReplica(broker, team, settings.name, compute, lambda _: duties, stop.is_set) as replica:
+            replica.train()
+            told: dict[str, Any] = {"step": replica.step, "digest": compute.digest()}
+            (Path(settings.folder) / f"{settings.name}.json").write_text(json.dumps(told))

@@ -1,0 +1,122 @@
+"""Sums across processes over gloo, and sums that don't show their order."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
+from lachesis.broker.records import Membership
+from lachesis.trainer import reducer
+from lachesis.trainer.exact import ExactSum, total
+from lachesis.trainer.reducer import GlooReducer, address_towards
+
+
+class Over(Exception):
+    """What the tests' watch raises."""
+
+
+def nothing() -> None:
+    pass
+
+
+def over() -> None:
+    raise Over
+
+
+def connect(broker: BlockingBroker, world: int, epoch: int) -> list[GlooReducer]:
+    def one(rank: int) -> GlooReducer:
+        return GlooReducer(broker, Membership("main", f"r{rank}", 1, epoch), rank, world, nothing)
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(one, range(world)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize("world", [2, 3])
+def test_all_get_the_sum_bit_for_bit(
+    shared_redis: EmbeddedRedis, run_name: str, world: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reducer, "BUCKET_BYTES", 1000)
+    terms = [[torch.randn(n).mul(1000).to(dtype) for n in (0, 1, 700)] for _ in range(world)]
+    expected = [torch.stack(parts).sum(0) for parts in zip(*terms, strict=True)]
+    with connect_blocking(shared_redis.url, run_name) as broker:
+        reducers = connect(broker, world, 1)
+        with ThreadPoolExecutor(world) as pool:
+            list(pool.map(lambda pair: pair[0].sum(pair[1], nothing), zip(reducers, terms, strict=True)))
+        for mine in terms:
+            assert all(a.equal(b) for a, b in zip(mine, terms[0], strict=True))
+            assert all(a.allclose(b, atol=0.01) for a, b in zip(mine, expected, strict=True))
+        for one in reducers:
+            one.close()
+
+
+def test_tensors_are_handed_over(shared_redis: EmbeddedRedis, run_name: str) -> None:
+    sent, received = [torch.randn(300), torch.randn(4).double()], [torch.zeros(300), torch.zeros(4).double()]
+    with connect_blocking(shared_redis.url, run_name) as broker:
+        first, second = connect(broker, 2, 1)
+        with ThreadPoolExecutor(2) as pool:
+            sending = pool.submit(first.send, sent, 1, nothing)
+            second.receive(received, 0, nothing)
+            sending.result()
+        assert all(a.equal(b) for a, b in zip(sent, received, strict=True))
+        first.close()
+        second.close()
+
+
+def test_waiting_ends_when_the_watch_says_so(shared_redis: EmbeddedRedis, run_name: str) -> None:
+    with connect_blocking(shared_redis.url, run_name) as broker:
+        first, second = connect(broker, 2, 1)
+        with pytest.raises(Over):
+            first.sum([torch.ones(3)], over)
+        first.close()
+        second.close()
+        with pytest.raises(Over):  # nobody else comes
+            GlooReducer(broker, Membership("main", "r0", 1, 2), 0, 2, over)
+
+
+def test_the_address_is_one_of_this_machine() -> None:
+    assert address_towards("unix:///tmp/redis.sock") == address_towards("redis://127.0.0.1:6379/0") == "127.0.0.1"
+
+
+finite = st.floats(-1e6, 1e6, allow_subnormal=False)
+
+
+@given(st.lists(st.lists(finite, min_size=3, max_size=3), min_size=1, max_size=20), st.randoms())
+def test_an_exact_sum_does_not_depend_on_order_or_grouping(rows: list[list[float]], rng: random.Random) -> None:
+    def summed(order: list[list[float]], groups: int) -> Tensor:
+        parts = [ExactSum(3) for _ in range(groups)]
+        for row in order:
+            rng.choice(parts).add(torch.tensor(row, dtype=torch.float64))
+        return total(sum((part.parts for part in parts), torch.zeros(2, 3, dtype=torch.float64)))
+
+    expected = summed(rows, 1)
+    shuffled = list(rows)
+    rng.shuffle(shuffled)
+    assert summed(shuffled, rng.randint(1, 4)).equal(expected)
+    plain = torch.tensor(rows, dtype=torch.float64).sum(0)
+    assert expected.allclose(plain, rtol=1e-12, atol=1e-9)
+
+
+@given(st.lists(st.floats(-1.0, 1.0, width=32), min_size=1, max_size=50))
+def test_sums_of_float32_gradients_are_right_to_the_last_bit_of_float32(values: list[float]) -> None:
+    found = ExactSum(1)
+    for value in values:
+        found.add(torch.tensor([value], dtype=torch.float32))
+    expected = torch.tensor(values, dtype=torch.float64).sum()
+    assert abs(total(found.parts)[0] - expected) <= max(2.0**-52 * len(values), abs(expected) * 2.0**-50)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_shows(value: float) -> None:
+    found = ExactSum(2)
+    found.add(torch.tensor([value, 1.0]))
+    found.add(torch.tensor([2.0]), start=1)
+    assert not total(found.parts)[0].isfinite()
+    assert total(found.parts)[1] == 3.0

@@ -1,0 +1,188 @@
+"""Trainers with lachesis.elastic, as processes with real verl: how many there are, and who dies, does not show."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from together_kit import GROUPS, STEPS, Run, check_clean, distance, fill, train
+from trainer_kit import PATIENCE_S, until
+
+from lachesis.broker import EmbeddedRedis, connect_blocking
+
+pytestmark = pytest.mark.verl
+
+
+@pytest.fixture
+def make_run(shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path, tiny_model: Path) -> Iterator[Any]:
+    runs: list[Run] = []
+
+    def make(name: str = "") -> Run:
+        folder = tmp_path / (name or "run")
+        folder.mkdir()
+        runs.append(Run(shared_redis.url, f"{run_name}{name}", folder, tiny_model))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.end()
+
+
+def test_any_number_of_replicas_train_the_same_weights_bit_for_bit(make_run: Callable[..., Run]) -> None:
+    exact = "lachesis.elastic_dtype=fp64"
+    (one, steps), (two, _), (three, theirs) = (train(make_run, f"x{count}", count, exact) for count in (1, 2, 3))
+    for version in range(STEPS + 1):
+        assert distance(one.weights(version), two.weights(version)) == 0.0
+        assert distance(one.weights(version), three.weights(version)) == 0.0
+    same = ("reward", "loss", "grad_norm", "entropy", "lag", "lag_mean", "tokens", "trained_tokens", "unfit_sequences")
+    for mine, other in zip(steps, theirs, strict=True):
+        assert [mine[name] for name in same] == [other[name] for name in same]
+
+
+def test_replicas_train_what_a_single_trainer_trains(make_run: Callable[..., Run]) -> None:
+    (single, steps), (three, theirs) = train(make_run, "s", 0), train(make_run, "t", 3)
+    assert distance(single.weights(STEPS), three.weights(STEPS)) < 1e-3
+    assert steps[0].keys() <= theirs[0].keys()
+    for mine, other in zip(steps, theirs, strict=True):
+        for name in ("reward", "lag", "lag_mean", "tokens", "critic/score/mean", "unfit_sequences"):
+            assert mine[name] == other[name], name
+        for name in ("loss", "grad_norm", "critic/advantages/mean", "critic/advantages/max", "response_length/max"):
+            assert float(mine[name]) == pytest.approx(float(other[name]), rel=1e-2, abs=1e-4), name
+
+
+def test_commands_killed_and_added_in_the_middle(make_run: Callable[..., Run]) -> None:
+    """The first of three is killed with -9 and another one comes: the audit is clean, the weights are as without."""
+    exact = "lachesis.elastic_dtype=fp64"
+    expected, _ = train(make_run, "calm", 1, exact)
+    run = make_run("killed")
+    with connect_blocking(run.url, run.name) as broker:
+        processes = {"first": run.command("first", exact)}
+        run.wait_for(broker, 1)
+        processes |= {name: run.command(name, exact) for name in ("second", "third")}
+        run.wait_for(broker, 3)
+        broker.call(fill, broker.broker, STEPS * GROUPS)
+
+        def step() -> int:
+            newest = broker.call(broker.broker.queue.newest_committed, "main")
+            return newest.step if newest else 0
+
+        until(lambda: step() >= 4)
+        os.kill(processes["first"].pid, signal.SIGKILL)
+        assert step() < STEPS
+        processes["late"] = run.command("late", exact)
+        for name, process in processes.items():
+            process.wait(PATIENCE_S)
+            assert process.returncode == (-signal.SIGKILL if name == "first" else 0), run.log(name)
+        ledger = check_clean(run, broker)
+        assert "first" in ledger[0].replica
+        assert "first" not in ledger[-1].replica
+    for version in range(STEPS + 1):
+        assert distance(expected.weights(version), run.weights(version)) == 0.0
+    told = subprocess.run(
+        [sys.executable, "-m", "lachesis.cli.main", "audit", "--redis-url", run.url, "--run", run.name],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stdout
+
+
+@pytest.mark.parametrize("point", ["publish:4", "announce:4", "checkpoint:3", "voted:5", "committed:4", "healed:0"])
+def test_a_replica_killed_at_its_worst_moment_is_not_missed(make_run: Callable[..., Run], point: str) -> None:
+    run = make_run()
+    with connect_blocking(run.url, run.name) as broker:
+        leads = not point.startswith("healed")
+        processes = {"leader": run.start("leader", crash_at=point if leads else "")}
+        run.wait_for(broker, 1)
+        broker.call(fill, broker.broker, STEPS * GROUPS)
+        processes["other"] = run.start("other", crash_at="" if leads else point)
+        processes["third"] = run.start("third")
+        for name, process in processes.items():
+            process.join(PATIENCE_S)
+            dies = name == ("leader" if leads else "other")
+            assert process.exitcode in ((-signal.SIGKILL, 0) if dies else (0,)), run.log(name)
+        check_clean(run, broker)
+
+
+def test_all_die_and_new_ones_replay(make_run: Callable[..., Run]) -> None:
+    exact = "lachesis.elastic_dtype=fp64"
+    expected, _ = train(make_run, "calm", 2, exact)
+    run = make_run("died")
+    with connect_blocking(run.url, run.name) as broker:
+        processes = [run.start("a", exact, crash_at="committed:5"), run.start("b", exact, crash_at="reduced:6")]
+        run.wait_for(broker, 2)
+        broker.call(fill, broker.broker, STEPS * GROUPS)
+        for process in processes:
+            process.join(PATIENCE_S)
+        names = ("c", "d")
+        again = [run.start(name, exact) for name in names]
+        for name, process in zip(names, again, strict=True):
+            process.join(PATIENCE_S)
+            assert process.exitcode == 0, run.log(name)
+        check_clean(run, broker)
+        assert "replayed" in run.log("c") + run.log("d")
+    for version in range(STEPS + 1):
+        assert distance(expected.weights(version), run.weights(version)) == 0.0
+
+
+def test_replicas_as_ray_actors_are_refused(make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    told = subprocess.run(
+        [sys.executable, "-m", "lachesis.cli.main", "trainer", "--ray-ranks", "2", *run.words("r")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert told.returncode == 2
+    assert "ray_ranks = 2: not with lachesis.elastic" in told.stderr
+
+
+# -- replicas of two ranks ----------------------------------------------------------------------------------------
+
+EXACT = "lachesis.elastic_dtype=fp64"
+
+
+def train_in_ranks(make_run: Callable[..., Run], name: str, replicas: int) -> Run:
+    run = make_run(name)
+    with connect_blocking(run.url, run.name) as broker:
+        started = [run.start_ranks(f"r{number}", EXACT, ranks=2) for number in range(replicas)]
+        run.wait_for(broker, replicas)
+        broker.call(fill, broker.broker, STEPS * GROUPS)
+        for process in (rank for ranks in started for rank in ranks):
+            process.join(PATIENCE_S)
+            assert process.exitcode == 0, run.log("r0") + run.log("r01")
+        check_clean(run, broker)
+    return run
+
+
+def test_replicas_of_two_ranks_sum_shard_by_shard(make_run: Callable[..., Run]) -> None:
+    single, _ = train(make_run, "single", 0)
+    one, two = (train_in_ranks(make_run, f"w{count}", count) for count in (1, 2))
+    for version in range(STEPS + 1):
+        assert distance(one.weights(version), two.weights(version)) == 0.0
+    assert distance(single.weights(STEPS), two.weights(STEPS)) < 1e-3
+
+
+def test_a_rank_that_dies_takes_its_replica_with_it_and_no_other(make_run: Callable[..., Run]) -> None:
+    """The second replica loses a rank; another one of two ranks takes its place, and heals shard by shard."""
+    expected = train_in_ranks(make_run, "calm", 1)
+    run = make_run("killed")
+    with connect_blocking(run.url, run.name) as broker:
+        first = run.start_ranks("first", EXACT, ranks=2)
+        run.wait_for(broker, 1)
+        second = run.start_ranks("second", EXACT, ranks=2)
+        run.wait_for(broker, 2)
+        broker.call(fill, broker.broker, STEPS * GROUPS)
+        until(lambda: broker.call(broker.broker.queue.newest_committed, "main") is not None)
+        second[1].kill()
+        third = run.start_ranks("third", EXACT, ranks=2)
+        for process in (*first, *third):
+            process.join(PATIENCE_S)
+            assert process.exitcode == 0, run.log("first") + run.log("first1")
+        second[0].join(PATIENCE_S)
+        assert second[0].exitcode == 1, run.log("second")
+        check_clean(run, broker)
+    for version in range(STEPS + 1):
+        assert distance(expected.weights(version), run.weights(version)) == 0.0

@@ -1,0 +1,263 @@
+"""One of several replicas that train a policy together: one optimizer trajectory, however many there are and who dies.
+
+A step, for each replica: claim groups and accumulate their gradients until all are claimed; sum over the replicas; vote;
+when the last vote has committed the step, apply the sum. Whoever dies before its vote leaves groups behind that the
+others claim; nobody else's gradients are lost, as what is summed is a copy. Whoever dies after the commit is not missed.
+Between steps all replicas hold the same weights, bit for bit, so a new one gets them from any other.
+
+Protocol and proofs by test: broker/members.py. What is computed, and by what, only `Compute` knows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import TracebackType
+
+from msgspec import structs
+from torch import Tensor
+
+from lachesis.broker import BlockingBroker, LeaseLost
+from lachesis.broker.crash import crash_point
+from lachesis.broker.errors import Moved
+from lachesis.broker.members import CONSUMER, NO_WEIGHTS, Meeting
+from lachesis.broker.records import BatchEntry, DeadEntry, LedgerEntry, Membership
+from lachesis.trainer.compute import Compute
+from lachesis.trainer.duties import Duties, Team, Trained
+from lachesis.trainer.exchange import digest, sum_up
+from lachesis.trainer.feed import noticing_resets
+from lachesis.trainer.reducer import Alone, GlooReducer, PeerLost, Reducer
+from lachesis.trainer.seat import POLL_S, Seat, Stopped
+
+FORM_S = 0.25  # the leader waits so long for rollouts before it looks around
+
+
+class ElasticReplica:
+    """`with ElasticReplica(…) as replica: replica.train()`."""
+
+    def __init__(
+        self,
+        broker: BlockingBroker,
+        team: Team,
+        name: str,
+        compute: Compute,
+        make_duties: Callable[[Seat], Duties],
+        stopping: Callable[[], bool],
+    ) -> None:
+        self._broker, self._members = broker, broker.broker.members
+        self._team, self._compute = team, compute
+        self.seat = Seat(broker, team, name, stopping)
+        self._duties = make_duties(self.seat)
+        self.step = NO_WEIGHTS  # of the weights in memory
+        self._generation = 0  # that they belong to
+        self._meeting: Meeting | None = None
+        self._reducer: Reducer = Alone()
+        self._batch: BatchEntry | None = None  # the step in work
+        self._held: dict[int, bytes] = {}  # its groups in this replica's sums: place → what is told of it
+        self._summed: tuple[list[Tensor], list[bytes]] | None = None  # of all replicas, while they vote
+        self._done_at = time.perf_counter()  # when the step before this one was done
+
+    def __enter__(self) -> ElasticReplica:
+        self.seat.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reducer.close()
+        self._duties.resign()
+        self.seat.__exit__(kind, error, trace)
+
+    def train(self) -> None:
+        """Train until the last step, or until asked to stop; what it has claimed then, others claim.
+
+        Raises Conflict if the run was reset, Diverged if replicas disagree.
+        """
+        try:
+            while self.step < self._team.num_steps:
+                self.seat.check_stop()
+                try:
+                    self._go_on()
+                except Moved:
+                    self._move()
+                except LeaseLost:  # the batch was given up, or is lent to others by now
+                    self._drop_work()
+            # each that leaves sees that the last step was followed up, in case those before it died
+            if self.seat.wait_to_be_first():
+                self._duties.follow_up(self.step)
+                self._duties.finish(self.step)
+        except Stopped:
+            with suppress(LeaseLost):  # another replica leads by now, and saves
+                if self._meeting is not None and self._leads(self._meeting):
+                    self._duties.finish(self.step)
+
+    def _go_on(self) -> None:
+        try:
+            if self.seat.me is None:
+                self._enter()
+            elif self._meeting is None:
+                self._meet(self.seat.me)
+            else:
+                self._one_step(self.seat.me, self._meeting)
+        except PeerLost:
+            self._disconnect()
+            self.seat.part()
+
+    # -- coming and going -----------------------------------------------------------------------------------------
+
+    def _enter(self) -> None:
+        self._drop_work()
+        self._duties.resign()
+        self.step = self.seat.take(self._generation, self.step, self._duties.resume)
+        if self.seat.me is not None:
+            self._generation = self.seat.me.generation
+
+    def _move(self) -> None:
+        """The epoch is over: go on in the next one, with the gradients of groups that are still this replica's."""
+        self._disconnect()
+        voted_in = self.seat.me
+        standing = self.seat.move()
+        if self._summed is not None and self._batch is not None and voted_in is not None:
+            mine = (voted_in.generation, self._batch.step, voted_in.epoch)
+            if (standing.generation, standing.step, standing.won) == mine:  # committed, by the votes of others
+                self._apply()
+        self._summed = None
+
+    def _meet(self, me: Membership) -> None:
+        """Wait for all replicas, connect to them, and give the newest weights to those that lack them."""
+        meeting = self.seat.meet(me)
+        current = [rank for rank, step in enumerate(meeting.steps.values()) if step == meeting.step]
+        rank = list(meeting.steps).index(me.id)
+        if len(meeting.steps) > 1:
+            self._reducer = GlooReducer(self._broker, me, rank, len(meeting.steps), self.seat.watch)
+            self._compute.connect(me, rank, len(meeting.steps))
+        crash_point("met", max(0, self.step))
+        for other, step in enumerate(meeting.steps.values()):
+            if step == meeting.step:
+                continue
+            if rank == current[0]:
+                self._compute.give(self._reducer, other, self.seat.watch)
+            elif rank == other:
+                self._drop_work()
+                self._compute.get(self._reducer, current[0], self.seat.watch)
+                self.step = meeting.step
+                self._broker.call(self._members.heal, me, self.step)
+                crash_point("healed", self.step)
+        self._meeting = meeting
+        self._duties.met(meeting, me)
+        if self._leads(meeting):
+            self._duties.follow_up(self.step)  # what its predecessor did not get to
+
+    def _disconnect(self) -> None:
+        self._reducer.close()
+        self._compute.disconnect()
+        self._reducer, self._meeting = Alone(), None
+
+    def _leads(self, meeting: Meeting) -> bool:
+        return self.seat.me is not None and next(iter(meeting.steps)) == self.seat.me.id
+
+    # -- one step -------------------------------------------------------------------------------------------------
+
+    def _one_step(self, me: Membership, meeting: Meeting) -> None:
+        batch, leads = self._open(me, meeting), self._leads(meeting)
+        began = time.perf_counter()
+        while claimed := self._claim(me, batch):
+            crash_point("claimed", batch.step)
+            groups = self._broker.call(self._broker.broker.queue.fetch, [gid for _, gid in claimed])
+            places = [place for place, _ in claimed]
+            told = self._compute.accumulate(batch, list(zip(places, groups, strict=True)))
+            self._held.update(zip(places, told, strict=True))
+            crash_point("accumulated", batch.step)
+            self.seat.reap()
+        computed = time.perf_counter()
+        crash_point("reducing", batch.step)
+        sums, told = self._summed = sum_up(self._reducer, batch, self._compute, self._held, self.seat.watch)
+        crash_point("reduced", batch.step)
+        reduced = time.perf_counter()
+        entry, letters = self._compute.entry(batch, self.step, sums, told)
+        names = " ".join(sorted(id_.rsplit(":", 1)[0] for id_ in meeting.steps))
+        entry = structs.replace(entry, replica=names, seconds=reduced - began)
+        if leads:
+            self._duties.settle()
+        mine = len(self._held)
+        self._vote(me, entry, letters, digest(sums, told))
+        crash_point("committed", batch.step)
+        voted = time.perf_counter()
+        self._apply()
+        crash_point("applied", self.step)
+        if leads:
+            trained = Trained(
+                entry=entry,
+                letters=letters,
+                told=told,
+                groups=mine,
+                replicas=len(meeting.steps),
+                since=self._done_at,
+                wait_s=began - self._done_at,
+                reduce_s=reduced - computed,
+                vote_s=voted - reduced,
+            )
+            self._duties.report(trained)
+            self._duties.follow_up(self.step)
+        self._done_at = time.perf_counter()
+
+    def _open(self, me: Membership, meeting: Meeting) -> BatchEntry:
+        """The batch in work, once there is one. The first replica gets it lent for all."""
+        leads, queue, policy = self._leads(meeting), self._broker.broker.queue, self._team.policy
+        while True:
+            self.seat.watch()
+            standing = self._broker.call(self._members.standing, policy)
+            if standing is not None and standing.open:
+                if self._batch is None or self._batch.step != standing.open:
+                    self._drop_work()
+                    self._batch = self._broker.call(queue.batch, standing.open)
+                if self._batch is not None:
+                    if leads:
+                        self._duties.opened(self._batch.step)
+                    return self._batch
+            elif leads:
+                newest = self._broker.call(queue.newest_group)
+                limit = self._team.max_deliveries
+                # it counts as delivered when the leader's duties say so
+                with noticing_resets(self._broker.broker.keys.run, policy):
+                    lease = self._broker.call(
+                        queue.lease, policy, CONSUMER, lapse_s=0, max_deliveries=limit, delivered=False
+                    )
+                if lease is not None:
+                    crash_point("leased", lease.batch.step)
+                    self._broker.call(self._members.open, me, lease.batch.step)
+                elif self._broker.call(queue.form, self._team.batch_size) is None:
+                    self._broker.call(queue.wait_for_group, FORM_S, after=newest)
+            else:
+                time.sleep(POLL_S)
+
+    def _claim(self, me: Membership, batch: BatchEntry) -> list[tuple[int, str]]:
+        """More groups for this replica; none once replicas have them all."""
+        while True:
+            claimed = self._broker.call(
+                self._members.claim, me, batch.step, count=self._team.chunk, held=len(self._held)
+            )
+            if claimed is None:
+                return []
+            if new := [(place, gid) for place, gid in claimed.groups if place not in self._held]:
+                return new
+
+    def _vote(self, me: Membership, entry: LedgerEntry, letters: Sequence[DeadEntry], digest: str) -> None:
+        """Returns when all have voted for the same sums: the step is committed."""
+        vote = self._members.vote
+        while not self._broker.call(vote, me, entry.step, digest, entry, untrainable=letters):
+            crash_point("voted", entry.step)
+            self.seat.watch()
+            time.sleep(POLL_S)
+
+    def _apply(self) -> None:
+        assert self._batch is not None
+        assert self._summed is not None
+        self._compute.apply(self._batch, *self._summed)
+        self.step = self._batch.step
+        self._batch, self._held, self._summed = None, {}, None
+
+    def _drop_work(self) -> None:
+        self._batch, self._held, self._summed = None, {}, None
+        self._compute.clear()

@@ -1,0 +1,86 @@
+"""Wires one of several replicas of a policy, `lachesis.elastic`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+
+from omegaconf import DictConfig
+from structlog.stdlib import BoundLogger
+
+from lachesis.broker import BlockingBroker
+from lachesis.broker.records import Group
+from lachesis.trainer.algo import Learner
+from lachesis.trainer.batch import TrainingBatch
+from lachesis.trainer.checkpoint import Checkpoints
+from lachesis.trainer.configure import Plan
+from lachesis.trainer.crew_compute import CrewCompute
+from lachesis.trainer.duties import Team
+from lachesis.trainer.elastic import ElasticReplica
+from lachesis.trainer.engine import Engine
+from lachesis.trainer.group_learner import GroupLearner
+from lachesis.trainer.lead import Lead
+from lachesis.trainer.publisher import Publisher
+from lachesis.trainer.ranks import Crew
+from lachesis.trainer.reporter import Reporter
+from lachesis.trainer.tenure import Right
+from lachesis.trainer.upkeep import Upkeep
+from lachesis.trainer.versions import VersionStore
+
+PATIENCE = 3  # times the silence after which a replica is taken out: then all are taken to be gone
+
+
+def train_together(
+    *,
+    broker: BlockingBroker,
+    plan: Plan,
+    engine: Engine,
+    algorithm: DictConfig,
+    divide_by: str,
+    mapping: Callable[[Engine, Learner], Callable[[Sequence[Group]], TrainingBatch]],
+    reporter: Reporter,
+    stop: threading.Event,
+    log: BoundLogger,
+) -> int:
+    """Train until the last step, or until `stop` is set. Returns the step of the weights in memory."""
+    learner = Learner(engine, algorithm)
+    crew, mapped = Crew(engine, learner), mapping(engine, learner)
+    mine = GroupLearner(engine, learner, mapped, divide_by=divide_by, exact=plan.exact)
+    several = engine.ranks.size > 1
+    compute = CrewCompute(mine, engine.ranks, broker.broker.url, plan.run) if several else mine
+
+    def make_upkeep(right: Right, parts: ExitStack) -> Upkeep:
+        versions = VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype)
+        publisher = Publisher(broker, plan.policy, versions, right, keep_versions=plan.keep_versions)
+        checkpoints = Checkpoints(plan.checkpoint_dir, crew)
+        return Upkeep(broker, plan, crew, checkpoints, parts.enter_context(publisher), right, log)
+
+    team = Team(
+        policy=plan.policy,
+        batch_size=plan.batch_size,
+        num_steps=plan.num_steps,
+        silent_s=plan.lease_s,
+        hold_s=PATIENCE * plan.lease_s,
+        max_deliveries=plan.max_deliveries,
+    )
+    duties = lambda seat: Lead(broker, plan, compute, mapped, seat, reporter, log, make_upkeep)  # noqa: E731
+    with crew, ElasticReplica(broker, team, plan.replica, compute, duties, stop.is_set) as replica:
+        replica.train()
+    return replica.step
+
+
+def follow_together(
+    *,
+    plan: Plan,
+    engine: Engine,
+    algorithm: DictConfig,
+    divide_by: str,
+    mapping: Callable[[Engine, Learner], Callable[[Sequence[Group]], TrainingBatch]],
+) -> None:
+    """A rank of such a replica that is not its first: it does as that one does."""
+    learner = Learner(engine, algorithm)
+    mapped = mapping(engine, learner)
+    mine = GroupLearner(engine, learner, mapped, divide_by=divide_by, exact=plan.exact)
+    with closing(CrewCompute(mine, engine.ranks, "", plan.run)) as compute:
+        Crew(engine, learner).follow(mapped, compute.orders)

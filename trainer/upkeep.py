@@ -1,0 +1,168 @@
+"""What outlives a trainer's process, kept up to the weights in memory: versions, checkpoints, what environments are told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+
+from structlog.stdlib import BoundLogger
+
+from lachesis.broker import BlockingBroker, Conflict, LeaseLost
+from lachesis.broker.records import LedgerEntry, TrainerConfig
+from lachesis.trainer.checkpoint import Checkpoints
+from lachesis.trainer.configure import Plan
+from lachesis.trainer.publisher import Publisher
+from lachesis.trainer.ranks import Crew
+from lachesis.trainer.tenure import Right
+
+LOOK_S = 0.002  # between two looks at whether a version is announced
+
+
+class Upkeep:
+    """Of one policy, by the one process that has the right to. `step` says which weights are in memory."""
+
+    def __init__(
+        self,
+        broker: BlockingBroker,
+        plan: Plan,
+        crew: Crew,
+        checkpoints: Checkpoints,
+        publisher: Publisher,
+        right: Right,
+        log: BoundLogger,
+    ) -> None:
+        self._broker, self._plan, self._crew = broker, plan, crew
+        self._checkpoints, self.publisher, self._right, self._log = checkpoints, publisher, right, log
+        self.step = 0  # of the weights in memory
+        self._published = -1  # newest version handed to the publisher
+        self._saved = 0  # newest checkpoint
+
+    def register(self) -> None:
+        """Tell environments what is trained, and let them begin."""
+        plan, parties = self._plan, self._broker.broker.parties
+        config = TrainerConfig(
+            wandb_group=plan.wandb_group,
+            wandb_project=plan.wandb_project,
+            batch_size=plan.batch_size,
+            max_token_len=plan.max_token_len,
+            checkpoint_dir=str(plan.checkpoint_dir),
+            save_checkpoint_interval=plan.checkpoint_every,
+            starting_step=self.step,
+            num_steps=plan.num_steps,
+        )
+        self._broker.call(parties.register_trainer, config)
+        self._broker.call(parties.start)
+        self._broker.call(self._broker.broker.queue.subscribe, plan.policy)
+        self._broker.call(
+            self._broker.broker.journal.control, "training", plan.replica, f"{plan.policy} from step {self.step}"
+        )
+
+    # -- taking over ----------------------------------------------------------------------------------------------
+
+    def resume(self, replay: Callable[[LedgerEntry], None]) -> None:
+        """Bring weights, optimizer and published versions to where the ledger is. `replay` trains a step once more.
+
+        Raises Conflict if the ledger, the published versions and the checkpoints can't be of one history.
+        """
+        policy = self._plan.policy
+        ledger = self._broker.call(self._ledger)
+        committed = ledger[-1].step if ledger else 0
+        newest = self._broker.call(self._broker.broker.weights.newest, policy)
+        self._published = newest.version if newest else -1
+        if self._published > committed:
+            raise Conflict(
+                f"policy {policy!r} of run {self._plan.run!r} has published version {self._published}, but its ledger ends "
+                f"at step {committed}: the run was reset. Train under another --run"
+            )
+        self._load(committed)
+        self.publisher.resume(self._published)
+        if self._published < 0:
+            self.publish()
+        for entry in ledger:
+            if entry.step > self._saved:
+                replay(entry)
+                self.step = entry.step
+                self._log.info("replayed", step=self.step)
+                self.publish_if_due()
+        self.publisher.deliver(committed)  # a process may have died before it did
+        self.publisher.flush()
+        self.save()  # so that crashes in a row don't make the replay longer and longer
+
+    def check_base(self, *, pristine: bool) -> None:
+        """Raise LeaseLost where there is no checkpoint to go back to and the weights in memory are not the first ones."""
+        if not pristine and not self._checkpoints.steps():
+            raise LeaseLost(
+                f"policy {self._plan.policy!r} has to be trained anew from its first step, as {self._checkpoints.folder} holds "
+                "no checkpoint, and this process has other weights by now: start it again"
+            )
+
+    def take_over(self, step: int) -> None:
+        """Go on from another process, with weights in memory that are those of `step`, the end of the ledger."""
+        self.step = step
+        newest = self._broker.call(self._broker.broker.weights.newest, self._plan.policy)
+        self._published = newest.version if newest else -1
+        self._saved = max((saved for saved in self._checkpoints.steps() if saved <= step), default=0)
+        self.publisher.resume(self._published)
+        self.publisher.deliver(step)
+
+    def _load(self, committed: int) -> None:
+        steps = self._checkpoints.steps()
+        usable = [step for step in steps if step <= committed]
+        beyond = [step for step in steps if step > committed]
+        if beyond and not usable:
+            raise Conflict(
+                f"{self._checkpoints.folder} holds checkpoints of steps {', '.join(map(str, steps))}, but the ledger of policy "
+                f"{self._plan.policy!r} in run {self._plan.run!r} ends at step {committed}: they are of another history. "
+                "Move them away, give another lachesis.checkpoint_dir, or train under another --run"
+            )
+        for step in beyond:  # Redis lost its last moments: those steps will be trained anew, from other groups
+            self._log.warning("checkpoint is ahead of the ledger, dropped", step=step, ledger=committed)
+            self._checkpoints.remove(step)
+        if usable:
+            self._checkpoints.load(usable[-1])
+            self.step = self._saved = usable[-1]
+            self._log.info("loaded checkpoint", step=self.step)
+
+    async def _ledger(self) -> list[LedgerEntry]:
+        return [entry async for entry in self._broker.broker.queue.ledger(self._plan.policy)]
+
+    # -- going on -------------------------------------------------------------------------------------------------
+
+    def publish_if_due(self) -> None:
+        """Also where num_steps was lowered to where an earlier process had stopped."""
+        wanted = self.step % self._plan.publish_every == 0 or self.step >= self._plan.num_steps
+        if wanted and self.step > self._published:
+            self.publish()
+
+    def publish(self) -> None:
+        """Copy the weights in memory and let the publisher write them."""
+        self._right.check()
+        with closing(self._crew.tensors()) as tensors:
+            self.publisher.publish(self.step, self._published, tensors)
+        self._published = self.step
+
+    def announced(self) -> None:
+        """Wait until the version that was handed over is announced: the weights that it needs are about to change."""
+        while self.publisher.newest < self._published:
+            self.publisher.check()
+            time.sleep(LOOK_S)
+
+    def save_if_due(self) -> None:
+        if self.step % self._plan.checkpoint_every == 0:
+            self.save()
+
+    def save(self) -> None:
+        self._right.check()
+        if self.step > self._saved:
+            self.publisher.flush()  # a version that a crash leaves out is made from the checkpoint before it
+            self._checkpoints.save(self.step)
+            self._saved = self.step
+        if self._saved:
+            self._broker.call(self._broker.broker.queue.retire, self._plan.policy, self._saved)
+
+    def finish(self) -> None:
+        """Leave the last version and a checkpoint."""
+        self.publish_if_due()
+        self.publisher.flush(hurry=True)
+        self.save()
