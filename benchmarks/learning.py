@@ -1,13 +1,15 @@
 """Does the loop learn, how fast, and how much does the trainer wait? `python benchmarks/learning.py [--seeds 0 1 2]`.
 
-Runs `lachesis up` on the tiny model once per seed, and once with a learning rate of 0, in folders of their own; reads the
-ledger and the metrics stream of each; prints one table and writes benchmarks/results/learning.json.
+Runs `lachesis up` on the tiny model, in folders of their own: once per seed, once with two batches that may wait for the
+trainer instead of one (it then waits for no single slow group), and once with a learning rate of 0. Reads the ledger and the
+metrics stream of each; prints one table and writes benchmarks/results/learning.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,19 +27,21 @@ from lachesis.broker import Broker, EmbeddedRedis
 BINS = 10
 
 
-def run(folder: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
+def run(folder: Path, seed: int, batches_ahead: int, overrides: list[str]) -> dict[str, Any]:
     """One whole `lachesis up`; its output goes to <folder>/up.log."""
     command = [sys.executable, "-m", "lachesis.cli.main", "up", "--state-dir", str(folder), "--seed", str(seed)]
     command += ["--shim-port", "0", "--front-door-port", "0", *overrides]
+    environ = {**os.environ, "LACHESIS_MAX_BATCHES_OFFPOLICY": str(batches_ahead)}
     folder.mkdir(parents=True)
     began = time.monotonic()
     with open(folder / "up.log", "w") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env=environ)
     seconds = time.monotonic() - began
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{(folder / 'up.log').read_text()}")
     with EmbeddedRedis(folder / "redis") as server:
-        return {"seed": seed, "overrides": overrides, "seconds": seconds, **anyio.run(read, server.url)}
+        of = {"seed": seed, "batches_ahead": batches_ahead, "overrides": overrides, "seconds": seconds}
+        return {**of, **anyio.run(read, server.url)}
 
 
 async def read(url: str) -> dict[str, Any]:
@@ -68,20 +72,23 @@ def main() -> None:
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--without-control", action="store_true", help="leave out the run with a learning rate of 0")
     chosen = options.parse_args()
-    plan = [(seed, list[str]()) for seed in chosen.seeds]
+    first = chosen.seeds[0]
+    plan = [(seed, 1, list[str]()) for seed in chosen.seeds] + [(first, 2, [])]
     if not chosen.without_control:
-        plan.append((chosen.seeds[0], ["actor_rollout_ref.actor.optim.lr=0"]))
+        plan.append((first, 1, ["actor_rollout_ref.actor.optim.lr=0"]))
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for index, (seed, overrides) in enumerate(plan):
-            print(f"run {index + 1} of {len(plan)}: seed {seed} {' '.join(overrides)}", flush=True)
-            results.append(run(Path(folder) / str(index), seed, overrides))
+        for index, (seed, batches_ahead, overrides) in enumerate(plan):
+            what = " ".join([f"seed {seed}, {batches_ahead} ahead", *overrides])
+            print(f"run {index + 1} of {len(plan)}: {what}", flush=True)
+            results.append(run(Path(folder) / str(index), seed, batches_ahead, overrides))
     table = Table(
-        "seed", "lr", "held-out", "last 10", "curve (tenths of the run)", "step s", "wait", "lag max", "wall s"
+        "seed", "ahead", "lr", "held-out", "last 10", "curve (tenths of the run)", "step s", "wait", "lag max", "wall s"
     )
     for result in results:
         table.add_row(
             str(result["seed"]),
+            str(result["batches_ahead"]),
             "0" if result["overrides"] else "recipe",
             " -> ".join(f"{value:.3f}" for value in result["held_out"]),
             f"{result['last_10']:.3f}",
