@@ -27,6 +27,7 @@ from lachesis.inference.settings import AgentSettings
 from lachesis.inference.sglang_server import ServerFailed, SGLangServer
 from lachesis.inference.staging import Staging
 from lachesis.inference.updates import Updates, idle
+from lachesis.inference.verified import Verified
 from lachesis.inference.version_feed import VersionFeed
 
 FOLLOW_S = 5.0  # one wait for another version
@@ -118,7 +119,8 @@ class Agent:
         base = await self._base_model()
         policy = self._settings.policy
         staging = Staging(self._state / "staged" / policy, keep=self._settings.keep_staged)
-        feed = VersionFeed(self._broker, policy, base, staging, self.heartbeat, self._log)
+        verified = Verified(self._state / "verified")
+        feed = VersionFeed(self._broker, policy, base, staging, verified, self.heartbeat, self._log)
         failures = 0
         while True:
             await anyio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])

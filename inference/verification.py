@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -17,6 +18,7 @@ from lachesis.broker.errors import WeightsRefused
 from lachesis.broker.records import Manifest, TensorInfo, WeightsEntry
 from lachesis.inference.model_folder import ModelFolder
 from lachesis.inference.tensors import first_not_finite, read_header
+from lachesis.inference.verified import Verified
 
 MANIFEST = "manifest.json"
 _TIED = "lm_head.weight"
@@ -34,17 +36,23 @@ def folder_of(entry: WeightsEntry) -> Path:
     return Path(unquote(parts.path) if parts.scheme else entry.uri)
 
 
-def verify(entry: WeightsEntry, like: ModelFolder | None) -> Path:
+def verify(entry: WeightsEntry, like: ModelFolder | None, verified: Verified | None = None) -> Path:
     """The version's folder, once its manifest, its files and their tensors have been found in order.
 
     Args:
         like: the model the version has to fit: same tensors, same shapes. None: nothing to compare with yet.
+        verified: where the agents of this machine tell each other whose contents were found in order. None: nowhere.
 
     Raises WeightsRefused with the reason, or VersionGone if there is no such folder.
     """
     folder = folder_of(entry)
     try:
-        _verify(folder, entry, like)
+        manifest = _verify(folder, entry, like)
+        check = partial(_check_contents, folder, manifest)
+        if verified is None:
+            check()
+        else:
+            verified.check_once(entry.manifest_sha256, [folder / name for name in manifest.files], check)
     except FileNotFoundError as error:
         if not folder.is_dir():
             raise VersionGone(f"version {entry.version}: {folder} does not exist") from None
@@ -58,7 +66,8 @@ def _refused(entry: WeightsEntry, reason: str) -> WeightsRefused:
     return WeightsRefused(f"version {entry.version} refused: {reason}")
 
 
-def _verify(folder: Path, entry: WeightsEntry, like: ModelFolder | None) -> None:
+def _verify(folder: Path, entry: WeightsEntry, like: ModelFolder | None) -> Manifest:
+    """All but the contents of the files."""
     raw = (folder / MANIFEST).read_bytes()
     if hashlib.sha256(raw).hexdigest() != entry.manifest_sha256:
         raise WeightsRefused(f"{MANIFEST} is not the one that was published: its SHA-256 differs from the event's")
@@ -87,12 +96,15 @@ def _verify(folder: Path, entry: WeightsEntry, like: ModelFolder | None) -> None
     _compare(found, manifest.tensors, "the manifest")
     if like is not None:
         _compare_shapes({name: info.shape for name, info in found.items()}, like)
+    return manifest
 
+
+def _check_contents(folder: Path, manifest: Manifest) -> None:
     for name, info in manifest.files.items():
         with (folder / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
                 raise WeightsRefused(f"the SHA-256 of {name} differs from the manifest's")
-    for name in sorted(weights):
+    for name in sorted({info.file for info in manifest.tensors.values()}):
         if (tensor := first_not_finite(folder / name)) is not None:
             raise WeightsRefused(f"{tensor} in {name} holds values that are not finite")
 

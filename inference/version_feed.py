@@ -23,6 +23,7 @@ from lachesis.inference.heartbeat import Heartbeat
 from lachesis.inference.model_folder import ModelFolder, read_model_folder
 from lachesis.inference.staging import Staging, is_remote
 from lachesis.inference.verification import VersionGone, folder_of, verify
+from lachesis.inference.verified import Verified
 
 LIVE_S = 10.0  # servers silent for longer have no part in a canary
 CENSUS_S = 1.0  # while there is a canary, who lives is looked at so often
@@ -45,8 +46,9 @@ class Loadable(Struct, frozen=True):
 class VersionFeed:
     """Finds versions for one server. A refused version is never looked at again."""
 
-    def __init__(self, broker: Broker, policy: str, base: Path | None, staging: Staging, heartbeat: Heartbeat, log: BoundLogger) -> None:  # fmt: skip
+    def __init__(self, broker: Broker, policy: str, base: Path | None, staging: Staging, verified: Verified | None, heartbeat: Heartbeat, log: BoundLogger) -> None:  # fmt: skip
         self._broker, self._policy, self._base, self._staging = broker, policy, base, staging
+        self._verified = verified
         self._heartbeat, self._log = heartbeat, log
         self._refused: dict[int, str] = {}  # and why
         self._suspect: int | None = None  # SGLang failed when it last started from this version
@@ -178,7 +180,7 @@ class VersionFeed:
             await self._announce(loading=entry.version)
             if is_remote(entry):
                 entry = await self._stage(entry)
-            folder = await anyio.to_thread.run_sync(verify, entry, like)
+            folder = await anyio.to_thread.run_sync(verify, entry, like, self._verified)
             model = await anyio.to_thread.run_sync(read_model_folder, folder)
             return Loadable(entry.version, model, found_at, time.monotonic() - found_at)
         except VersionGone as gone:

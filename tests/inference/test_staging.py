@@ -24,6 +24,7 @@ from lachesis.broker.records import WeightsEntry
 from lachesis.inference.model_folder import read_model_folder
 from lachesis.inference.staging import Abandoned, Staging
 from lachesis.inference.verification import MANIFEST, VersionGone, verify
+from lachesis.inference.verified import Verified
 from lachesis.inference.version_feed import VersionFeed
 
 pytestmark = pytest.mark.anyio
@@ -233,7 +234,15 @@ async def test_who_waits_for_another_agent_can_be_stopped(store: Store, tmp_path
 async def test_a_server_is_fed_from_a_url(broker: Broker, store: Store, tmp_path: Path) -> None:
     """As from a folder: the newest good one, staged, verified, and named while it is on its way."""
     heartbeat = heartbeat_of(broker)
-    feed = VersionFeed(broker, "main", store.base, Staging(tmp_path / "staged", keep=2), heartbeat, LOG)
+    feed = VersionFeed(
+        broker,
+        "main",
+        store.base,
+        Staging(tmp_path / "staged", keep=2),
+        Verified(tmp_path / "verified"),
+        heartbeat,
+        LOG,
+    )
     await broker.weights.publish("main", store.publish(1))
     await broker.weights.publish("main", store.publish(2, weights=random_weights(1) | NAN))
 

@@ -39,7 +39,7 @@ def heartbeat_of(broker: Broker, name: str = "s") -> Heartbeat:
 
 def feed_of(broker: Broker, base: Path | None, heartbeat: Heartbeat | None = None) -> VersionFeed:
     staging = Staging(Path("/nowhere"), keep=1)  # folders are served where they lie
-    return VersionFeed(broker, "main", base, staging, heartbeat or heartbeat_of(broker), LOG)
+    return VersionFeed(broker, "main", base, staging, None, heartbeat or heartbeat_of(broker), LOG)
 
 
 async def test_it_starts_from_the_newest_and_announces_it_first(broker: Broker, base: Path, tmp_path: Path) -> None:
