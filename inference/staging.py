@@ -202,7 +202,7 @@ def _remote(entry: WeightsEntry) -> tuple[Any, str]:
     import fsspec  # not needed where versions lie in folders
 
     try:
-        fs, root = fsspec.core.url_to_fs(entry.uri)
+        fs, root = fsspec.core.url_to_fs(entry.uri, skip_instance_cache=True)
     except (ValueError, ImportError) as error:
         raise _refused(entry, f"{entry.uri!r} can't be read here: {error}") from None
     return fs, str(root).rstrip("/")

@@ -58,6 +58,7 @@ class Plan:
     checkpoint_every: int
     keep_versions: int
     weights_dir: Path  # of this run and policy
+    weights_url: str  # where agents fetch the versions, of this run and policy; empty: from weights_dir
     weights_dtype: str
     checkpoint_dir: Path  # of this run and policy
     lease_s: float
@@ -140,6 +141,7 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         _check_elastic(config, settings)
     policy = check_name("lachesis.policy", ours.policy)
     place = Path(settings.run, policy)
+    weights_url = str(ours.weights_dir).rstrip("/") if is_url(ours.weights_dir) else ""
     return Plan(
         run=settings.run,
         policy=policy,
@@ -153,7 +155,8 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         publish_every=ours.publish_every,
         checkpoint_every=ours.checkpoint_every,
         keep_versions=ours.keep_versions,
-        weights_dir=Path(ours.weights_dir or settings.state_dir / "weights").absolute() / place,
+        weights_dir=Path((not weights_url and ours.weights_dir) or settings.state_dir / "weights").absolute() / place,
+        weights_url=weights_url and f"{weights_url}/{settings.run}/{policy}",
         weights_dtype=ours.weights_dtype,
         checkpoint_dir=Path(ours.checkpoint_dir or settings.state_dir / "checkpoints").absolute() / place,
         lease_s=float(ours.lease_s),
@@ -200,6 +203,11 @@ def _from_hub(name: str) -> Path:
             f"actor_rollout_ref.model.path = {name!r}: no such folder, and not to be had from the Hugging Face hub "
             f"({type(error).__name__})"
         ) from error
+
+
+def is_url(place: object) -> bool:
+    """Whether it names a place that is not a folder of this machine."""
+    return "://" in str(place) and not str(place).startswith("file://")
 
 
 def _check_device(config: DictConfig) -> None:

@@ -62,6 +62,10 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
     for folder in (plan.weights_dir, plan.checkpoint_dir):
         _make(folder)
     log = configure_logging("trainer").bind(run=plan.run, policy=plan.policy)
+    if plan.weights_url:
+        from lachesis.trainer.remote import RemoteVersions
+
+        RemoteVersions(plan.weights_url, log).make()
 
     with settings.redis() as url, connect_blocking(url, plan.run) as broker:
         if settings.dry_run:
@@ -82,6 +86,7 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
             from lachesis.trainer.checkpoint import Checkpoints
             from lachesis.trainer.feed import Feed
             from lachesis.trainer.publisher import Publisher
+            from lachesis.trainer.remote import RemoteVersions
             from lachesis.trainer.replica import Replica
             from lachesis.trainer.reporter import Reporter
             from lachesis.trainer.upkeep import Upkeep
@@ -94,8 +99,9 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
             ):
                 return 0
             versions = VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype)
+            remote = RemoteVersions(plan.weights_url, log) if plan.weights_url else None
             publisher = parts.enter_context(
-                Publisher(broker, plan.policy, versions, tenure, keep_versions=plan.keep_versions)
+                Publisher(broker, plan.policy, versions, tenure, keep_versions=plan.keep_versions, remote=remote)
             )
             checkpoints = Checkpoints(plan.checkpoint_dir, crew)
             feed = parts.enter_context(Feed(broker, plan, tenure, _mapping(plan, engine, learner)))

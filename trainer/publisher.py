@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.crash import crash_point
+from lachesis.trainer.remote import RemoteVersions
 from lachesis.trainer.tenure import Right
 from lachesis.trainer.versions import VersionStore
 
@@ -30,13 +31,24 @@ class Publisher:
     """`with Publisher(…) as publisher:`; what goes wrong in its thread is raised by the next call, in the caller's."""
 
     def __init__(
-        self, broker: BlockingBroker, policy: str, versions: VersionStore, tenure: Right, *, keep_versions: int
+        self,
+        broker: BlockingBroker,
+        policy: str,
+        versions: VersionStore,
+        tenure: Right,
+        *,
+        keep_versions: int,
+        remote: RemoteVersions | None = None,
     ) -> None:
+        """`remote`: where agents fetch the versions; None: they read them where `versions` are written."""
         self._broker, self._policy, self._versions, self._tenure = broker, policy, versions, tenure
         self._keep_versions = keep_versions
         self._worker = ThreadPoolExecutor(1, "publisher")
         self._in_work: deque[Future[None]] = deque()
         self._hurry = threading.Event()
+        self._remote = remote
+        if remote is not None:
+            remote.bind(rest=self._hurry.wait, go_on=tenure.check)
         self.newest = -1  # version announced
         self.write_s = 0.0  # from its copy to its announcement
 
@@ -102,6 +114,8 @@ class Publisher:
         began = time.perf_counter()
         self._tenure.check()
         entry = self._versions.write(version, version, parent, copied)
+        if self._remote is not None:
+            entry = self._remote.upload(entry, self._versions.path(version))
         crash_point("announce", version)
         self._tenure.check()
         self._broker.call(self._broker.broker.weights.publish, self._policy, entry)
@@ -111,7 +125,16 @@ class Publisher:
         servers = self._broker.call(self._broker.broker.parties.servers)
         in_use = {v for server in servers if server.heartbeat > alive for v in (server.version, server.loading)}
         in_use |= self._broker.call(self._ruled, {"main", *(server.pool for server in servers)})
-        self._versions.collect(keep=self._keep_versions, in_use=in_use)
+        if self._remote is None:
+            self._versions.collect(keep=self._keep_versions, in_use=in_use)
+            return
+        self._versions.collect(keep=1, in_use=set())
+        kept = in_use | set(self._remote.versions()[-self._keep_versions :])
+        self._remote.collect(version, lambda other: self._announced(other) if other in kept else None)
+
+    def _announced(self, version: int) -> str | None:
+        entry = self._broker.call(self._broker.broker.weights.get, self._policy, version)
+        return entry.uri if entry else None
 
     async def _ruled(self, pools: set[str]) -> set[int]:
         """Versions that a pool is to serve, whether or not a server does now."""

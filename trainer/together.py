@@ -23,6 +23,7 @@ from lachesis.trainer.group_learner import GroupLearner
 from lachesis.trainer.lead import Lead
 from lachesis.trainer.publisher import Publisher
 from lachesis.trainer.ranks import Crew
+from lachesis.trainer.remote import RemoteVersions
 from lachesis.trainer.reporter import Reporter
 from lachesis.trainer.tenure import Right
 from lachesis.trainer.upkeep import Upkeep
@@ -52,7 +53,8 @@ def train_together(
 
     def make_upkeep(right: Right, parts: ExitStack) -> Upkeep:
         versions = VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype)
-        publisher = Publisher(broker, plan.policy, versions, right, keep_versions=plan.keep_versions)
+        remote = RemoteVersions(plan.weights_url, log) if plan.weights_url else None
+        publisher = Publisher(broker, plan.policy, versions, right, keep_versions=plan.keep_versions, remote=remote)
         checkpoints = Checkpoints(plan.checkpoint_dir, crew)
         return Upkeep(broker, plan, crew, checkpoints, parts.enter_context(publisher), right, log)
 
