@@ -16,23 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import zstandard
-from msgspec import Struct
 from numpy.typing import NDArray
 
 from lachesis.broker.errors import WeightsRefused
-from lachesis.broker.records import FileInfo
+from lachesis.broker.records import Delta, FileInfo
 
 PIECE = 8 << 20  # bytes; a multiple of 8
 LEVEL = 3
-
-
-class Delta(Struct, frozen=True):
-    """How one file of a version follows from a file of the same name of its base."""
-
-    width: int  # bytes of an element
-    base_sha256: str
-    file: FileInfo  # the encoded difference
-    whole: FileInfo  # the file that it gives
 
 
 def write_delta(base: Path, new: Path, to: Path, *, width: int) -> Delta | None:

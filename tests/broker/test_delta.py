@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lachesis.broker import WeightsRefused, delta
-from lachesis.broker.delta import Delta, apply_delta, write_delta
-from lachesis.broker.records import FileInfo
+from lachesis.broker.delta import apply_delta, write_delta
+from lachesis.broker.records import Delta, FileInfo
 
 HEADER = b"\x08" + bytes(7) + b"{}      "
 SPECIAL = {  # little endian: quiet and signalling NaNs with payloads, -0.0, infinity, the smallest subnormal
