@@ -179,6 +179,24 @@ class FileInfo(Struct, frozen=True):
     sha256: str
 
 
+class Delta(Struct, frozen=True):
+    """How one file of a version follows from the file of the same name of its base."""
+
+    width: int  # bytes of an element
+    base_sha256: str
+    file: FileInfo  # the encoded difference
+    whole: FileInfo  # the file that it gives
+
+
+class Base(Struct, frozen=True):
+    """The version that a version's deltas are to."""
+
+    version: int
+    uri: str
+    manifest_sha256: str
+    deltas: dict[str, Delta]  # by file; `<file>.delta` lies in its place
+
+
 class Manifest(Struct, frozen=True):
     """What a published version consists of; `manifest.json` beside the files."""
 
@@ -186,6 +204,7 @@ class Manifest(Struct, frozen=True):
     step: int
     files: dict[str, FileInfo]
     tensors: dict[str, TensorInfo]
+    base: Base | None = None  # None: all files lie there whole
 
 
 class TrainerConfig(Struct, frozen=True):

@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from lachesis.broker.delta import apply_delta
 from lachesis.broker.errors import WeightsRefused
-from lachesis.broker.records import FileInfo, Manifest, WeightsEntry
+from lachesis.broker.records import Base, FileInfo, Manifest, WeightsEntry
 from lachesis.inference.verification import MANIFEST, VersionGone
 
 PIECE = 8 << 20  # bytes read at a time
@@ -57,19 +58,24 @@ class Staging:
         folder = self._folder / f"v{entry.version:06d}"
         if self._held is not None and self._held[0] == folder:
             self._let_go()
-        lock = _lock(folder, stop, complete=lambda: self._is_complete(folder, entry))
-        try:
-            if not self._is_complete(folder, entry):
-                _copy(entry, folder, stop)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-        except BaseException:
-            os.close(lock)
-            raise
+        lock = self._complete(entry, folder, stop)
         self._let_go()
         self._held = folder, lock
         os.utime(folder)
         self._collect()
         return folder
+
+    def _complete(self, entry: WeightsEntry, folder: Path, stop: threading.Event) -> int:
+        """The locked descriptor of the folder, once it is a complete copy; first its base is, if the version is a delta."""
+        lock = _lock(folder, stop, complete=lambda: self._is_complete(folder, entry))
+        try:
+            if not self._is_complete(folder, entry):
+                _copy(entry, folder, stop, self._complete)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        except BaseException:
+            os.close(lock)
+            raise
+        return lock
 
     def _let_go(self) -> None:
         if self._held is not None:
@@ -130,7 +136,12 @@ def _pause(stop: threading.Event) -> None:
         raise Abandoned
 
 
-def _copy(entry: WeightsEntry, folder: Path, stop: threading.Event) -> None:
+def _copy(
+    entry: WeightsEntry,
+    folder: Path,
+    stop: threading.Event,
+    complete: Callable[[WeightsEntry, Path, threading.Event], int],
+) -> None:
     fs, root = _remote(entry)
     raw = _read(entry, lambda: fs.cat_file(f"{root}/{MANIFEST}"))
     if raw is None:
@@ -141,13 +152,51 @@ def _copy(entry: WeightsEntry, folder: Path, stop: threading.Event) -> None:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except msgspec.DecodeError as error:
         raise _refused(entry, f"{MANIFEST} can't be read: {error}") from None
+    deltas = manifest.base.deltas if manifest.base is not None else {}
     for name, info in manifest.files.items():
         if Path(name).name != name or name.startswith(PART):
             raise _refused(entry, f"{MANIFEST} names {name!r}, which is not a file's plain name")
         done = folder / name
-        if not (done.exists() and done.stat().st_size == info.bytes):
+        if done.exists() and done.stat().st_size == info.bytes:
+            continue
+        if manifest.base is not None and name in deltas:
+            packed = folder / f"{name}.delta"
+            if not packed.exists():
+                _copy_file(entry, fs, f"{root}/{packed.name}", packed, deltas[name].file, stop)
+            _rebuild(entry, manifest.base, packed, done, info, stop, complete)
+            packed.unlink()
+        else:
             _copy_file(entry, fs, f"{root}/{name}", done, info, stop)
     _place(folder / f"{PART}{MANIFEST}", folder / MANIFEST, raw)
+
+
+def _rebuild(
+    entry: WeightsEntry,
+    base: Base,
+    packed: Path,
+    done: Path,
+    info: FileInfo,
+    stop: threading.Event,
+    complete: Callable[[WeightsEntry, Path, threading.Event], int],
+) -> None:
+    """A whole file from its delta and the copy of its base."""
+    told = base.deltas[done.name]
+    if base.version >= entry.version or told.whole != info:
+        raise _refused(entry, f"{MANIFEST} contradicts itself about {done.name} and its base, version {base.version}")
+    beneath = done.parent.parent / f"v{base.version:06d}"
+    of_base = msgspec.structs.replace(entry, version=base.version, uri=base.uri, manifest_sha256=base.manifest_sha256)
+    lock = complete(of_base, beneath, stop)
+    part = done.with_name(PART + done.name)
+    try:
+        apply_delta(beneath / done.name, packed, part, told)
+    except WeightsRefused as error:
+        packed.unlink()
+        raise _refused(entry, str(error)) from None
+    finally:
+        os.close(lock)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.rename(done)
 
 
 def _copy_file(entry: WeightsEntry, fs: Any, source: str, to: Path, info: FileInfo, stop: threading.Event) -> None:

@@ -20,7 +20,8 @@ from published import make_model, random_weights, write_version
 from test_version_feed import LOG, NAN, heartbeat_of
 
 from lachesis.broker import Broker, WeightsRefused
-from lachesis.broker.records import WeightsEntry
+from lachesis.broker.delta import write_delta
+from lachesis.broker.records import Base, Manifest, WeightsEntry
 from lachesis.inference.model_folder import read_model_folder
 from lachesis.inference.staging import Abandoned, Staging
 from lachesis.inference.verification import MANIFEST, VersionGone, verify
@@ -257,3 +258,61 @@ async def test_a_server_is_fed_from_a_url(broker: Broker, store: Store, tmp_path
 
 def store_hash(store: Store, version: int) -> str:
     return hashlib.sha256((store.folder / f"v{version:06d}" / MANIFEST).read_bytes()).hexdigest()
+
+
+def as_delta(store: Store, entry: WeightsEntry, base: WeightsEntry) -> WeightsEntry:
+    """The version with its weights replaced by their difference to the base's."""
+    folder, beneath = (store.folder / f"v{one.version:06d}" for one in (entry, base))
+    told = write_delta(beneath / WEIGHTS, folder / WEIGHTS, folder / f"{WEIGHTS}.delta", width=4)
+    assert told is not None
+    (folder / WEIGHTS).unlink()
+    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+    of = Base(version=base.version, uri=base.uri, manifest_sha256=base.manifest_sha256, deltas={WEIGHTS: told})
+    raw = msgspec.json.encode(msgspec.structs.replace(manifest, base=of))
+    (folder / MANIFEST).write_bytes(raw)
+    return msgspec.structs.replace(entry, manifest_sha256=hashlib.sha256(raw).hexdigest())
+
+
+def chain(store: Store) -> tuple[list[WeightsEntry], bytes]:
+    """(version 1, whole, and 2 and 3 as deltas, each to the one before; the weights of 3)."""
+    one, two, three = (store.publish(version) for version in (1, 2, 3))
+    weights = (store.folder / "v000003" / WEIGHTS).read_bytes()
+    three = as_delta(store, three, two)
+    # the base of 3 is 2 as it is announced, so its manifest has to be the one of the delta
+    two = as_delta(store, two, one)
+    manifest = msgspec.json.decode((store.folder / "v000003" / MANIFEST).read_bytes(), type=Manifest)
+    assert manifest.base is not None
+    base = msgspec.structs.replace(manifest.base, manifest_sha256=two.manifest_sha256)
+    raw = msgspec.json.encode(msgspec.structs.replace(manifest, base=base))
+    (store.folder / "v000003" / MANIFEST).write_bytes(raw)
+    return [one, two, msgspec.structs.replace(three, manifest_sha256=hashlib.sha256(raw).hexdigest())], weights
+
+
+async def test_a_joiner_walks_back_to_the_whole_base_and_a_follower_fetches_the_delta_alone(
+    store: Store, tmp_path: Path
+) -> None:
+    entries, weights = chain(store)
+    joiner = await fetch(Staging(tmp_path / "joiner", keep=3), entries[2])
+    assert (joiner / WEIGHTS).read_bytes() == weights
+    verify(msgspec.structs.replace(entries[2], uri=str(joiner)), read_model_folder(store.base))
+    assert not list(joiner.glob("*.delta"))
+
+    follower = Staging(tmp_path / "follower", keep=3)
+    await fetch(follower, entries[0])
+    await fetch(follower, entries[1])
+    store.asked.clear()
+    assert (await fetch(follower, entries[2]) / WEIGHTS).read_bytes() == weights
+    assert {path.split("/")[0] for path in store.asked} == {"v000003"}
+
+
+async def test_a_delta_without_its_base_or_spoiled_is_not_staged(store: Store, tmp_path: Path) -> None:
+    entries, _ = chain(store)
+    packed = store.folder / "v000003" / f"{WEIGHTS}.delta"
+    raw = packed.read_bytes()
+    packed.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(WeightsRefused, match=r"version 3 refused: the SHA-256 of model\.safetensors\.delta differs"):
+        await fetch(Staging(tmp_path / "spoiled", keep=3), entries[2])
+    packed.write_bytes(raw)
+    (store.folder / "v000001" / MANIFEST).unlink()
+    with pytest.raises(VersionGone, match=r"version 1: .* does not exist"):
+        await fetch(Staging(tmp_path / "gone", keep=3), entries[2])
