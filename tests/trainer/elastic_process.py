@@ -178,7 +178,7 @@ def _batch_of(entry: LedgerEntry) -> BatchEntry:
     return BatchEntry(entry.step, entry.gids, entry.n, entry.tok, entry.v_min, entry.v_min, 0.0)
 
 
-def main(settings: Settings, crash_at: str = "") -> None:
+def main(settings: Settings, crash_at: str = "", kind: type[TinyCompute] = TinyCompute) -> None:
     output = os.open(f"{settings.folder}/{settings.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -187,7 +187,7 @@ def main(settings: Settings, crash_at: str = "") -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     team = Team("main", settings.batch_size, settings.steps, settings.silent_s, settings.hold_s)
-    compute = TinyCompute(settings.compute_s)
+    compute = kind(settings.compute_s)
     with connect_blocking(settings.url, settings.run) as broker:
         broker.call(broker.broker.queue.subscribe, "main")
         duties = TinyDuties(broker, compute, Path(settings.folder))
