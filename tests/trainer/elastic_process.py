@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 import torch
+from network import enter
 from torch import Tensor
 
 from lachesis.broker import BlockingBroker, connect_blocking
@@ -43,6 +44,7 @@ class Settings(msgspec.Struct, frozen=True):
     compute_s: float = 0.0  # of one group, waited
     silent_s: float = 5.0
     hold_s: float = 1.5
+    namespace: str = ""  # of the network
 
 
 class TinyCompute(LocalCompute):
@@ -182,6 +184,8 @@ def main(settings: Settings, crash_at: str = "", kind: type[TinyCompute] = TinyC
     output = os.open(f"{settings.folder}/{settings.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    if settings.namespace:
+        enter(settings.namespace)
     os.environ["LACHESIS_CRASH_AT"] = crash_at
     torch.set_num_threads(1)
     stop = threading.Event()
