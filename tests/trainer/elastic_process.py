@@ -45,6 +45,7 @@ class Settings(msgspec.Struct, frozen=True):
     silent_s: float = 5.0
     hold_s: float = 1.5
     namespace: str = ""  # of the network
+    stop_at: str = ""  # a crash point, to wait at for SIGCONT
 
 
 class TinyCompute(LocalCompute):
@@ -186,7 +187,7 @@ def main(settings: Settings, crash_at: str = "", kind: type[TinyCompute] = TinyC
     os.dup2(output, 2)
     if settings.namespace:
         enter(settings.namespace)
-    os.environ["LACHESIS_CRASH_AT"] = crash_at
+    os.environ["LACHESIS_CRASH_AT"], os.environ["LACHESIS_STOP_AT"] = crash_at, settings.stop_at
     torch.set_num_threads(1)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
