@@ -18,7 +18,7 @@ export TORCH_INDEX PYTHON
 UP = .venv/bin/lachesis up $(if $(MODEL),--model $(MODEL)) $(if $(ENV),--env $(ENV)) $(if $(STEPS),--steps $(STEPS)) \
      $(if $(SEED),--seed $(SEED)) $(if $(GPUS),--gpus $(GPUS)) $(ARGS)
 
-.PHONY: help setup demo test test-fast test-servers lint bench chaos compose-test clean
+.PHONY: help setup demo test test-fast test-servers lint bench chaos chaos-elastic compose-test clean
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -52,9 +52,12 @@ lint: .venv/.ready ## ruff and mypy
 bench: setup ## the shim beside Atropos's server, the front door, updates of a pool beside SGLang's own, what is known of the making of rollouts, the trainer around verl, three seeds and a control of the demo, and in lockstep (about 36 minutes); 1 where a goal is missed
 	@missed=0; for part in shim front_door pools lineage trainer learning lockstep; do .venv/bin/python benchmarks/$$part.py || missed=1; done; exit $$missed
 
-chaos: setup ## 1,000 kills of shims, trainers and Redis, then of everything in the demo; the audit must stay clean (about 30 minutes)
+chaos: setup chaos-elastic ## 1,000 kills of shims, trainers and Redis, of elastic replicas, and of everything in the demo; the audits must stay clean (about 50 minutes)
 	@.venv/bin/python tests/chaos/fabric.py --kills $(KILLS)
 	@.venv/bin/pytest -m loop tests/chaos --chaos-long
+
+chaos-elastic: .venv/.ready ## 1,000 faults of replicas that train one policy together: one trajectory, bit for bit (about 20 minutes)
+	@.venv/bin/python tests/chaos/soak.py --kills $(KILLS)
 
 compose-test: .venv/.ready ## the same loop from built images; needs a Docker engine with Compose
 	@tools/compose-test

@@ -1,4 +1,7 @@
-"""Dies at a named point of a named step (LACHESIS_CRASH_AT=point:step), so that tests can look at what a kill leaves."""
+"""Dies, or stops until SIGCONT, at a named point of a named step, so that tests can look at what a kill or a silence leaves.
+
+LACHESIS_CRASH_AT=point:step, LACHESIS_STOP_AT=point:step
+"""
 
 from __future__ import annotations
 
@@ -9,3 +12,6 @@ import signal
 def crash_point(point: str, step: int) -> None:
     if os.environ.get("LACHESIS_CRASH_AT") == f"{point}:{step}":
         os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ.get("LACHESIS_STOP_AT") == f"{point}:{step}":
+        del os.environ["LACHESIS_STOP_AT"]
+        os.kill(os.getpid(), signal.SIGSTOP)

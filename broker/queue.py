@@ -220,7 +220,7 @@ class Queue:
         """The groups as they are stored, in order: `packing.from_blob` reads one. The same LookupError."""
         if not gids:
             return []
-        size = int(await self._redis.strlen(self._keys.blob(gids[0])))
+        size = int(await self._redis.strlen(self._keys.blob(gids[0]))) if len(gids) > 1 else 0
         step = max(1, SLICE_BYTES // max(1, size))
         blobs: list[bytes] = []
         for start in range(0, len(gids), step):

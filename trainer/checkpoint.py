@@ -1,7 +1,8 @@
 """Checkpoints: everything that a later process needs to go on as if nothing had happened.
 
 verl's own checkpoint manager writes parameters, optimizer, scheduler and random states; here they become a folder that
-is complete or absent: `step-<n>.tmp` is written and synced, then renamed to `step-<n>`.
+is complete or absent: `step-<n>.<writer>.tmp` is written and synced, then renamed to `step-<n>`, where that is not
+there: one who was stopped while it saved, and finds another's, throws its own away.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from lachesis.broker.crash import crash_point
 from lachesis.trainer.durable import rename_durably, sync_tree
@@ -23,7 +25,7 @@ class Checkpoints:
     """The checkpoints of one policy in one folder; the newest two are kept."""
 
     def __init__(self, folder: Path, worker: Any) -> None:
-        self.folder, self._worker = folder, worker
+        self.folder, self._worker, self._writer = folder, worker, uuid4().hex[:12]
         for unfinished in folder.glob("step-*.tmp"):
             shutil.rmtree(unfinished)
 
@@ -38,12 +40,15 @@ class Checkpoints:
         """Write the worker's state after `step`; the weights of a step that is there already are the same."""
         if step in self.steps():
             return
-        temporary = self.folder / f"step-{step}.tmp"
+        temporary = self.folder / f"step-{step}.{self._writer}.tmp"
         temporary.mkdir(parents=True)
         self._worker.save_checkpoint(str(temporary), None, step, None)
         (temporary / STATE).write_text(json.dumps({"step": step}) + "\n")
         crash_point("checkpoint", step)
         sync_tree(temporary)
+        if step in self.steps():
+            shutil.rmtree(temporary)
+            return
         shutil.rmtree(self._path(step), ignore_errors=True)  # half deleted, see remove
         rename_durably(temporary, self._path(step))
         for old in self.steps()[:-KEEP]:

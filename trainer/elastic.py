@@ -22,7 +22,7 @@ from lachesis.broker import BlockingBroker, LeaseLost
 from lachesis.broker.crash import crash_point
 from lachesis.broker.errors import Moved
 from lachesis.broker.members import CONSUMER, NO_WEIGHTS, Meeting
-from lachesis.broker.records import BatchEntry, DeadEntry, LedgerEntry, Membership
+from lachesis.broker.records import BatchEntry, DeadEntry, Group, LedgerEntry, Membership
 from lachesis.trainer.compute import Compute
 from lachesis.trainer.duties import Duties, Team, Trained
 from lachesis.trainer.exchange import digest, sum_up
@@ -164,7 +164,7 @@ class ElasticReplica:
         began = time.perf_counter()
         while claimed := self._claim(me, batch):
             crash_point("claimed", batch.step)
-            groups = self._broker.call(self._broker.broker.queue.fetch, [gid for _, gid in claimed])
+            groups = self._fetch([gid for _, gid in claimed])
             places = [place for place, _ in claimed]
             told = self._compute.accumulate(batch, list(zip(places, groups, strict=True)))
             self._held.update(zip(places, told, strict=True))
@@ -242,6 +242,13 @@ class ElasticReplica:
                 return []
             if new := [(place, gid) for place, gid in claimed.groups if place not in self._held]:
                 return new
+
+    def _fetch(self, gids: Sequence[str]) -> list[Group]:
+        try:
+            return self._broker.call(self._broker.broker.queue.fetch, gids)
+        except LookupError:  # evicted meanwhile: others have trained them by now, and a checkpoint has freed them
+            self.seat.check_epoch()
+            raise
 
     def _vote(self, me: Membership, entry: LedgerEntry, letters: Sequence[DeadEntry], digest: str) -> None:
         """Returns when all have voted for the same sums: the step is committed."""

@@ -91,7 +91,11 @@ class Lead:
 
     def report(self, trained: Trained) -> None:
         began = time.perf_counter()
-        groups = self._broker.call(self._broker.broker.queue.fetch, trained.entry.gids)
+        try:
+            groups = self._broker.call(self._broker.broker.queue.fetch, trained.entry.gids)
+        except LookupError:  # who leads by now has saved, and freed them
+            self.check()
+            raise
         fetched = time.perf_counter()
         batch = self._mapping(groups)
         mapped = time.perf_counter()

@@ -113,7 +113,7 @@ class Publisher:
     def _write(self, version: int, parent: int, copied: list[tuple[str, Tensor]]) -> None:
         began = time.perf_counter()
         self._tenure.check()
-        entry = self._versions.write(version, version, parent, copied)
+        entry = self._versions.write(version, version, parent, copied, self._tenure.check)
         if self._remote is not None:
             entry = self._remote.upload(entry, self._versions.path(version))
         crash_point("announce", version)

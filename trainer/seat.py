@@ -108,7 +108,7 @@ class Seat:
         others = [id_ for id_ in self.alive() if id_ != self.me.id]
         while time.monotonic() < until:
             self._evict(dict.fromkeys(others, SUSPECT_S))
-            self._check_epoch()
+            self.check_epoch()
             time.sleep(LOOK_S)
         self._evict({self.me.id: 0})
 
@@ -144,7 +144,7 @@ class Seat:
         self._looked_at = time.monotonic()
         self.check_stop()
         self.reap()
-        self._check_epoch()
+        self.check_epoch()
 
     def reap(self) -> None:
         """Take out who is silent for too long."""
@@ -160,7 +160,8 @@ class Seat:
             self._members.hold_lock, self._team.policy, standing.generation
         )
 
-    def _check_epoch(self) -> None:
+    def check_epoch(self) -> None:
+        """Raise Moved if the epoch is over."""
         standing = self._broker.call(self._members.standing, self._team.policy)
         assert self.me is not None
         if standing is None or (standing.generation, standing.epoch) != (self.me.generation, self.me.epoch):

@@ -156,7 +156,11 @@ class Upkeep:
         self._right.check()
         if self.step > self._saved:
             self.publisher.flush()  # a version that a crash leaves out is made from the checkpoint before it
-            self._checkpoints.save(self.step)
+            try:
+                self._checkpoints.save(self.step)
+            except (OSError, RuntimeError):  # of torch
+                self._right.check()  # the one who took over cleared it away
+                raise
             self._saved = self.step
         if self._saved:
             self._broker.call(self._broker.broker.queue.retire, self._plan.policy, self._saved)

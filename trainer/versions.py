@@ -1,7 +1,8 @@
 """Published weights on disk: one folder a version, Hugging Face's layout, complete or absent.
 
-A version is written aside as `.tmp-v<version>`, synced, and renamed to `v<version>` (six digits); `manifest.json` lists
-every file and tensor. Configuration and tokenizer never change, so versions share them by hard links.
+A version is written aside as `.tmp-<writer>-v<version>`, synced, and renamed to `v<version>` (six digits); `manifest.json`
+lists every file and tensor. One who writes where another writes by now, because it was stopped meanwhile, finds its own
+folder gone, or has it alone; it never touches the other's. Configuration and tokenizer never change, so versions share them by hard links.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from uuid import uuid4
 
 import msgspec
 import torch
@@ -21,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lachesis.broker.crash import crash_point
-from lachesis.broker.errors import StorageError, WeightsRefused
+from lachesis.broker.errors import LeaseLost, StorageError, WeightsRefused
 from lachesis.broker.records import FileInfo, Manifest, TensorInfo, WeightsEntry
 from lachesis.trainer.durable import rename_durably, sync
 
@@ -39,6 +41,7 @@ class VersionStore:
         self._dtype, self._dtype_name = DTYPES[dtype]
         for left in (*folder.glob(".tmp-*"), *folder.glob(".old-*"), folder / ".shared"):
             shutil.rmtree(left, ignore_errors=True)
+        self._writer = uuid4().hex[:12]
         self._shared = folder / ".shared"
         self._shared.mkdir(parents=True)
         self._host: dict[str, Tensor] = {}
@@ -77,20 +80,38 @@ class VersionStore:
             copied.append((name, host.copy_(tensor)))
         return copied
 
-    def write(self, version: int, step: int, parent: int, copied: Iterable[tuple[str, Tensor]]) -> WeightsEntry:
+    def write(
+        self,
+        version: int,
+        step: int,
+        parent: int,
+        copied: Iterable[tuple[str, Tensor]],
+        check: Callable[[], None] = lambda: None,
+    ) -> WeightsEntry:
         """Write a version and return the event that announces it; one that is there already is replaced.
 
-        Raises StorageError if it can't be written; nothing is left behind then.
+        `check` raises if another process has the right to write by now; it is asked before anything is replaced.
+        Raises StorageError if it can't be written. Nothing is left behind then, nor when `check` raises.
         """
-        temporary = self.folder / f".tmp-v{version}"
+        temporary = self.folder / f".tmp-{self._writer}-v{version}"
         try:
-            return self._write(temporary, version, step, parent, copied)
+            return self._write(temporary, version, step, parent, copied, check)
+        except LeaseLost:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            check()  # the one who took over cleared it away
             raise StorageError(f"version {version} can't be written to {self.folder}: {error}") from error
 
     def _write(
-        self, temporary: Path, version: int, step: int, parent: int, copied: Iterable[tuple[str, Tensor]]
+        self,
+        temporary: Path,
+        version: int,
+        step: int,
+        parent: int,
+        copied: Iterable[tuple[str, Tensor]],
+        check: Callable[[], None],
     ) -> WeightsEntry:
         temporary.mkdir()
         files, infos = self._write_shards(temporary, copied)
@@ -105,6 +126,7 @@ class VersionStore:
         sync(temporary / MANIFEST)
         sync(temporary)
         crash_point("publish", version)
+        check()
         self.remove(version)
         rename_durably(temporary, self.path(version))
         return WeightsEntry(

@@ -21,16 +21,21 @@ class ReplyDropper:
 
     async def relay(self, requests: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         """One connection, for as long as it lasts."""
-        replies, server = await asyncio.open_unix_connection(self._socket)
+        try:
+            replies, server = await asyncio.open_unix_connection(self._socket)
+        except OSError:  # the server is down
+            client.transport.abort()
+            return
         doomed = False
 
         async def answer() -> None:
-            while data := await replies.read(1 << 16):
-                if doomed:
-                    self.lost += 1
-                    break
-                client.write(data)
-                await client.drain()
+            with contextlib.suppress(ConnectionError):
+                while data := await replies.read(1 << 16):
+                    if doomed:
+                        self.lost += 1
+                        break
+                    client.write(data)
+                    await client.drain()
             client.transport.abort()
 
         answers = asyncio.create_task(answer())

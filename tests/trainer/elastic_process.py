@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 import torch
+from network import enter
 from torch import Tensor
 
 from lachesis.broker import BlockingBroker, connect_blocking
@@ -43,6 +44,8 @@ class Settings(msgspec.Struct, frozen=True):
     compute_s: float = 0.0  # of one group, waited
     silent_s: float = 5.0
     hold_s: float = 1.5
+    namespace: str = ""  # of the network
+    stop_at: str = ""  # a crash point, to wait at for SIGCONT
 
 
 class TinyCompute(LocalCompute):
@@ -178,16 +181,18 @@ def _batch_of(entry: LedgerEntry) -> BatchEntry:
     return BatchEntry(entry.step, entry.gids, entry.n, entry.tok, entry.v_min, entry.v_min, 0.0)
 
 
-def main(settings: Settings, crash_at: str = "") -> None:
+def main(settings: Settings, crash_at: str = "", kind: type[TinyCompute] = TinyCompute) -> None:
     output = os.open(f"{settings.folder}/{settings.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ["LACHESIS_CRASH_AT"] = crash_at
+    if settings.namespace:
+        enter(settings.namespace)
+    os.environ["LACHESIS_CRASH_AT"], os.environ["LACHESIS_STOP_AT"] = crash_at, settings.stop_at
     torch.set_num_threads(1)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     team = Team("main", settings.batch_size, settings.steps, settings.silent_s, settings.hold_s)
-    compute = TinyCompute(settings.compute_s)
+    compute = kind(settings.compute_s)
     with connect_blocking(settings.url, settings.run) as broker:
         broker.call(broker.broker.queue.subscribe, "main")
         duties = TinyDuties(broker, compute, Path(settings.folder))

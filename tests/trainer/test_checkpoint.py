@@ -89,3 +89,30 @@ def test_the_newest_two_are_kept_and_halves_do_not_count(
     assert again.steps() == [2, 3]
     again.save(5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-5"]
+
+
+class Writes:
+    """A worker whose checkpoint is one file; `meanwhile` happens while it writes."""
+
+    def __init__(self, says: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+        self._says, self._meanwhile = says, meanwhile
+
+    def save_checkpoint(self, folder: str, *_: object) -> None:
+        self._meanwhile()
+        (Path(folder) / "says").write_text(self._says)
+
+
+def test_one_that_was_stopped_while_it_saved_leaves_its_successor_alone(tmp_path: Path) -> None:
+    """It wakes when another has saved that step; its own folder is cleared by whoever came before it began to write."""
+    from lachesis.trainer.checkpoint import Checkpoints
+
+    successor = Checkpoints(tmp_path, Writes("successor"))
+    Checkpoints(tmp_path, Writes("zombie", lambda: successor.save(1))).save(1)
+    assert (tmp_path / "step-1" / "says").read_text() == "successor"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+    cleared = Checkpoints(tmp_path, Writes("zombie", lambda: Checkpoints(tmp_path, Writes("successor")).save(2)))
+    with pytest.raises(FileNotFoundError):
+        cleared.save(2)
+    assert (tmp_path / "step-2" / "says").read_text() == "successor"
+    assert Checkpoints(tmp_path, Writes("")).steps() == [1, 2]

@@ -214,6 +214,20 @@ def test_a_silent_replica_is_left_out_and_comes_back_as_another(
     check(run, undisturbed, "leader", "zombie")
 
 
+def test_one_that_wakes_when_its_groups_are_trained_and_freed_comes_back_too(
+    shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
+) -> None:
+    run = make_run(shared_redis.url, run_name, compute_s=0.1, silent_s=1.0)
+    with_leader(run)
+    zombie = run.start("zombie", stop_at="claimed:2")
+    with connect_blocking(run.url, run.name) as broker:
+        until(lambda: len(ledger_of(broker)) > 3)  # the third step has a checkpoint, which frees the second's groups
+        assert [member.id.split(":")[0] for member in broker.call(broker.broker.members.members, "main")] == ["leader"]
+        assert zombie.pid is not None
+        os.kill(zombie.pid, signal.SIGCONT)
+    check(run, undisturbed, "leader", "zombie")
+
+
 def test_a_trainer_that_trains_alone_takes_over_from_silent_replicas(
     shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
 ) -> None:

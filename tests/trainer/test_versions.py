@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from trainer_kit import make_tiny_model, scored_group, stored
 
-from lachesis.broker import StorageError, WeightsRefused
+from lachesis.broker import LeaseLost, StorageError, WeightsRefused
 from lachesis.broker.records import Manifest, WeightsEntry
 from lachesis.trainer import versions
 from lachesis.trainer.mapping import to_batch
@@ -163,3 +163,46 @@ def test_an_engines_weights_load_in_hugging_face(
     assert all(original[name].equal(published[name]) for name in original)
     assert AutoTokenizer.from_pretrained(folder)("hi").input_ids == AutoTokenizer.from_pretrained(model)("hi").input_ids
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) != tied
+
+
+@pytest.mark.parametrize("progress", ["begun", "written"])
+def test_one_that_was_stopped_while_it_wrote_leaves_its_successor_alone(
+    store: VersionStore, tiny_model: Path, progress: str
+) -> None:
+    """It wakes when another has cleared up and has begun, or written, the same version."""
+    found: list[WeightsEntry] = []
+
+    def take_over() -> VersionStore:
+        return VersionStore(store.folder, tiny_model, dtype="bf16")
+
+    def check() -> None:
+        if not found:
+            found.append(write(take_over(), 1, tensors(2.0)))
+        raise LeaseLost("another replica publishes now")
+
+    def stopped_in_the_middle() -> Iterable[tuple[str, Tensor]]:
+        if progress == "begun":
+            successor = take_over()
+            assert not list(store.folder.glob(".tmp-*"))  # cleared
+            found.append(write(successor, 1, tensors(2.0)))
+        yield from tensors(1.0)
+
+    with pytest.raises(LeaseLost):
+        store.write(1, 1, 0, stopped_in_the_middle(), check)
+    raw = (store.path(1) / "manifest.json").read_bytes()
+    assert hashlib.sha256(raw).hexdigest() == found[0].manifest_sha256
+    assert load_file(store.path(1) / "model.safetensors")["a.weight"].unique().tolist() == [2.0]
+    assert store.versions() == [1]
+    assert not list(store.folder.glob(".tmp-*"))
+
+
+def test_two_writers_of_a_version_have_a_folder_each(store: VersionStore, tiny_model: Path) -> None:
+    names: list[str] = []
+
+    def look() -> None:
+        names.extend(path.name for path in store.folder.glob(".tmp-*"))
+
+    store.write(1, 1, 0, store.copy(1, tensors()), look)
+    other = VersionStore(store.folder, tiny_model, dtype="bf16")
+    other.write(1, 1, 0, other.copy(1, tensors()), look)
+    assert len(set(names)) == 2
