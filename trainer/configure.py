@@ -59,6 +59,7 @@ class Plan:
     keep_versions: int
     weights_dir: Path  # of this run and policy
     weights_url: str  # where agents fetch the versions, of this run and policy; empty: from weights_dir
+    full_every: int  # there: versions from one that lies whole to the next; those between as differences
     weights_dtype: str
     checkpoint_dir: Path  # of this run and policy
     lease_s: float
@@ -100,7 +101,7 @@ def compose_config(overrides: Sequence[str], *, device: str) -> DictConfig:
 def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
     """Check everything that can be checked without building the engine. The model's path in `config` becomes local."""
     ours, actor = config.lachesis, config.actor_rollout_ref.actor
-    for name in ("batch_size", "num_steps", "publish_every", "checkpoint_every", "keep_versions"):
+    for name in ("batch_size", "num_steps", "publish_every", "checkpoint_every", "keep_versions", "full_every"):
         if not isinstance(ours[name], int) or ours[name] < 1:
             raise ConfigurationError(f"lachesis.{name} = {ours[name]!r}: must be a whole number of at least 1")
     if ours.prefetch not in (0, 1):
@@ -114,6 +115,11 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
             raise ConfigurationError(f"lachesis.{name} = {ours[name]!r}: must be a whole number; 0 {zero}")
     if ours.weights_dtype not in DTYPES:
         raise ConfigurationError(f"lachesis.weights_dtype = {ours.weights_dtype!r}: must be one of {', '.join(DTYPES)}")
+    if ours.full_every > 1 and not is_url(ours.weights_dir):
+        raise ConfigurationError(
+            f"lachesis.full_every = {ours.full_every!r}: versions in a folder are always whole; it needs a URL as "
+            "lachesis.weights_dir"
+        )
     check_algorithm(config)
     if ours.elastic_dtype not in SUM_DTYPES:
         raise ConfigurationError(
@@ -157,6 +163,7 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         keep_versions=ours.keep_versions,
         weights_dir=Path((not weights_url and ours.weights_dir) or settings.state_dir / "weights").absolute() / place,
         weights_url=weights_url and f"{weights_url}/{settings.run}/{policy}",
+        full_every=ours.full_every,
         weights_dtype=ours.weights_dtype,
         checkpoint_dir=Path(ours.checkpoint_dir or settings.state_dir / "checkpoints").absolute() / place,
         lease_s=float(ours.lease_s),

@@ -99,7 +99,7 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
             ):
                 return 0
             versions = VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype)
-            remote = RemoteVersions(plan.weights_url, log) if plan.weights_url else None
+            remote = RemoteVersions(plan.weights_url, log, plan.full_every) if plan.weights_url else None
             publisher = parts.enter_context(
                 Publisher(broker, plan.policy, versions, tenure, keep_versions=plan.keep_versions, remote=remote)
             )

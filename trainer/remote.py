@@ -22,6 +22,7 @@ from structlog.stdlib import BoundLogger
 from lachesis.broker.crash import crash_point
 from lachesis.broker.errors import ConfigurationError, StorageError
 from lachesis.broker.records import Manifest, WeightsEntry
+from lachesis.trainer.deltas import Deltas
 from lachesis.trainer.versions import MANIFEST
 
 PATIENCE_S = 600.0  # with a store that does not answer
@@ -32,13 +33,15 @@ T = TypeVar("T")
 
 
 class RemoteVersions:
-    """The versions of one policy at a URL."""
+    """The versions of one policy at a URL; all but every `full_every`-th as the difference to the one before."""
 
-    def __init__(self, url: str, log: BoundLogger) -> None:
+    def __init__(self, url: str, log: BoundLogger, full_every: int = 1) -> None:
         self.url, self._log = url.rstrip("/"), log
         self._shown = re.sub("//[^/@]*@", "//", self.url)  # without a password
         _check(self.url)
         self._opened: tuple[Any, str] | None = None
+        self._deltas = Deltas(full_every)
+        self._bases: dict[str, str | None] = {}  # the version's name that a version's deltas are to
         self._rest: Callable[[float], bool] = threading.Event().wait
         self._go_on: Callable[[], None] = lambda: None
 
@@ -57,27 +60,34 @@ class RemoteVersions:
 
     def upload(self, entry: WeightsEntry, folder: Path) -> WeightsEntry:
         """Copy a version that lies in `folder`; returns its event with the URL. Raises StorageError after PATIENCE_S."""
-        name = f"v{entry.version:06d}-{entry.manifest_sha256[:HASH_DIGITS]}"
-        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
-        self._try(partial(self._makedirs, name))
-        for file in (*manifest.files, MANIFEST):
-            size = (folder / file).stat().st_size
-            target = f"{name}/{file}"
-            if self._try(partial(self._size, target)) != size:
-                self._try(partial(self._put, folder / file, target, size))
-            crash_point("uploaded", entry.version)
-        return structs.replace(entry, uri=f"{self.url}/{name}")
+        with self._deltas.packed(entry, folder) as (sent, files):
+            name = f"v{sent.version:06d}-{sent.manifest_sha256[:HASH_DIGITS]}"
+            self._try(partial(self._makedirs, name))
+            for file, source in files.items():
+                size, target = source.stat().st_size, f"{name}/{file}"
+                if self._try(partial(self._size, target)) != size:
+                    self._try(partial(self._put, source, target, size))
+                crash_point("uploaded", entry.version)
+        sent = structs.replace(sent, uri=f"{self.url}/{name}")
+        self._deltas.sent(sent, folder, whole=sent.manifest_sha256 == entry.manifest_sha256)
+        return sent
 
     def collect(self, newest: int, wanted: Callable[[int], str | None]) -> None:
-        """Delete what lies there of versions up to `newest`, but for the URLs that are `wanted` of them."""
-        for name in self._try(self._names):
-            version = int(name[1 : name.index("-")])
-            if version <= newest and wanted(version) != f"{self.url}/{name}":
-                self._try(partial(self._remove, name))
+        """Delete what lies there of versions up to `newest`, but for the URLs that are `wanted` and what those build on."""
+        names = set(self._try(self._names))
+        kept = {name for name in names if _version(name) > newest or wanted(_version(name)) == f"{self.url}/{name}"}
+        for name in list(kept):
+            base = self._try(partial(self._base, name))
+            while base is not None and base not in kept:
+                kept.add(base)
+                base = self._try(partial(self._base, base))
+        for name in sorted(names - kept, reverse=True):  # what builds on others first
+            self._try(partial(self._remove, name))
+            self._bases.pop(name, None)
 
     def versions(self) -> list[int]:
         """Versions of which something lies there, oldest first."""
-        return sorted({int(name[1 : name.index("-")]) for name in self._try(self._names)})
+        return sorted({_version(name) for name in self._try(self._names)})
 
     # -- one try --------------------------------------------------------------------------------------------------
 
@@ -112,6 +122,17 @@ class RemoteVersions:
         names = (path.rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False))
         return [name for name in names if re.fullmatch(rf"v\d{{6,}}-[0-9a-f]{{{HASH_DIGITS}}}", name)]
 
+    def _base(self, name: str) -> str | None:
+        """What a version's deltas are to; None for a whole one, and for one without a manifest yet."""
+        if name not in self._bases:
+            fs, manifest = self._place(f"{name}/{MANIFEST}")
+            try:
+                base = msgspec.json.decode(fs.cat_file(manifest), type=Manifest).base
+            except FileNotFoundError:
+                return None
+            self._bases[name] = base.uri.rpartition("/")[2] if base else None
+        return self._bases[name]
+
     def _remove(self, name: str) -> None:
         """The manifest first: what has none is no version."""
         if self._size(f"{name}/{MANIFEST}") >= 0:
@@ -135,6 +156,10 @@ class RemoteVersions:
                     "the weights store does not answer, trying again", url=self._shown, error=_text(error)
                 )
             waited, delay = waited + delay, min(2 * delay, LAST_DELAY_S)
+
+
+def _version(name: str) -> int:
+    return int(name[1 : name.index("-")])
 
 
 def _check(url: str) -> None:

@@ -53,7 +53,7 @@ def train_together(
 
     def make_upkeep(right: Right, parts: ExitStack) -> Upkeep:
         versions = VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype)
-        remote = RemoteVersions(plan.weights_url, log) if plan.weights_url else None
+        remote = RemoteVersions(plan.weights_url, log, plan.full_every) if plan.weights_url else None
         publisher = Publisher(broker, plan.policy, versions, right, keep_versions=plan.keep_versions, remote=remote)
         checkpoints = Checkpoints(plan.checkpoint_dir, crew)
         return Upkeep(broker, plan, crew, checkpoints, parts.enter_context(publisher), right, log)

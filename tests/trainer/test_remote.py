@@ -25,6 +25,7 @@ from lachesis.broker import (
     EmbeddedRedis,
     LeaseLost,
     StorageError,
+    WeightsRefused,
     connect_blocking,
 )
 from lachesis.broker.logs import configure_logging
@@ -213,13 +214,22 @@ def test_a_place_that_can_not_be_written_is_refused_at_start(tmp_path: Path) -> 
 
 
 @pytest.mark.verl
-@pytest.mark.parametrize("point", ["publish:3", "uploaded:3", "announce:3"])
+@pytest.mark.parametrize(
+    ("point", "full_every"), [("publish:3", 1), ("uploaded:3", 1), ("announce:3", 1), ("uploaded:3", 4)]
+)
 def test_a_killed_trainer_publishes_each_version_once_and_whole(
-    ftp: FtpServer, shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path, tiny_model: Path, point: str
+    ftp: FtpServer,
+    shared_redis: EmbeddedRedis,
+    run_name: str,
+    tmp_path: Path,
+    tiny_model: Path,
+    point: str,
+    full_every: int,
 ) -> None:
     preload()
     run = Run(shared_redis.url, run_name, tmp_path / "state", tiny_model)
     settings = [f"lachesis.weights_dir={ftp.url}", f"lachesis.keep_versions={STEPS}"]
+    settings.append(f"lachesis.full_every={full_every}")
     with run.broker() as broker:
         broker.call(fill, broker.broker, groups=2 * STEPS)
         assert run.finish(run.start(*settings, crash_at=point)) == -signal.SIGKILL
@@ -229,9 +239,78 @@ def test_a_killed_trainer_publishes_each_version_once_and_whole(
         events: Any = broker.call(broker.broker.redis.xlen, broker.broker.keys.weights("main"))
         assert ([*found], events) == (list(range(1, STEPS + 1)), STEPS + 1)  # one is the base model's
     there = ftp.folders(f"weights/{run_name}/main")
-    assert there == [entry.uri.rpartition("/")[2] for entry in found.values()]  # nor is anything of the cut one left
+    names = [entry.uri.rpartition("/")[2] for entry in found.values()]
+    assert there == names if full_every == 1 else ["v000000", *names] == [there[0][:7], *there[1:]]  # 1 builds on 0
     for entry in found.values():
         manifest = msgspec.json.decode(
             (staged(entry, tmp_path / "staged") / "manifest.json").read_bytes(), type=Manifest
         )
         assert manifest.version == entry.version
+
+
+class Drifting:
+    """Weights in bf16 of which a few elements change from version to version."""
+
+    def __init__(self, store: VersionStore, remote: RemoteVersions) -> None:
+        self._store, self._remote = store, remote
+        self._generator = torch.Generator().manual_seed(0)
+        self._weights = torch.randn(200_000, generator=self._generator)
+
+    def publish(self, version: int) -> WeightsEntry:
+        changed = torch.rand(len(self._weights), generator=self._generator) < 0.02
+        self._weights = torch.where(changed, -self._weights, self._weights)
+        copied = self._store.copy(version, [("a.weight", self._weights)])
+        return self._remote.upload(self._store.write(version, version, version - 1, copied), self._store.path(version))
+
+
+def sizes(ftp: FtpServer, entry: WeightsEntry) -> dict[str, int]:
+    folder = ftp.folder / "weights" / entry.uri.rpartition("/")[2]
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name.startswith(WEIGHTS)}
+
+
+def test_versions_between_whole_ones_are_sent_as_differences_and_come_out_to_the_bit(
+    ftp: FtpServer, tmp_path: Path, tiny_model: Path
+) -> None:
+    store = VersionStore(tmp_path / "local", tiny_model, dtype="bf16")
+    remote = RemoteVersions(ftp.url, LOG, full_every=3)
+    drifting = Drifting(store, remote)
+    found = {version: drifting.publish(version) for version in range(1, 8)}
+    sent = {version: sizes(ftp, entry) for version, entry in found.items()}
+    assert [list(files) for files in sent.values()] == [
+        [WEIGHTS], [f"{WEIGHTS}.delta"], [f"{WEIGHTS}.delta"], [WEIGHTS], [f"{WEIGHTS}.delta"], [f"{WEIGHTS}.delta"], [WEIGHTS],
+    ]  # fmt: skip
+    assert max(sent[version][f"{WEIGHTS}.delta"] for version in (2, 3, 5, 6)) < sent[1][WEIGHTS] / 5
+    assert not [path.name for path in (tmp_path / "local").glob(".tmp-*")]
+
+    joined, followed = tmp_path / "joined", tmp_path / "followed"
+    for version in (3, 6):  # comes there from the whole one
+        whole = (staged(found[version], joined / str(version)) / WEIGHTS).read_bytes()
+        assert whole == (store.path(version) / WEIGHTS).read_bytes()
+    for version, entry in found.items():
+        assert (staged(entry, followed) / WEIGHTS).read_bytes() == (store.path(version) / WEIGHTS).read_bytes()
+
+    again = RemoteVersions(ftp.url, LOG, full_every=3)  # after a restart
+    again.collect(7, lambda version: found[version].uri if version in (6, 7) else None)
+    assert again.versions() == [4, 5, 6, 7]  # 6 builds on 5, and 5 on 4
+    staged(found[6], tmp_path / "late")
+    assert list(sizes(ftp, Drifting(store, again).publish(8))) == [
+        WEIGHTS
+    ]  # what is before it is not known to be there
+    assert list(sizes(ftp, Drifting(store, again).publish(9))) == [f"{WEIGHTS}.delta"]
+
+
+def test_a_spoiled_difference_is_refused_until_the_next_whole_version(
+    ftp: FtpServer, tmp_path: Path, tiny_model: Path
+) -> None:
+    remote = RemoteVersions(ftp.url, LOG, full_every=3)
+    drifting = Drifting(VersionStore(tmp_path / "local", tiny_model, dtype="bf16"), remote)
+    found = {version: drifting.publish(version) for version in range(1, 5)}
+    spoiled = ftp.folder / "weights" / found[2].uri.rpartition("/")[2] / f"{WEIGHTS}.delta"
+    raw = bytearray(spoiled.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    spoiled.write_bytes(raw)
+    staged(found[1], tmp_path / "staged")
+    for version in (2, 3):
+        with pytest.raises(WeightsRefused, match=r"version 2 refused: the SHA-256 of model.safetensors.delta differs"):
+            staged(found[version], tmp_path / "staged")
+    staged(found[4], tmp_path / "staged")
