@@ -16,25 +16,13 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import msgspec
+from lachesis.broker.records import WeightsEntry
+from lachesis.inference.copying import Abandoned, Copying
+from lachesis.inference.verification import MANIFEST
 
-from lachesis.broker.delta import apply_delta
-from lachesis.broker.errors import WeightsRefused
-from lachesis.broker.records import Base, FileInfo, Manifest, WeightsEntry
-from lachesis.inference.verification import MANIFEST, VersionGone
-
-PIECE = 8 << 20  # bytes read at a time
 LOCK_POLL_S = 0.1
-PART = ".part-"
-
-T = TypeVar("T")
-
-
-class Abandoned(Exception):
-    """The caller has set its `stop`."""
 
 
 def is_remote(entry: WeightsEntry) -> bool:
@@ -55,27 +43,31 @@ class Staging:
         Raises VersionGone where the version is not there or can't be read now, WeightsRefused where it is not what its
         manifest says, Abandoned soon after `stop` was set.
         """
-        folder = self._folder / f"v{entry.version:06d}"
+        folder = self._place(entry)
         if self._held is not None and self._held[0] == folder:
             self._let_go()
-        lock = self._complete(entry, folder, stop)
+        lock = self._complete(entry, stop)
         self._let_go()
         self._held = folder, lock
         os.utime(folder)
         self._collect()
         return folder
 
-    def _complete(self, entry: WeightsEntry, folder: Path, stop: threading.Event) -> int:
+    def _complete(self, entry: WeightsEntry, stop: threading.Event) -> int:
         """The locked descriptor of the folder, once it is a complete copy; first its base is, if the version is a delta."""
+        folder = self._place(entry)
         lock = _lock(folder, stop, complete=lambda: self._is_complete(folder, entry))
         try:
             if not self._is_complete(folder, entry):
-                _copy(entry, folder, stop, self._complete)
+                Copying(entry, folder, stop, lambda other: self._complete(other, stop)).run()
             fcntl.flock(lock, fcntl.LOCK_SH)
         except BaseException:
             os.close(lock)
             raise
         return lock
+
+    def _place(self, entry: WeightsEntry) -> Path:
+        return self._folder / f"v{entry.version:06d}"
 
     def _let_go(self) -> None:
         if self._held is not None:
@@ -134,138 +126,3 @@ def _lock(folder: Path, stop: threading.Event, complete: Callable[[], bool]) -> 
 def _pause(stop: threading.Event) -> None:
     if stop.wait(LOCK_POLL_S):
         raise Abandoned
-
-
-def _copy(
-    entry: WeightsEntry,
-    folder: Path,
-    stop: threading.Event,
-    complete: Callable[[WeightsEntry, Path, threading.Event], int],
-) -> None:
-    fs, root = _remote(entry)
-    raw = _read(entry, lambda: fs.cat_file(f"{root}/{MANIFEST}"))
-    if raw is None:
-        raise VersionGone(f"version {entry.version}: {entry.uri} does not exist")
-    if hashlib.sha256(raw).hexdigest() != entry.manifest_sha256:
-        raise _refused(entry, f"{MANIFEST} is not the one that was published: its SHA-256 differs from the event's")
-    try:
-        manifest = msgspec.json.decode(raw, type=Manifest)
-    except msgspec.DecodeError as error:
-        raise _refused(entry, f"{MANIFEST} can't be read: {error}") from None
-    deltas = manifest.base.deltas if manifest.base is not None else {}
-    for name, info in manifest.files.items():
-        if Path(name).name != name or name.startswith(PART):
-            raise _refused(entry, f"{MANIFEST} names {name!r}, which is not a file's plain name")
-        done = folder / name
-        if done.exists() and done.stat().st_size == info.bytes:
-            continue
-        if manifest.base is not None and name in deltas:
-            packed = folder / f"{name}.delta"
-            if not packed.exists():
-                _copy_file(entry, fs, f"{root}/{packed.name}", packed, deltas[name].file, stop)
-            _rebuild(entry, manifest.base, packed, done, info, stop, complete)
-            packed.unlink()
-        else:
-            _copy_file(entry, fs, f"{root}/{name}", done, info, stop)
-    _place(folder / f"{PART}{MANIFEST}", folder / MANIFEST, raw)
-
-
-def _rebuild(
-    entry: WeightsEntry,
-    base: Base,
-    packed: Path,
-    done: Path,
-    info: FileInfo,
-    stop: threading.Event,
-    complete: Callable[[WeightsEntry, Path, threading.Event], int],
-) -> None:
-    """A whole file from its delta and the copy of its base."""
-    told = base.deltas[done.name]
-    if base.version >= entry.version or told.whole != info:
-        raise _refused(entry, f"{MANIFEST} contradicts itself about {done.name} and its base, version {base.version}")
-    beneath = done.parent.parent / f"v{base.version:06d}"
-    of_base = msgspec.structs.replace(entry, version=base.version, uri=base.uri, manifest_sha256=base.manifest_sha256)
-    lock = complete(of_base, beneath, stop)
-    part = done.with_name(PART + done.name)
-    try:
-        apply_delta(beneath / done.name, packed, part, told)
-    except WeightsRefused as error:
-        packed.unlink()
-        raise _refused(entry, str(error)) from None
-    finally:
-        os.close(lock)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.rename(done)
-
-
-def _copy_file(entry: WeightsEntry, fs: Any, source: str, to: Path, info: FileInfo, stop: threading.Event) -> None:
-    """Fetch what is missing of a file. A beginning that turns out to be of another file is fetched anew, once."""
-    part = to.with_name(PART + to.name)
-    resumed = part.exists() and part.stat().st_size <= info.bytes
-    with part.open("r+b" if resumed else "wb", buffering=0) as file:
-        digest = hashlib.file_digest(file, "sha256") if resumed else hashlib.sha256()
-        file.seek(0, os.SEEK_END)
-        remote = _read(entry, lambda: fs.open(source, "rb", cache_type="none"))
-        if remote is None:
-            raise _refused(entry, f"{to.name} is missing")
-        with remote:
-            if file.tell():
-                try:
-                    remote.seek(file.tell())
-                except (ValueError, OSError):  # a store that only reads from the beginning
-                    file.truncate(0)
-                    file.seek(0)
-                    digest = hashlib.sha256()
-            while piece := _read(entry, lambda: remote.read(PIECE)):
-                file.write(piece)
-                digest.update(piece)
-                if stop.is_set():
-                    raise Abandoned
-        os.fsync(file.fileno())
-        if file.tell() < info.bytes == remote.size:
-            raise VersionGone(f"version {entry.version}: {source} ended early")
-    if part.stat().st_size == info.bytes and digest.hexdigest() == info.sha256:
-        part.rename(to)
-        return
-    size = part.stat().st_size
-    part.unlink()
-    if resumed:
-        _copy_file(entry, fs, source, to, info, stop)
-    elif size != info.bytes:
-        raise _refused(entry, f"{to.name} has {size} bytes, the manifest says {info.bytes}")
-    else:
-        raise _refused(entry, f"the SHA-256 of {to.name} differs from the manifest's")
-
-
-def _place(part: Path, to: Path, content: bytes) -> None:
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(to)
-
-
-def _remote(entry: WeightsEntry) -> tuple[Any, str]:
-    """(file system, path there). Raises WeightsRefused for a kind of URL that nothing here can read."""
-    import fsspec  # not needed where versions lie in folders
-
-    try:
-        fs, root = fsspec.core.url_to_fs(entry.uri, skip_instance_cache=True)
-    except (ValueError, ImportError) as error:
-        raise _refused(entry, f"{entry.uri!r} can't be read here: {error}") from None
-    return fs, str(root).rstrip("/")
-
-
-def _read(entry: WeightsEntry, read: Callable[[], T]) -> T | None:
-    """What `read` returns, None where there is no such file; VersionGone, to be tried again, where it fails otherwise."""
-    try:
-        return read()
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # every backend of fsspec has kinds of its own for a store that does not answer
-        raise VersionGone(f"version {entry.version}: {entry.uri} can't be read now: {type(error).__name__}: {error}") from error  # fmt: skip
-
-
-def _refused(entry: WeightsEntry, reason: str) -> WeightsRefused:
-    return WeightsRefused(f"version {entry.version} refused: {reason}")

@@ -22,8 +22,9 @@ from test_version_feed import LOG, NAN, heartbeat_of
 from lachesis.broker import Broker, WeightsRefused
 from lachesis.broker.delta import write_delta
 from lachesis.broker.records import Base, Manifest, WeightsEntry
+from lachesis.inference.copying import Abandoned
 from lachesis.inference.model_folder import read_model_folder
-from lachesis.inference.staging import Abandoned, Staging
+from lachesis.inference.staging import Staging
 from lachesis.inference.verification import MANIFEST, VersionGone, verify
 from lachesis.inference.verified import Verified
 from lachesis.inference.version_feed import VersionFeed

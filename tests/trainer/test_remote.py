@@ -31,7 +31,7 @@ from lachesis.broker import (
 from lachesis.broker.logs import configure_logging
 from lachesis.broker.records import Manifest, ServerStatus, WeightsEntry
 from lachesis.inference.staging import Staging
-from lachesis.inference.verification import verify
+from lachesis.inference.verification import VersionGone, verify
 from lachesis.trainer.publisher import Publisher
 from lachesis.trainer.remote import RemoteVersions
 from lachesis.trainer.versions import VersionStore
@@ -149,16 +149,21 @@ def test_agents_fetch_what_was_published_and_the_last_ones_and_those_in_use_are_
     assert [path.name for path in (tmp_path / "local").glob("v*")] == ["v000005"]
 
 
-def test_a_store_that_comes_back_is_waited_for(publisher: Publisher, ftp: FtpServer, blocking: BlockingBroker) -> None:
+def test_a_store_that_comes_back_is_waited_for(
+    publisher: Publisher, ftp: FtpServer, blocking: BlockingBroker, tmp_path: Path
+) -> None:
     publish(publisher, 1)
     publisher.flush()
     ftp.kill()
     publish(publisher, 2)
     publisher.check()  # training goes on
     assert list(entries(blocking)) == [1]
+    with pytest.raises(VersionGone, match=r"version 1: ftp://.* can't be read now: "):  # an agent tries again, too
+        staged(entries(blocking)[1], tmp_path / "staged")
     ftp.start()
     publisher.flush()
     assert list(entries(blocking)) == [1, 2]
+    staged(entries(blocking)[1], tmp_path / "staged")
 
 
 def test_a_store_that_is_away_at_the_end_is_said_and_nothing_is_announced(
