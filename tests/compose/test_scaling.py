@@ -1,0 +1,74 @@
+"""Trainers scaled like web servers: 1, 3, 2 of them in the middle of a run, and every kind of container killed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from project import Project
+
+STEPS = 40
+PATIENCE_S = 420.0
+
+pytestmark = [pytest.mark.compose, pytest.mark.timeout(2400)]
+
+
+@pytest.fixture
+def project() -> Iterator[Project]:
+    made = Project("scaling", {"STEPS": str(STEPS), "ELASTIC": "true"})
+    made.compose("build")
+    try:
+        made.compose("up", "--detach")
+        yield made
+    finally:
+        made.down()
+
+
+def replicas(project: Project) -> list[Any]:
+    (main,) = project.lachesis("trainers", "--json")
+    return list(main["replicas"])
+
+
+def scale(project: Project, trainers: int) -> None:
+    wanted = {"trainer": trainers, "inference": 2, "shim": 2}
+    project.compose(
+        "up", "--detach", "--no-recreate", *(f"--scale={service}={count}" for service, count in wanted.items())
+    )
+    project.wait(f"{trainers} replicas", lambda: len(replicas(project)) == trainers, PATIENCE_S)
+
+
+def step(project: Project) -> int:
+    newest = project.lachesis("status", "--json")["newest_step"]
+    return int(newest["step"]) if newest else 0
+
+
+def test_trainers_come_and_go_in_mid_run_and_any_container_may_be_killed(project: Project) -> None:
+    project.wait_for_step(2, PATIENCE_S)
+    assert len(replicas(project)) == 1
+    scale(project, 3)
+    began = step(project)
+    assert began < STEPS - 12, f"too late to see three replicas train: step {began}"
+    project.wait_for_step(began + 2, PATIENCE_S)
+    assert len(replicas(project)) == 3
+
+    containers = project.compose("ps", "--quiet", "trainer").split()
+    assert len(containers) == 3
+    project.compose("kill", "--signal", "SIGKILL", "trainer")  # all three at once
+    scale(project, 3)
+    project.wait_for_step(step(project) + 2, PATIENCE_S)
+    scale(project, 2)
+    for service in ("redis", "shim", "front-door", "inference", "env"):
+        before = step(project)
+        project.compose("kill", "--signal", "SIGKILL", service)
+        project.compose("up", "--detach", "--no-recreate", "--scale=trainer=2", "--scale=inference=2", "--scale=shim=2")
+        project.wait_for_step(min(before + 2, STEPS), PATIENCE_S)
+    project.wait_for_step(STEPS, PATIENCE_S)
+
+    audit = project.lachesis("audit", "--json")
+    assert audit["clean"], audit
+    ledger = project.compose(
+        "exec", "-T", "redis", "redis-cli", "--raw", "XRANGE", "lachesis:{default}:ledger:main", "-", "+"
+    ).splitlines()
+    steps = [int(ledger[at + 1]) for at, word in enumerate(ledger) if word == "step"]
+    assert steps == list(range(1, STEPS + 1))
