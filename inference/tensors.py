@@ -1,4 +1,4 @@
-"""Reading safetensors files with numpy alone: what a file holds, and whether its values are finite.
+"""Reading safetensors files with numpy alone: what a file holds, its hash, and whether its values are finite.
 
 Format: 8 bytes with the header's length, the header as JSON, then the tensors' bytes without gaps
 (https://github.com/huggingface/safetensors#format).
@@ -6,6 +6,7 @@ Format: 8 bytes with the header's length, the header as JSON, then the tensors' 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import TypeAlias
@@ -17,7 +18,7 @@ from msgspec import Struct
 from lachesis.broker.errors import WeightsRefused
 
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
-CHUNK = 1 << 18  # elements looked at in one go: they fit into a core's cache
+CHUNK = 1 << 20  # bytes looked at in one go, whole elements of any type: they fit into a core's cache
 
 # A value is not finite if all bits of its exponent are set, so if it is, but for its sign, at least as large as a number
 # of these bits; F8_E4M3 has no infinity, only this one NaN.
@@ -70,21 +71,30 @@ def read_header(path: Path) -> tuple[Tensors, int]:
     return tensors, 8 + length
 
 
-def first_not_finite(path: Path) -> str | None:
-    """Name of the first tensor with a NaN or an infinity. Integers and formats without either pass."""
+def read_through(path: Path) -> tuple[str, str | None]:
+    """SHA-256 of the file, and the name of its first tensor with a NaN or an infinity, in one reading.
+
+    Integers and formats without either are finite. The bytes that are judged are those that were hashed, whatever
+    somebody does to the file meanwhile. Raises WeightsRefused if it is torn or malformed.
+    """
     tensors, start = read_header(path)
-    for name, tensor in tensors.items():
-        count = math.prod(tensor.shape)
-        if tensor.dtype not in _EXPONENTS or count == 0:
-            continue
-        kind, exponent = _EXPONENTS[tensor.dtype]
-        begin, stop = tensor.data_offsets
-        if count * np.dtype(kind).itemsize != stop - begin:
-            raise WeightsRefused(f"{path.name}: tensor {name} of shape {tensor.shape} has {stop - begin} bytes")
-        magnitude = kind(np.iinfo(kind).max >> 1)  # all but the sign
-        for at in range(0, count, CHUNK):
-            offset = start + begin + at * np.dtype(kind).itemsize
-            bits = np.fromfile(path, dtype=kind, count=min(CHUNK, count - at), offset=offset)
-            if np.bitwise_and(bits, magnitude, out=bits).max() >= exponent:
-                return name
-    return None
+    not_finite, buffer = None, bytearray(CHUNK)
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(start))
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):  # without gaps
+            begin, stop = tensor.data_offsets
+            kind, exponent = _EXPONENTS.get(tensor.dtype, (np.uint8, None))
+            if exponent is not None and math.prod(tensor.shape) * np.dtype(kind).itemsize != stop - begin:
+                raise WeightsRefused(f"{path.name}: tensor {name} of shape {tensor.shape} has {stop - begin} bytes")
+            magnitude = kind(np.iinfo(kind).max >> 1)  # all but the sign
+            for at in range(begin, stop, CHUNK):
+                part = memoryview(buffer)[: min(CHUNK, stop - at)]
+                if file.readinto(part) != len(part):
+                    raise WeightsRefused(f"{path.name}: it became shorter while it was read")
+                digest.update(part)
+                if exponent is not None and not_finite is None:
+                    bits = np.frombuffer(part, dtype=kind)
+                    if np.bitwise_and(bits, magnitude, out=bits).max() >= exponent:
+                        not_finite = name
+        digest.update(file.read())  # nothing, unless it grew
+    return digest.hexdigest(), not_finite

@@ -17,7 +17,7 @@ import msgspec
 from lachesis.broker.errors import WeightsRefused
 from lachesis.broker.records import Manifest, TensorInfo, WeightsEntry
 from lachesis.inference.model_folder import ModelFolder
-from lachesis.inference.tensors import first_not_finite, read_header
+from lachesis.inference.tensors import read_header, read_through
 from lachesis.inference.verified import Verified
 
 MANIFEST = "manifest.json"
@@ -100,13 +100,18 @@ def _verify(folder: Path, entry: WeightsEntry, like: ModelFolder | None) -> Mani
 
 
 def _check_contents(folder: Path, manifest: Manifest) -> None:
+    weights = {info.file for info in manifest.tensors.values()}
     for name, info in manifest.files.items():
-        with (folder / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
-                raise WeightsRefused(f"the SHA-256 of {name} differs from the manifest's")
-    for name in sorted({info.file for info in manifest.tensors.values()}):
-        if (tensor := first_not_finite(folder / name)) is not None:
-            raise WeightsRefused(f"{tensor} in {name} holds values that are not finite")
+        not_finite = None
+        if name in weights:
+            sha256, not_finite = read_through(folder / name)
+        else:
+            with (folder / name).open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != info.sha256:
+            raise WeightsRefused(f"the SHA-256 of {name} differs from the manifest's")
+        if not_finite is not None:
+            raise WeightsRefused(f"{not_finite} in {name} holds values that are not finite")
 
 
 def _compare(found: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo], source: str) -> None:

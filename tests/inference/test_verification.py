@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 
 from lachesis.broker import ConfigurationError, WeightsRefused
 from lachesis.inference.model_folder import ModelFolder, is_hub_name, read_model_folder
-from lachesis.inference.tensors import first_not_finite, read_header
+from lachesis.inference.tensors import CHUNK, read_header, read_through
 from lachesis.inference.verification import VersionGone, verify
 
 
@@ -131,7 +132,7 @@ def test_bfloat16_is_judged_by_its_exponent(tmp_path_factory: pytest.TempPathFac
     as_float32 = (halves.astype("<u4") << 16).view("<f4")
     path = write_raw(tmp_path_factory.mktemp("bf16") / "t.safetensors", "BF16", halves.tobytes(), len(bits))
 
-    assert (first_not_finite(path) is None) == bool(np.isfinite(as_float32).all())
+    assert (read_through(path)[1] is None) == bool(np.isfinite(as_float32).all())
 
 
 @given(kind=st.sampled_from([("F16", "<f2"), ("F32", "<f4"), ("F64", "<f8")]), raw=st.binary(min_size=8, max_size=64))
@@ -142,7 +143,26 @@ def test_finite_means_what_numpy_says(
     values = np.frombuffer(raw, dtype=kind[1])
     path = write_raw(tmp_path_factory.mktemp("float") / "t.safetensors", kind[0], raw, len(values))
 
-    assert (first_not_finite(path) is None) == bool(np.isfinite(values).all())
+    assert (read_through(path)[1] is None) == bool(np.isfinite(values).all())
+
+
+@pytest.mark.parametrize("bad", [0, CHUNK // 4 - 1, CHUNK // 4, CHUNK // 2 + 2, None])
+def test_one_reading_hashes_all_and_judges_each_value(tmp_path: Path, bad: int | None) -> None:
+    """Two tensors, of several chunks and in an order that is not their names'; what is not finite is in the first."""
+    values = np.ones(CHUNK // 2 + 3, "<f4")
+    if bad is not None:
+        values[bad] = -np.inf
+    raw, last = values.tobytes(), np.full(5, 0xFF, np.uint8).tobytes()
+    header = json.dumps(
+        {
+            "a": {"dtype": "U8", "shape": [5], "data_offsets": [len(raw), len(raw) + 5]},
+            "z": {"dtype": "F32", "shape": [len(values)], "data_offsets": [0, len(raw)]},
+        }
+    ).encode()
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw + last)
+
+    assert read_through(path) == (hashlib.sha256(path.read_bytes()).hexdigest(), None if bad is None else "z")
 
 
 @given(st.binary(max_size=200))
