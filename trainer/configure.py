@@ -120,6 +120,10 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
             f"lachesis.full_every = {ours.full_every!r}: versions in a folder are always whole; it needs a URL as "
             "lachesis.weights_dir"
         )
+    if is_url(ours.checkpoint_dir):
+        raise ConfigurationError(
+            f"lachesis.checkpoint_dir = {ours.checkpoint_dir!r}: must be a folder; only lachesis.weights_dir may be a URL"
+        )
     check_algorithm(config)
     if ours.elastic_dtype not in SUM_DTYPES:
         raise ConfigurationError(
@@ -147,7 +151,8 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         _check_elastic(config, settings)
     policy = check_name("lachesis.policy", ours.policy)
     place = Path(settings.run, policy)
-    weights_url = str(ours.weights_dir).rstrip("/") if is_url(ours.weights_dir) else ""
+    weights_dir = str(ours.weights_dir or settings.state_dir / "weights").removeprefix("file://")
+    weights_url = weights_dir.rstrip("/") if is_url(weights_dir) else ""
     return Plan(
         run=settings.run,
         policy=policy,
@@ -161,7 +166,7 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         publish_every=ours.publish_every,
         checkpoint_every=ours.checkpoint_every,
         keep_versions=ours.keep_versions,
-        weights_dir=Path((not weights_url and ours.weights_dir) or settings.state_dir / "weights").absolute() / place,
+        weights_dir=Path(settings.state_dir / "weights" if weights_url else weights_dir).absolute() / place,
         weights_url=weights_url and f"{weights_url}/{settings.run}/{policy}",
         full_every=ours.full_every,
         weights_dtype=ours.weights_dtype,

@@ -129,7 +129,8 @@ class Publisher:
             self._versions.collect(keep=self._keep_versions, in_use=in_use)
             return
         self._versions.collect(keep=1, in_use=set())
-        kept = in_use | set(self._remote.versions()[-self._keep_versions :])
+        there = [other for other in self._remote.versions() if other <= version]
+        kept = in_use | set(there[-self._keep_versions :])
         self._remote.collect(version, lambda other: self._announced(other) if other in kept else None)
 
     def _announced(self, version: int) -> str | None:

@@ -59,7 +59,19 @@ class RemoteVersions:
             raise StorageError(f"lachesis.weights_dir: {self._shown} can't be written to: {_text(error)}") from error
 
     def upload(self, entry: WeightsEntry, folder: Path) -> WeightsEntry:
-        """Copy a version that lies in `folder`; returns its event with the URL. Raises StorageError after PATIENCE_S."""
+        """Copy a version that lies in `folder`; returns its event with the URL.
+
+        Raises StorageError after PATIENCE_S, and at once where the folder's own disk fails.
+        """
+        try:
+            return self._upload(entry, folder)
+        except StorageError:
+            raise
+        except OSError as error:
+            self._go_on()  # one who took over may have cleared files away
+            raise StorageError(f"version {entry.version} can't be sent from {folder}: {error}") from error
+
+    def _upload(self, entry: WeightsEntry, folder: Path) -> WeightsEntry:
         with self._deltas.packed(entry, folder) as (sent, files):
             name = f"v{sent.version:06d}-{sent.manifest_sha256[:HASH_DIGITS]}"
             self._try(partial(self._makedirs, name))
@@ -123,12 +135,12 @@ class RemoteVersions:
         return [name for name in names if re.fullmatch(rf"v\d{{6,}}-[0-9a-f]{{{HASH_DIGITS}}}", name)]
 
     def _base(self, name: str) -> str | None:
-        """What a version's deltas are to; None for a whole one, and for one without a manifest yet."""
+        """What a version's deltas are to; None for a whole one, and for one whose manifest is not there yet, or in part."""
         if name not in self._bases:
             fs, manifest = self._place(f"{name}/{MANIFEST}")
             try:
                 base = msgspec.json.decode(fs.cat_file(manifest), type=Manifest).base
-            except FileNotFoundError:
+            except (FileNotFoundError, msgspec.DecodeError):
                 return None
             self._bases[name] = base.uri.rpartition("/")[2] if base else None
         return self._bases[name]

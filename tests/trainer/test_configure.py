@@ -22,6 +22,28 @@ if TYPE_CHECKING:
 Configured = Callable[..., "DictConfig"]
 
 
+@pytest.mark.parametrize(
+    ("given", "folder", "url"),
+    [
+        ("ftp://store/w/", "state/weights", "ftp://store/w/r1/main"),
+        ("file:///store/w", "/store/w", ""),
+        ("/store/w", "/store/w", ""),
+    ],
+)
+def test_where_versions_go(configured: Configured, tmp_path: Path, given: str, folder: str, url: str) -> None:
+    settings = TrainerSettings(state_dir=tmp_path / "state", run="r1")
+    plan = make_plan(configured(f"lachesis.weights_dir={given}"), settings)
+    assert (plan.weights_dir, plan.weights_url) == (tmp_path / folder / "r1/main", url)
+
+
+def test_what_only_a_url_or_only_a_folder_can_be(configured: Configured, tmp_path: Path) -> None:
+    settings = TrainerSettings(state_dir=tmp_path, run="r1")
+    with pytest.raises(ConfigurationError, match=r"lachesis.full_every = 8: .* needs a URL"):
+        make_plan(configured("lachesis.full_every=8"), settings)
+    with pytest.raises(ConfigurationError, match=r"lachesis.checkpoint_dir = 's3://b/c': must be a folder"):
+        make_plan(configured("lachesis.checkpoint_dir=s3://b/c"), settings)
+
+
 def test_without_an_accelerator(configured: Configured, tiny_model: Path, tmp_path: Path) -> None:
     config = configured()
     plan = make_plan(config, TrainerSettings(state_dir=tmp_path, run="r1"))

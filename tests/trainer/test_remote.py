@@ -211,6 +211,40 @@ def test_what_a_cut_upload_left_is_completed_and_what_nobody_announced_goes(
     staged(entry, tmp_path / "staged")
 
 
+def test_a_manifest_that_a_kill_tore_stops_nobody_and_takes_no_other_versions_place(
+    publisher: Publisher, ftp: FtpServer, blocking: BlockingBroker
+) -> None:
+    publish(publisher, 1)
+    publisher.flush()
+    torn = ftp.folder / "weights" / f"v000003-{'0' * 12}"  # of a version later than the checkpoint that is gone on from
+    torn.mkdir()
+    (torn / "manifest.json").write_bytes(b'{"version":3,')
+    publish(publisher, 2)
+    publisher.flush()
+    names = {version: entry.uri.rpartition("/")[2] for version, entry in entries(blocking).items()}
+    assert ftp.folders() == [names[1], names[2], torn.name]  # it may be another trainer's, at work
+    publish(publisher, 3)
+    publisher.flush()
+    assert ftp.folders() == [
+        entry.uri.rpartition("/")[2] for version, entry in entries(blocking).items() if version > 1
+    ]
+
+
+def test_a_folder_that_is_gone_is_said_or_means_that_another_took_over(
+    ftp: FtpServer, right: Right, tmp_path: Path, tiny_model: Path
+) -> None:
+    remote = RemoteVersions(ftp.url, LOG)
+    remote.bind(rest=lambda _: True, go_on=right.check)
+    store = VersionStore(tmp_path / "local", tiny_model, dtype="fp32")
+    entry = store.write(1, 1, 0, store.copy(1, [("a.weight", torch.ones(2))]))
+    store.remove(1)
+    with pytest.raises(StorageError, match=r"version 1 can't be sent from .*v000001: .*No such file"):
+        remote.upload(entry, store.path(1))
+    right.lost = True
+    with pytest.raises(LeaseLost):
+        remote.upload(entry, store.path(1))
+
+
 def test_a_place_that_can_not_be_written_is_refused_at_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"lachesis.weights_dir = 'gopher://x/y': can't be written"):
         RemoteVersions("gopher://x/y", LOG)
