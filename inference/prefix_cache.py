@@ -26,8 +26,12 @@ def choose_key(status: ServerStatus, path: str, body: Mapping[str, Any], *, sure
     """
     if not status.prefix_key:
         return ""
-    shares = sure and status.prefix_key != ALONE and not body.get("stream") and _tells_versions(path, body)
-    return status.prefix_key if shares else uuid4().hex
+    return status.prefix_key if sure and not body.get("stream") and judges(status, path, body) else uuid4().hex
+
+
+def judges(status: ServerStatus, path: str, body: Mapping[str, Any]) -> bool:
+    """Whether `is_stale` can judge a complete answer of that server."""
+    return status.prefix_key not in ("", ALONE) and _tells_versions(path, body)
 
 
 def with_key(body: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -38,10 +42,12 @@ def with_key(body: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {**body, "extra_key": f"{key} {clients}" if clients else key}
 
 
-def is_stale(answer: Sequence[Generated], version: int) -> bool:
-    """Whether an output to a request under `version`'s key may go on from a prefix that other weights read.
+def is_stale(answer: Sequence[Generated], version: int | None) -> bool:
+    """Whether an output may go on from a prefix that other weights read than those of its first token.
 
-    That is, if its first token is another version's and its prefix was cached, or SGLang does not say that it was not.
+    That is, if its prefix was cached, or SGLang does not say that it was not, and the first token is of another version
+    than the server had when it was asked (None: not known). Under a key of its own a prefix is cached, too, where a
+    request wants several outputs: SGLang reads the prompt once, and then makes them.
     """
     for each in answer:
         meta = each.meta_info

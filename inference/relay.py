@@ -23,7 +23,7 @@ from lachesis.inference.generate import (
     read_answer,
 )
 from lachesis.inference.pool import STALE_S, Pool, Server
-from lachesis.inference.prefix_cache import choose_key, is_stale, with_key
+from lachesis.inference.prefix_cache import choose_key, is_stale, judges, with_key
 
 CONNECT_S = 5.0
 KEEPALIVE_S = 2.0  # below the 5 s after which SGLang closes an idle connection
@@ -103,6 +103,9 @@ class Relay:
             nonlocal nulls, stale
             status, sure = server.status, time.monotonic() - server.changed_at < STALE_S and not stale
             key = choose_key(status, path, body, sure=sure)
+            version: int | None = status.version
+            if key not in ("", status.prefix_key):
+                version = await self._version(server)
             async with self._call(server, path, with_key(body, key) if key else body) as response:
                 answer = Answer(response.status, response.content_type, await response.read())
             if answer.status != 200:
@@ -117,7 +120,7 @@ class Relay:
                 if nulls >= NULL_TIMES:
                     raise Unanswered(502, message)
                 raise _Failed(message)
-            if key and key == status.prefix_key and (stale := is_stale(answer.generated, status.version)):
+            if judges(status, path, body) and (stale := is_stale(answer.generated, version)):
                 raise _Failed(f"{server.name} went on from a prefix of other weights")
             return answer
 
@@ -198,8 +201,9 @@ class Relay:
             self.waiting -= 1
 
     async def _served(self, server: Server) -> int | None:
-        if server.status.rule != "newest":
-            return None
+        return await self._version(server) if server.status.rule == "newest" else None
+
+    async def _version(self, server: Server) -> int | None:
         try:
             async with self._session.get(f"{server.url}/model_info") as response:
                 version = (await response.json()).get("weight_version") if response.status == 200 else None

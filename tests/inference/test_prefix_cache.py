@@ -21,6 +21,7 @@ from published import VOCAB, make_model, publish
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.records import PoolRule
+from lachesis.inference import relay
 
 pytestmark = pytest.mark.anyio
 
@@ -118,14 +119,18 @@ def agent(redis_server: EmbeddedRedis, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.sglang
+@pytest.mark.parametrize("keys", ["shared", "own"])
 async def test_no_answer_goes_on_from_a_prefix_of_other_weights(
-    redis_server: EmbeddedRedis, agent: Path, tmp_path: Path
+    redis_server: EmbeddedRedis, agent: Path, tmp_path: Path, keys: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts come again and again, so they are cached, while versions come, and one comes back, under the requests.
 
     What an answer's first version made has Hugging Face's log-probs; it would not, had other weights read its prompt:
-    that is what who asks the server itself, without a key, gets.
+    that is what who asks the server itself, without a key, gets. Under keys of their own, which they have while Redis is
+    away, requests find only what SGLang read for all their outputs at once.
     """
+    if keys == "own":
+        monkeypatch.setattr(relay, "STALE_S", -1.0)
     store, stop = tmp_path / "store", False
     done: list[tuple[dict[str, Any], int, Any]] = []
     prompts = np.random.default_rng(0).integers(5, VOCAB, (6, 96)).tolist()
