@@ -85,7 +85,7 @@ class Clock:
 
 def plan(folder: Path, steps: int) -> Plan:
     return Plan(
-        run="default", policy="main", replica="bench", model_dir=folder / "model", batch_size=BATCH, max_token_len=4096,
+        run="default", policy="main", shadow=None, replica="bench", elastic=False, exact=False, model_dir=folder / "model", batch_size=BATCH, max_token_len=4096,
         num_steps=steps, prefetch=0, lockstep=False, publish_every=1, checkpoint_every=1000, keep_versions=2,
         weights_dir=folder / "weights", weights_url="", full_every=1, weights_dtype="bf16", checkpoint_dir=folder / "checkpoints", lease_s=30.0,
         max_deliveries=10, temperature=1.0, examples_every=0, tracking=(), tracking_dir=folder / "tracking",

@@ -114,7 +114,7 @@ class Archiver:
 
     async def _resume(self) -> None:
         keys = self._broker.keys
-        await self._broker.scripts.subscribe(keys=[keys.batches], args=[ARCHIVE])
+        await self._broker.scripts.subscribe(keys=[keys.batches, keys.state, keys.settings], args=[ARCHIVE, ""])
         covered = (await self._broker.queue.retention.readers()).get(ARCHIVE, 0)
         await asyncio.to_thread(self._archive.prepare)
         found = await asyncio.to_thread(self._archive.newest)

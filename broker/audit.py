@@ -25,7 +25,8 @@ class AuditReport(Struct):
     queued: int
     dead: int  # dead letters
     purged: int  # dead letters that somebody gave up
-    skipped: int  # groups of batches that this policy gave up and others may train
+    skipped: int  # groups of batches that this policy skipped or gave up, and others may train
+    unseen: int  # groups that had come and gone when this policy joined
     steps: int
     newest_version: int
     findings: list[str] = field(default_factory=list)
@@ -60,6 +61,8 @@ async def audit(broker: Broker, policy: str = "main") -> AuditReport:
     dead = [from_entry(DeadEntry, fields).gid for _, fields in raw_dead]
     without = [gid for gids in skipped.values() for gid in gids]
     purged = int(raw_state.get(b"purged", 0))
+    unseen = int(raw_state.get(f"unseen:{policy}".encode(), 0))
+    joined = int(raw_state.get(f"joined:{policy}".encode(), 0))  # the step formed last by then
     version = await broker.weights.newest(policy)
 
     report = AuditReport(
@@ -71,6 +74,7 @@ async def audit(broker: Broker, policy: str = "main") -> AuditReport:
         dead=len(dead),
         purged=purged,
         skipped=len(without),
+        unseen=unseen,
         steps=len(ledger),
         newest_version=version.version if version else -1,
     )
@@ -81,7 +85,7 @@ async def audit(broker: Broker, policy: str = "main") -> AuditReport:
         find(f"steps committed more than once: {_some(twice)}")
     formed = int(raw_state.get(b"formed", 0))
     kept = {batch.step for batch in batches}
-    gone = [step for step in range(1, formed + 1) if step not in kept]
+    gone = [step for step in range(joined + 1, formed + 1) if step not in kept]
     if missing := [step for step in gone if step not in committed and step not in skipped]:
         find(f"batches formed and neither committed nor kept: {_some(missing)}")
     if both := [step for step in skipped if step in committed]:
@@ -100,8 +104,8 @@ async def audit(broker: Broker, policy: str = "main") -> AuditReport:
     places.update(without)
     if repeated := [gid for gid, count in places.items() if count > 1]:
         find(f"groups in more than one place: {_some(repeated)}")
-    if len(places) + purged != report.accepted:
-        find(f"{report.accepted} groups were accepted, {len(places) + purged} are accounted for")
+    if len(places) + purged + unseen != report.accepted:
+        find(f"{report.accepted} groups were accepted, {len(places) + purged + unseen} are accounted for")
     for batch in batches:
         if batch.step in committed and batch.gids != committed[batch.step].gids:
             find(f"step {batch.step} was committed with other groups than its batch holds")

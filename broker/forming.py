@@ -48,8 +48,10 @@ class Forming:
             chosen = await self._choose(status, batch_size, attainable)
             if chosen and await self._staleness.drop([(id_, int(fields[b"v_min"])) for id_, fields in chosen]):
                 continue
-            if chosen and await self._commit(status.formed + 1, batch_size, chosen):
-                return status.formed + 1
+            if chosen:
+                reply = await self._commit(status.formed + 1, batch_size, chosen)
+                if reply != b"conflict":
+                    return None if reply == b"held" else status.formed + 1
             if not chosen and int(await self._redis.hget(self._keys.state, "formed") or 0) == status.formed:
                 return None  # nobody was faster: the run was reset meanwhile
 
@@ -90,7 +92,7 @@ class Forming:
                 return None
             wanted *= 2
 
-    async def _commit(self, step: int, batch_size: int, chosen: Sequence[Entry]) -> bool:
+    async def _commit(self, step: int, batch_size: int, chosen: Sequence[Entry]) -> bytes:
         batch = BatchEntry(
             step=step,
             gids=tuple(fields[b"gid"].decode() for _, fields in chosen),
@@ -102,11 +104,12 @@ class Forming:
             bytes=sum(int(fields[b"bytes"]) for _, fields in chosen),
         )
         ids = [id_ for id_, _ in chosen]
-        reply = await self._scripts.form(
-            keys=[self._keys.groups, self._keys.batches, self._keys.state],
-            args=[step, batch_size, len(ids), *ids, *(text for pair in to_entry(batch).items() for text in pair)],
+        return bytes(
+            await self._scripts.form(
+                keys=[self._keys.groups, self._keys.batches, self._keys.state, self._keys.settings],
+                args=[step, batch_size, len(ids), *ids, *(text for pair in to_entry(batch).items() for text in pair)],
+            )
         )
-        return bool(reply == b"formed")
 
 
 def read_status(state: Mapping[bytes, bytes]) -> QueueStatus:

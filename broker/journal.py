@@ -22,7 +22,7 @@ class Journal:
         self._redis, self._blocking, self._scripts, self._keys = redis, blocking, scripts, keys
 
     async def metric(self, kind: str, values: Mapping[str, object]) -> None:
-        """Append one entry of `kind`: step | update | eval | example."""
+        """Append one entry of `kind`: step | shadow (a step of one) | update | eval | example."""
         fields = {"kind": kind, **{key: f"{v:.6g}" if isinstance(v, float) else str(v) for key, v in values.items()}}
         await self._append(self._keys.metrics, fields)
 

@@ -31,6 +31,7 @@ from lachesis.broker.records import (
     ScoredGroup,
 )
 from lachesis.broker.retention import Retention
+from lachesis.broker.shadows import Rule, Shadows
 from lachesis.broker.staleness import Staleness
 
 BLOB_TTL_S = 600  # a blob not yet in the queue expires after this
@@ -57,7 +58,8 @@ class Queue:
         self._redis, self._blocking, self._heartbeats = redis, blocking, heartbeats
         self._scripts, self._keys = scripts, keys
         self.staleness = Staleness(redis, scripts, keys)
-        self.retention = Retention(redis, scripts, keys)
+        self.shadows = Shadows(redis, keys)
+        self.retention = Retention(redis, scripts, keys, self.shadows)
         self._forming = Forming(redis, scripts, keys, self.staleness)
 
     # -- PUT ------------------------------------------------------------------------------------------------------
@@ -145,11 +147,12 @@ class Queue:
 
     # -- LEASE and COMMIT -----------------------------------------------------------------------------------------
 
-    async def subscribe(self, policy: str) -> None:
-        """Make `policy` a reader of all batches that are still there. Harmless to repeat."""
+    async def subscribe(self, policy: str, shadow: Rule | None = None) -> None:
+        """Make `policy` a reader of all batches that are still there, by `shadow` or as no shadow. Harmless to repeat."""
         if policy == ARCHIVE:
             raise ConfigurationError(f"policy = {policy!r}: that name is the archiver's; choose another")
-        await self._scripts.subscribe(keys=[self._keys.batches], args=[policy])
+        keys = [self._keys.batches, self._keys.state, self._keys.settings]
+        await self._scripts.subscribe(keys=keys, args=[policy, str(shadow or "")])
 
     async def lease(
         self,
@@ -166,7 +169,13 @@ class Queue:
         on it counts as delivered, so that environments make more; unless `delivered` is false: then from `deliver` on.
         """
         reply = await self._scripts.lease(
-            keys=[self._keys.batches, self._keys.state, self._keys.dead, self._keys.skipped],
+            keys=[
+                self._keys.batches,
+                self._keys.state,
+                self._keys.dead,
+                self._keys.skipped,
+                self._keys.settings,
+            ],
             args=[policy, consumer, int(lapse_s * 1000), max_deliveries, int(delivered)],
         )
         if reply is None:
@@ -189,6 +198,10 @@ class Queue:
             readers = await self._redis.xinfo_groups(batches)
             delivered = {reader["name"]: reader["last-delivered-id"].decode() for reader in readers}
             start = f"({delivered.get(policy.encode(), '0-0')}"
+            rule = (await self.shadows.rules()).get(policy)
+            if rule is not None and rule.kind == "lossy":
+                skipped = int(await self._redis.hget(self._keys.state, "formed") or 0) - rule.max_behind
+                start = f"({max(skipped, int(start[1:].partition('-')[0]))}-0"
         found = await self._redis.xrange(batches, start, count=1)
         return from_entry(BatchEntry, found[0][1]) if found else None
 

@@ -127,7 +127,7 @@ class LedgerEntry(Struct, frozen=True):
     v_before: int
     v_after: int
     v_min: int
-    lag: int  # v_before - v_min
+    lag: int  # versions from v_min to the weights trained: v_before - v_min, and of a shadow's see trainer/lag.py
     replica: str
     reward: float
     loss: float

@@ -16,6 +16,7 @@ from lachesis.broker.crash import crash_point
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.records import ArchiverStatus, BatchEntry
+from lachesis.broker.shadows import Shadows
 
 ARCHIVER = "archiver"  # field of the hash `state`: its heartbeat
 SLICE = 16  # batches looked at in one reply
@@ -33,8 +34,8 @@ class Kept(Struct, frozen=True):
 
 
 class Retention:
-    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys) -> None:
-        self._redis, self._scripts, self._keys = redis, scripts, keys
+    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys, shadows: Shadows) -> None:
+        self._redis, self._scripts, self._keys, self._shadows = redis, scripts, keys, shadows
 
     async def keep(self, keep_bytes: int) -> None:
         """From now on keep trained batches while all kept ones take at most so many bytes; 0: free them at once."""
@@ -47,7 +48,7 @@ class Retention:
 
     async def leave(self, reader: str, *fields: str) -> bool:
         """Keep nothing for `reader` any more, and drop its `fields` of the state. False if there was no such reader."""
-        keys = [self._keys.batches, self._keys.state]
+        keys = [self._keys.batches, self._keys.state, self._keys.settings]
         return bool(await self._scripts.leave(keys=keys, args=[reader, *fields]))
 
     async def readers(self) -> dict[str, int]:
@@ -68,16 +69,21 @@ class Retention:
 
     async def free(self) -> int:
         """Free what no reader needs and `keep_bytes` has no room for, oldest first. Returns the number of batches."""
-        limit, freed = min((await self.readers()).values(), default=0), 0
-        while found := await self._redis.xrange(self._keys.batches, "-", f"{limit}-0", count=SLICE):
-            for _, fields in found:
+        marks, rules = await self.readers(), await self._shadows.rules()
+        lossy = {name for name, rule in rules.items() if rule.kind == "lossy"}
+        strict = {name: step for name, step in marks.items() if name not in lossy}
+        limit, freed, start = min((strict or marks).values(), default=0), 0, "-"
+        names = self._keys
+        while found := await self._redis.xrange(names.batches, start, f"{limit}-0", count=SLICE):
+            for id_, fields in found:
                 batch = from_entry(BatchEntry, fields)
-                keys = [self._keys.batches, self._keys.state, self._keys.settings, *map(self._keys.blob, batch.gids)]
+                keys = [names.batches, names.state, names.settings, names.skipped, *map(names.blob, batch.gids)]
                 reply = await self._scripts.retire(keys=keys, args=[batch.step])
-                if reply in (b"kept", b"wanted"):
+                if reply == b"kept":
                     return freed
                 freed += reply == b"freed"
                 crash_point("retired", batch.step)
+                start = f"({id_.decode()}"  # a lossy shadow may want a few, and none after them
         return freed
 
     async def kept(self) -> Kept:

@@ -47,6 +47,7 @@ def render(report: AuditReport) -> str:
         f"{report.open} in open batches, {report.queued} queued"
     )
     more = {"dead letters": report.dead, "given up": report.purged, "left to other policies": report.skipped}
+    more["from before this policy joined"] = report.unseen
     counts += "".join(f", {count} {what}" for what, count in more.items() if count)
     if report.clean:
         return f"clean: {counts}; none lost, none trained twice"

@@ -24,6 +24,7 @@ COMMANDS = {
     "tail": Command("the newest steps and evaluations of a run, or its rollouts in words", "lachesis.cli.tail"),
     "audit": Command("is every accepted group in exactly one committed step, or still queued?", "lachesis.cli.audit"),
     "trainers": Command("who trains each policy: replicas, what each holds, how fast it is", "lachesis.cli.trainers"),
+    "shadow": Command("policies that train on the same batches, side by side", "lachesis.cli.shadow"),
     "token": Command("make, list and revoke the tokens that a run's callers need", "lachesis.cli.token"),
     "dead": Command("what could not be trained: list, show, requeue, purge", "lachesis.cli.dead"),
     "pool": Command("which version a pool serves: newest, pin, canary, promote, rollback", "lachesis.cli.pool"),

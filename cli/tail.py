@@ -97,5 +97,10 @@ def _example(fields: Mapping[str, str]) -> RenderableType:
     return Panel(body, title=Text(title), subtitle=Text(place), title_align="left", subtitle_align="left")
 
 
-LINES: dict[str, Callable[[Mapping[str, str]], RenderableType]] = {"step": _step, "eval": _eval, "update": _update}
+LINES: dict[str, Callable[[Mapping[str, str]], RenderableType]] = {
+    "step": _step,
+    "shadow": lambda fields: f"{fields['policy']}: {_step(fields)}",
+    "eval": _eval,
+    "update": _update,
+}
 EXAMPLES: dict[str, Callable[[Mapping[str, str]], RenderableType]] = {"example": _example, "eval": _eval}

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.keys import check_name
+from lachesis.broker.shadows import Rule
 from lachesis.trainer.algorithms import check_algorithm, check_elastic, settle_algorithm
 from lachesis.trainer.settings import TrainerSettings
 from lachesis.trainer.tracking import check_backends
@@ -39,6 +40,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 DTYPES = ("fp32", "bf16", "fp16")
 SUM_DTYPES = ("fp32", "fp64")
+SHADOWS = ("off", "lossless", "lossy")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Plan:
 
     run: str
     policy: str
+    shadow: Rule | None  # how it reads along with the policy that environments know; None: it is that one
     replica: str
     model_dir: Path
     batch_size: int
@@ -101,13 +104,28 @@ def compose_config(overrides: Sequence[str], *, device: str) -> DictConfig:
 def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
     """Check everything that can be checked without building the engine. The model's path in `config` becomes local."""
     ours, actor = config.lachesis, config.actor_rollout_ref.actor
-    for name in ("batch_size", "num_steps", "publish_every", "checkpoint_every", "keep_versions", "full_every"):
+    for name in (
+        "batch_size",
+        "num_steps",
+        "publish_every",
+        "checkpoint_every",
+        "keep_versions",
+        "full_every",
+        "max_behind",
+    ):
         if not isinstance(ours[name], int) or ours[name] < 1:
             raise ConfigurationError(f"lachesis.{name} = {ours[name]!r}: must be a whole number of at least 1")
     if ours.prefetch not in (0, 1):
         raise ConfigurationError(f"lachesis.prefetch = {ours.prefetch!r}: must be 0 or 1")
     if not isinstance(ours.lockstep, bool):
         raise ConfigurationError(f"lachesis.lockstep = {ours.lockstep!r}: must be true or false")
+    if ours.shadow not in SHADOWS:
+        raise ConfigurationError(f"lachesis.shadow = {ours.shadow!r}: must be one of {', '.join(SHADOWS)}")
+    if ours.shadow != "off" and ours.policy == "main":
+        raise ConfigurationError(
+            f"lachesis.shadow = {ours.shadow!r}: give the shadow a name of its own with lachesis.policy=NAME; 'main' is what it "
+            "trains along with"
+        )
     if not ours.lease_s >= 1:
         raise ConfigurationError(f"lachesis.lease_s = {ours.lease_s!r}: must be at least 1 second")
     for name, zero in (("max_deliveries", "for no limit"), ("examples_every", "for none")):
@@ -156,6 +174,7 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
     return Plan(
         run=settings.run,
         policy=policy,
+        shadow=None if ours.shadow == "off" else Rule(ours.shadow, ours.max_behind),
         replica=check_name("lachesis.replica", ours.replica or socket.gethostname()),
         model_dir=model_dir,
         batch_size=ours.batch_size,

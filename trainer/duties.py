@@ -64,4 +64,5 @@ class Team:
     silent_s: float  # a replica without a heartbeat for so long is taken out
     hold_s: float  # after such a silence of all of them a checkpoint is gone back to
     max_deliveries: int = 10
+    shadow: bool = False  # whether batches are formed by the trainers of another policy
     chunk: int = 1  # groups claimed at a time; a slow replica delays a step by at most so many

@@ -27,6 +27,7 @@ from lachesis.trainer.compute import Compute
 from lachesis.trainer.duties import Duties, Team, Trained
 from lachesis.trainer.exchange import digest, sum_up
 from lachesis.trainer.feed import noticing_resets
+from lachesis.trainer.lag import lag_of
 from lachesis.trainer.reducer import Alone, GlooReducer, PeerLost, Reducer
 from lachesis.trainer.seat import POLL_S, Seat, Stopped
 
@@ -177,7 +178,8 @@ class ElasticReplica:
         reduced = time.perf_counter()
         entry, letters = self._compute.entry(batch, self.step, sums, told)
         names = " ".join(sorted(id_.rsplit(":", 1)[0] for id_ in meeting.steps))
-        entry = structs.replace(entry, replica=names, seconds=reduced - began)
+        lag = lag_of(batch, self.step, shadow=self._team.shadow)
+        entry = structs.replace(entry, replica=names, lag=lag, seconds=reduced - began)
         if leads:
             self._duties.settle()
         mine = len(self._held)
@@ -227,7 +229,7 @@ class ElasticReplica:
                 if lease is not None:
                     crash_point("leased", lease.batch.step)
                     self._broker.call(self._members.open, me, lease.batch.step)
-                elif self._broker.call(queue.form, self._team.batch_size) is None:
+                elif self._team.shadow or self._broker.call(queue.form, self._team.batch_size) is None:
                     self._broker.call(queue.wait_for_group, FORM_S, after=newest)
             else:
                 time.sleep(POLL_S)

@@ -117,16 +117,24 @@ class Feed:
         return Ready(entry, groups, batch, letters(batch), fetched - began, mapped - fetched)
 
     def _make_ready(self, after: int) -> Ready | None:
-        """In the worker: what will be lent after step `after`, formed if need be; None once the feed is closed."""
+        """In the worker: what will be lent after step `after`, formed if need be; None once the feed is closed.
+
+        A shadow forms nothing: batches are the other policy's steps, made when its trainer wants one.
+        """
         while not self._closing.is_set():
             newest = self._broker.call(self._queue.newest_group)
             with noticing_resets(self._plan.run, self._plan.policy):
                 entry = self._broker.call(self._queue.upcoming, self._plan.policy, after)
             if entry is not None:
-                ready = self.load(entry)
+                try:
+                    ready = self.load(entry)
+                except Conflict:
+                    if self._plan.shadow is None:
+                        raise
+                    continue  # a lossy shadow took too long: what it looked at was skipped, and freed
                 crash_point("prefetched", entry.step)
                 return ready
-            if self._broker.call(self._queue.form, self._plan.batch_size) is None:
+            if self._plan.shadow or self._broker.call(self._queue.form, self._plan.batch_size) is None:
                 self._broker.call(self._queue.wait_for_group, POLL_S, after=newest)
                 self._wanted.wait(REST_S)
         return None

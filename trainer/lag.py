@@ -6,10 +6,19 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lachesis.broker.records import Group
+from lachesis.broker.records import BatchEntry, Group
 from lachesis.trainer.untrainable import NOT_TRAINED
 
 UNKNOWN = -1
+
+
+def lag_of(batch: BatchEntry, version_before: int, *, shadow: bool) -> int:
+    """Versions from a batch's oldest tokens to the weights that it trains.
+
+    A shadow's tokens are of the other policy's versions. What that policy trains this batch from is the version of the step
+    before, whichever step the shadow trained last.
+    """
+    return (batch.step - 1 if shadow else version_before) - batch.v_min
 
 
 def lag_metrics(v_before: int, sequences: Iterable[tuple[Group, int]]) -> dict[str, float]:

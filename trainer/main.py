@@ -101,7 +101,15 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
             versions = VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype)
             remote = RemoteVersions(plan.weights_url, log, plan.full_every) if plan.weights_url else None
             publisher = parts.enter_context(
-                Publisher(broker, plan.policy, versions, tenure, keep_versions=plan.keep_versions, remote=remote)
+                Publisher(
+                    broker,
+                    plan.policy,
+                    versions,
+                    tenure,
+                    keep_versions=plan.keep_versions,
+                    remote=remote,
+                    shadow=plan.shadow is not None,
+                )
             )
             checkpoints = Checkpoints(plan.checkpoint_dir, crew)
             feed = parts.enter_context(Feed(broker, plan, tenure, _mapping(plan, engine, learner)))

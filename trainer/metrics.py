@@ -58,7 +58,7 @@ def batch_metrics(
         "unfit_sequences": batch.unfit,
         **spread("critic/score", scores),
         **spread("critic/rewards", batch.token_level_rewards.sum(-1).numpy()),
-        **lag_metrics(entry.v_before, sequences),
+        **lag_metrics(entry.v_min + entry.lag, sequences),
     }
     for name in ("prompt", "response"):
         found |= spread(f"{name}_length", batch.model[f"{name}s"].offsets().diff().numpy())

@@ -39,8 +39,13 @@ class Publisher:
         *,
         keep_versions: int,
         remote: RemoteVersions | None = None,
+        shadow: bool = False,
     ) -> None:
-        """`remote`: where agents fetch the versions; None: they read them where `versions` are written."""
+        """`remote`: where agents fetch the versions; None: they read them where `versions` are written.
+
+        What a `shadow` trains does not count as delivered: environments make what the other policy's trainer has taken.
+        """
+        self._shadow = shadow
         self._broker, self._policy, self._versions, self._tenure = broker, policy, versions, tenure
         self._keep_versions = keep_versions
         self._worker = ThreadPoolExecutor(1, "publisher")
@@ -79,7 +84,8 @@ class Publisher:
 
     def deliver(self, step: int, *, served: bool = False) -> None:
         """Let batches up to `step` count as delivered when what was handed over is announced, or `served` by all servers."""
-        self._in_work.append(self._worker.submit(self._deliver, step, served))
+        if not self._shadow:
+            self._in_work.append(self._worker.submit(self._deliver, step, served))
 
     def flush(self, *, hurry: bool = False) -> None:
         """Wait until everything is announced. Raises StorageError, or LeaseLost if another trainer took over.

@@ -18,6 +18,7 @@ from lachesis.broker.crash import crash_point
 from lachesis.broker.records import Lease, LedgerEntry
 from lachesis.trainer.configure import Plan
 from lachesis.trainer.feed import Feed, Ready
+from lachesis.trainer.lag import lag_of
 from lachesis.trainer.metrics import batch_metrics
 from lachesis.trainer.ranks import Crew
 from lachesis.trainer.reporter import Reporter, warn_of_untrainable
@@ -95,7 +96,7 @@ class Replica:
             v_before=version_before,
             v_after=step,
             v_min=lease.batch.v_min,
-            lag=version_before - lease.batch.v_min,
+            lag=lag_of(lease.batch, version_before, shadow=self._plan.shadow is not None),
             replica=self._plan.replica,
             reward=ready.batch.scores.mean().item() if len(ready.batch.scores) else 0.0,
             loss=learned["loss"],

@@ -37,11 +37,12 @@ class Reporter:
         values["tokens_per_s"] = values["tokens"] / values["step_s"]
         if estimated is not None and self._engine.flops_counter is not None:
             values["perf/mfu/actor"] = mfu(self._engine.flops_counter, estimated.batch, values["train_s"])
-        self._broker.call(journal.metric, "step", values)
+        kind = "step" if plan.shadow is None else "shadow"
+        self._broker.call(journal.metric, kind, {"policy": plan.policy, **values})
         self._tracker.log(step, values)
         shown = ("step", "reward", "loss", "grad_norm", "lag", "queue", "wait_s", "step_s")
         self._log.info("trained", **{name: round(values[name], 4) for name in shown})
-        if plan.examples_every and step % plan.examples_every == 0:
+        if plan.shadow is None and plan.examples_every and step % plan.examples_every == 0:
             for example in examples(groups, batch, estimated, self._engine.tokenizer):
                 self._broker.call(journal.metric, "example", {"step": step} | example)
 

@@ -54,7 +54,15 @@ def train_together(
     def make_upkeep(right: Right, parts: ExitStack) -> Upkeep:
         versions = VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype)
         remote = RemoteVersions(plan.weights_url, log, plan.full_every) if plan.weights_url else None
-        publisher = Publisher(broker, plan.policy, versions, right, keep_versions=plan.keep_versions, remote=remote)
+        publisher = Publisher(
+            broker,
+            plan.policy,
+            versions,
+            right,
+            keep_versions=plan.keep_versions,
+            remote=remote,
+            shadow=plan.shadow is not None,
+        )
         checkpoints = Checkpoints(plan.checkpoint_dir, crew)
         return Upkeep(broker, plan, crew, checkpoints, parts.enter_context(publisher), right, log)
 
@@ -65,6 +73,7 @@ def train_together(
         silent_s=plan.lease_s,
         hold_s=PATIENCE * plan.lease_s,
         max_deliveries=plan.max_deliveries,
+        shadow=plan.shadow is not None,
     )
     duties = lambda seat: Lead(broker, plan, compute, mapped, seat, reporter, log, make_upkeep)  # noqa: E731
     with crew, ElasticReplica(broker, team, plan.replica, compute, duties, stop.is_set) as replica:

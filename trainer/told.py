@@ -56,7 +56,7 @@ def tell(learner: Learner, batch: TrainingBatch, metrics: dict[str, float], divi
 
 
 def ledger_entry(batch: BatchEntry, version_before: int, told: Sequence[Told], loss: float) -> LedgerEntry:
-    """`replica` and `seconds` are the caller's to fill in."""
+    """`lag`, `replica` and `seconds` are the caller's to fill in."""
     scores = np.frombuffer(b"".join(one.scores for one in told))
     return LedgerEntry(
         step=batch.step,
@@ -66,7 +66,7 @@ def ledger_entry(batch: BatchEntry, version_before: int, told: Sequence[Told], l
         v_before=version_before,
         v_after=batch.step,
         v_min=batch.v_min,
-        lag=version_before - batch.v_min,
+        lag=0,
         replica="",
         reward=torch.from_numpy(scores.copy()).mean().item() if len(scores) else 0.0,
         loss=loss,

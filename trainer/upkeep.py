@@ -39,7 +39,7 @@ class Upkeep:
         self._saved = 0  # newest checkpoint
 
     def register(self) -> None:
-        """Tell environments what is trained, and let them begin."""
+        """Read batches; and tell environments what is trained, and let them begin, unless this is a shadow."""
         plan, parties = self._plan, self._broker.broker.parties
         config = TrainerConfig(
             wandb_group=plan.wandb_group,
@@ -51,11 +51,16 @@ class Upkeep:
             starting_step=self.step,
             num_steps=plan.num_steps,
         )
-        self._broker.call(parties.register_trainer, config)
-        self._broker.call(parties.start)
-        self._broker.call(self._broker.broker.queue.subscribe, plan.policy)
+        if plan.shadow is None:
+            self._broker.call(parties.register_trainer, config)
+            self._broker.call(parties.start)
+        self._broker.call(self._broker.broker.queue.subscribe, plan.policy, plan.shadow)
+        as_what = f", a {plan.shadow.kind} shadow" if plan.shadow else ""
         self._broker.call(
-            self._broker.broker.journal.control, "training", plan.replica, f"{plan.policy} from step {self.step}"
+            self._broker.broker.journal.control,
+            "training",
+            plan.replica,
+            f"{plan.policy}{as_what} from step {self.step}",
         )
 
     # -- taking over ----------------------------------------------------------------------------------------------

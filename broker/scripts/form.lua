@@ -1,13 +1,26 @@
 #!lua flags=allow-oom
 -- FORM: move chosen groups from the queue into one batch, all or none.
--- KEYS  1 groups (stream)  2 batches (stream)  3 state (hash)
+-- KEYS  1 groups (stream)  2 batches (stream)  3 state (hash)  4 settings (hash)
 -- ARGV  1 step to form  2 sequences it must hold  3 number k of groups  4…3+k their ids in `groups`  then the batch's fields and values
 -- reply "formed" (now, or by a call whose reply was lost) | "conflict" (another replica was faster: choose again)
+--       | "held" (a lossless shadow is behind by as many batches as it may be)
 -- `gids` and the totals among the fields were read from the same entries, which never change.
 local k = tonumber(ARGV[3])
 local kept = redis.call('XRANGE', KEYS[2], ARGV[1] .. '-0', ARGV[1] .. '-0')
 if #kept > 0 and table.concat(kept[1][2], '\0') == table.concat({unpack(ARGV, 4 + k)}, '\0') then return 'formed' end
 if tonumber(redis.call('HGET', KEYS[3], 'formed') or '0') + 1 ~= tonumber(ARGV[1]) then return 'conflict' end
+if redis.call('EXISTS', KEYS[2]) == 1 then
+  for _, reader in ipairs(redis.call('XINFO', 'GROUPS', KEYS[2])) do
+    local policy, at = reader[2], {}
+    for i = 1, #reader, 2 do at[reader[i]] = reader[i + 1] end
+    local most = string.match(redis.call('HGET', KEYS[4], 'shadow:' .. policy) or '', '^lossless (%d+)$')
+    if most then
+      local settled, pending = tonumber(string.match(at['last-delivered-id'], '^%d+')), redis.call('XPENDING', KEYS[2], policy)
+      if pending[1] > 0 then settled = tonumber(string.match(pending[2], '^%d+')) - 1 end
+      if ARGV[1] - settled > tonumber(most) then return 'held' end
+    end
+  end
+end
 local sequences, bytes, taken, quotas, present = 0, 0, {}, {}, {}
 for i = 1, k do
   local found = redis.call('XRANGE', KEYS[1], ARGV[3 + i], ARGV[3 + i])

@@ -1,12 +1,13 @@
 #!lua flags=allow-oom
 -- LEASE: lend the consumer one batch: its own unfinished one, else one whose lease lapsed, else the next new one.
--- KEYS  1 batches (stream)  2 state (hash)  3 dead (stream)  4 skipped (hash)
+-- KEYS  1 batches (stream)  2 state (hash)  3 dead (stream)  4 skipped (hash)  5 settings (hash)
 -- ARGV  1 policy (consumer group)  2 consumer  3 milliseconds after which another consumer's lease has lapsed (0: at once)
 --       4 how often a batch may be lent, 0 for any number  5 '1' if the batch counts as delivered from now on, '0' if DELIVER will say so
 -- reply nil | {id, fields, deliveries}
 -- Idempotent: a caller that lost the reply gets the same batch again. Reading it again renews the lease and counts as a
 -- delivery. A batch that was lent too often is given up, and the next one lent: the policy goes on without it; and if
--- no other policy has trained it or still may, its groups become dead letters.
+-- no other policy has trained it or still may, its groups become dead letters. A lossy shadow that is behind by more batches
+-- than it may be skips the oldest of those that it has not read.
 local stream, policy, consumer, limit = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[4])
 
 local function deliver(step)  -- the same as DELIVER
@@ -28,13 +29,19 @@ local function lend(id, fields, deliveries)
   return {id, fields, deliveries}
 end
 
+local function rule(name) return redis.call('HGET', KEYS[5], 'shadow:' .. name) or '' end
+
 local function give_up(id, fields, deliveries)
   local step, batch, policies, wanted = string.match(id, '^%d+'), {}, {}, false
   for j = 1, #fields, 2 do batch[fields[j]] = fields[j + 1] end
   for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-    local name = group[2]
+    local name, at = group[2], {}
+    for j = 1, #group, 2 do at[group[j]] = group[j + 1] end
     if name ~= 'archive' then policies[#policies + 1] = name end  -- it trains nothing
-    if name ~= policy and name ~= 'archive' and redis.call('HEXISTS', KEYS[4], name .. ':' .. step) == 0 then wanted = true end
+    local may_skip = string.find(rule(name), '^lossy') and tonumber(string.match(at['last-delivered-id'], '^%d+')) < tonumber(step)
+    if name ~= policy and name ~= 'archive' and not may_skip and redis.call('HEXISTS', KEYS[4], name .. ':' .. step) == 0 then
+      wanted = true
+    end
   end
   redis.call('XACK', stream, policy, id)
   redis.call('HSET', KEYS[4], policy .. ':' .. step, batch.gids)
@@ -51,6 +58,25 @@ local function give_up(id, fields, deliveries)
   if tonumber(batch.bytes or '0') > 0 then redis.call('HINCRBY', KEYS[2], 'kept_bytes', '-' .. batch.bytes) end
 end
 
+local function skip(most)
+  local oldest = tonumber(redis.call('HGET', KEYS[2], 'formed') or '0') - most + 1
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    local at = {}
+    for j = 1, #group, 2 do at[group[j]] = group[j + 1] end
+    local read = tonumber(string.match(at['last-delivered-id'], '^%d+'))
+    if at.name == policy and read < oldest - 1 then
+      for _, entry in ipairs(redis.call('XRANGE', stream, (read + 1) .. '-0', (oldest - 1) .. '-0')) do
+        for j = 1, #entry[2], 2 do
+          if entry[2][j] == 'gids' then
+            redis.call('HSET', KEYS[4], policy .. ':' .. string.match(entry[1], '^%d+'), entry[2][j + 1])
+          end
+        end
+      end
+      redis.call('XGROUP', 'SETID', stream, policy, (oldest - 1) .. '-0')
+    end
+  end
+end
+
 while true do
   local again
   local own = redis.call('XREADGROUP', 'GROUP', policy, consumer, 'COUNT', 1, 'STREAMS', stream, '0')
@@ -65,6 +91,8 @@ while true do
   give_up(again[1], again[2], deliveries - 1)
 end
 
+local most = string.match(rule(policy), '^lossy (%d+)$')
+if most then skip(tonumber(most)) end
 local new = redis.call('XREADGROUP', 'GROUP', policy, consumer, 'COUNT', 1, 'STREAMS', stream, '>')
 if not new then return nil end
 return lend(new[1][2][1][1], new[1][2][1][2], 1)

@@ -26,6 +26,7 @@ from lachesis.broker.records import (
     TrainerConfig,
     WeightsEntry,
 )
+from lachesis.broker.shadows import Rule
 
 pytestmark = pytest.mark.anyio
 ENV = EnvConfig(max_token_length=16, desired_name="sums", weight=1.0, group_size=2)
@@ -228,8 +229,9 @@ async def reset(run: Run) -> None:
 
 async def subscribe(run: Run) -> None:
     run.lose("subscribe")
-    await run.broker.queue.subscribe("main")
+    await run.broker.queue.subscribe("main", Rule("lossy", 2))
     assert len(await run.direct.redis.xinfo_groups(run.direct.keys.batches)) == 1
+    assert await run.direct.queue.shadows.rules() == {"main": Rule("lossy", 2)}
 
 
 async def register_env(run: Run) -> None:

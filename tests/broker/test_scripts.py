@@ -114,7 +114,7 @@ async def form(broker: Broker, step: int, total: int, ids: list[str]) -> bytes:
     batch = BatchEntry(step=step, gids=("g1", "g2"), n=total, tok=12, v_min=0, v_max=0, formed_at=0.0)
     fields = [text for pair in to_entry(batch).items() for text in pair]
     reply: bytes = await broker.scripts.form(
-        keys=[keys.groups, keys.batches, keys.state], args=[step, total, len(ids), *ids, *fields]
+        keys=[keys.groups, keys.batches, keys.state, keys.settings], args=[step, total, len(ids), *ids, *fields]
     )
     return reply
 

@@ -1,0 +1,91 @@
+"""Shadows: policies that train on the batches which another policy's trainer asks for.
+
+A lossless shadow trains every batch: none is formed while it is `max_behind` behind. A lossy one holds nobody back: when it
+is further behind it skips the oldest batches that it has not read, which the audit counts. What it has trained since its
+last checkpoint is kept for it all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from msgspec import Struct
+
+from lachesis.broker.connection import Redis
+from lachesis.broker.keys import ARCHIVE, Keys
+
+Kind = Literal["lossless", "lossy"]
+
+
+class Rule(Struct, frozen=True):
+    """How a shadow reads. SUBSCRIBE keeps it, FORM, LEASE and RETIRE go by it."""
+
+    kind: Kind
+    max_behind: int  # batches formed that it has not trained, at least 1
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.max_behind}"
+
+
+class Reading(Struct, frozen=True):
+    """Where a policy is among a run's batches."""
+
+    policy: str
+    rule: Rule | None  # None: it is no shadow
+    settled: int  # newest step up to which it has trained or skipped all
+    behind: int  # batches formed after that
+    committed: int  # steps it trained
+    skipped: int  # steps it did not: skipped, or given up after too many attempts
+    holds: bool  # whether no batch is formed because of it
+
+
+class Shadows:
+    """Of one run."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self._redis, self._keys = redis, keys
+
+    async def rules(self) -> dict[str, Rule]:
+        """Each shadow's."""
+        found: Mapping[bytes, bytes] = await self._redis.hgetall(self._keys.settings)
+        rules = {}
+        for field, value in found.items():
+            if field.startswith(b"shadow:"):
+                kind, _, most = value.decode().partition(" ")
+                rules[field.decode().removeprefix("shadow:")] = Rule(
+                    "lossy" if kind == "lossy" else "lossless", int(most)
+                )
+        return rules
+
+    async def readings(self) -> list[Reading]:
+        """Of all policies that read batches, shadows last."""
+        if not await self._redis.exists(self._keys.batches):
+            return []
+        rules = await self.rules()
+        readers = await self._redis.xinfo_groups(self._keys.batches)
+        state: Mapping[bytes, bytes] = await self._redis.hgetall(self._keys.state)
+        skipped = [field.decode().rpartition(":")[0] for field in await self._redis.hkeys(self._keys.skipped)]
+        formed = int(state.get(b"formed", 0))
+        found = []
+        for reader in readers:
+            policy = reader["name"].decode()
+            if policy == ARCHIVE:
+                continue
+            settled = int(reader["last-delivered-id"].split(b"-")[0])
+            if reader["pending"]:
+                pending = await self._redis.xpending(self._keys.batches, policy)
+                settled = int(pending["min"].split(b"-")[0]) - 1 if pending["pending"] else settled
+            rule, behind = rules.get(policy), max(0, formed - settled)
+            found.append(
+                Reading(
+                    policy=policy,
+                    rule=rule,
+                    settled=settled,
+                    behind=behind,
+                    committed=int(state.get(f"committed:{policy}".encode(), 0)),
+                    skipped=skipped.count(policy),
+                    holds=rule is not None and rule.kind == "lossless" and behind >= rule.max_behind,
+                )
+            )
+        return sorted(found, key=lambda reading: (reading.rule is not None, reading.policy))
