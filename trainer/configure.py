@@ -166,7 +166,7 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         )
     settle_algorithm(config, ours.max_token_len or longest)
     if ours.elastic:
-        _check_elastic(config, settings)
+        check_elastic(config)
     policy = check_name("lachesis.policy", ours.policy)
     place = Path(settings.run, policy)
     weights_dir = str(ours.weights_dir or settings.state_dir / "weights").removeprefix("file://")
@@ -252,15 +252,6 @@ def _check_device(config: DictConfig) -> None:
     if on_cpu and attention.startswith("flash"):
         raise ConfigurationError(
             f"actor_rollout_ref.model.override_config.attn_implementation = {attention!r}: needs an accelerator; use sdpa"
-        )
-
-
-def _check_elastic(config: DictConfig, settings: TrainerSettings) -> None:
-    check_elastic(config)
-    if settings.ray_ranks:
-        raise ConfigurationError(
-            f"ray_ranks = {settings.ray_ranks}: not with lachesis.elastic; start replicas with torchrun where they are to have "
-            "several ranks, or give lachesis.elastic=false"
         )
 
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from ray_nodes import ray_cluster
 from safetensors.numpy import load_file
-from trainer_kit import fill
+from trainer_kit import fill, until
 
 from lachesis.broker import BlockingBroker, Broker, EmbeddedRedis, connect_blocking
 from lachesis.broker.audit import audit
@@ -120,4 +120,26 @@ def test_ray_places_ranks_on_two_nodes(
     with ray_cluster(nodes=2) as address:
         ray = ("--ray-ranks", "2", "--ray-ranks-per-node", "1")
         finish(start([*TRAINER, *words(url, run_name, tmp_path, tiny_model, *ray)], log, RAY_ADDRESS=address), log)
+    check(url, run_name, tmp_path, one_process)
+
+
+def test_a_ray_group_and_a_torchrun_train_as_two_replicas(
+    shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path, tiny_model: Path, one_process: dict[str, Any]
+) -> None:
+    url, elastic = shared_redis.url, ("lachesis.elastic=true", "lachesis.elastic_dtype=fp64")
+    logs = [tmp_path / name for name in ("ray.log", "torchrun.log")]
+    with connect_blocking(url, run_name) as blocking, ray_cluster(nodes=2) as address:
+        told = words(url, run_name, tmp_path, tiny_model)
+        ray = ["--ray-ranks", "2", "--ray-ranks-per-node", "1", *told, *elastic, "lachesis.replica=on-ray"]
+        processes = [
+            start([*TRAINER, *ray], logs[0], RAY_ADDRESS=address),
+            start([*TORCHRUN, *told, *elastic, "lachesis.replica=here"], logs[1]),
+        ]
+        try:
+            until(lambda: len(blocking.call(blocking.broker.members.members, "main")) == 2, PATIENCE_S)
+            blocking.call(fill, blocking.broker, groups=STEPS * BATCH // GROUP)
+        finally:
+            for process, log in zip(processes, logs, strict=True):
+                finish(process, log)
+        assert {entry.replica for entry in blocking.call(ledger, blocking.broker)} == {"here on-ray"}
     check(url, run_name, tmp_path, one_process)

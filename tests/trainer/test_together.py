@@ -129,16 +129,6 @@ def test_all_die_and_new_ones_replay(make_run: Callable[..., Run]) -> None:
         assert distance(expected.weights(version), run.weights(version)) == 0.0
 
 
-def test_replicas_as_ray_actors_are_refused(make_run: Callable[..., Run]) -> None:
-    run = make_run()
-    told = subprocess.run(
-        [sys.executable, "-m", "lachesis.cli.main", "trainer", "--ray-ranks", "2", *run.words("r")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert told.returncode == 2
-    assert "ray_ranks = 2: not with lachesis.elastic" in told.stderr
-
-
 # -- replicas of two ranks ----------------------------------------------------------------------------------------
 
 EXACT = "lachesis.elastic_dtype=fp64"

@@ -92,9 +92,9 @@ async def fill(broker: Broker, *, groups: int, first: int = 0) -> None:
         assert await broker.queue.put(f"{number:08d}", group, v_min=0, v_max=0) == "stored"
 
 
-def until(condition: Callable[[], object]) -> None:
+def until(condition: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
     """Wait until it holds, however long a busy machine takes."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.01)
