@@ -47,11 +47,11 @@ class Project:
             time.sleep(1)
         raise AssertionError(f"{what}: not in {timeout_s} s\n{self.compose('logs', '--tail', '15', check=False)}")
 
-    def wait_for_step(self, step: int, timeout_s: float) -> dict[str, Any]:
+    def wait_for_step(self, step: int, timeout_s: float, policy: str = "main") -> dict[str, Any]:
         """The run's status once that step is committed."""
 
         def reached() -> dict[str, Any] | None:
-            now: dict[str, Any] = self.lachesis("status", "--json")
+            now: dict[str, Any] = self.lachesis("status", "--policy", policy, "--json")
             return now if now["newest_step"] and now["newest_step"]["step"] >= step else None
 
         found: dict[str, Any] = self.wait(f"step {step}", reached, timeout_s)

@@ -1,4 +1,4 @@
-"""`docker compose up` for real: built images, private network, the same loop, replicas, a kill."""
+"""`docker compose up` for real: built images, private network, the same loop, replicas, a shadow, kills."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.compose, pytest.mark.timeout(2400)]
 
 @pytest.fixture(scope="module")
 def services() -> Iterator[Project]:
-    project = Project("test", {"STEPS": str(STEPS)})
+    project = Project("test", {"STEPS": str(STEPS), "COMPOSE_PROFILES": "shadow"})
     project.compose("build")
     try:
         project.compose("up", "--detach", "--scale", "shim=2", "--scale", "env=2", "--scale", "inference=2")
@@ -26,8 +26,8 @@ def services() -> Iterator[Project]:
 
 def test_the_loop_runs_from_images_with_replicas_and_survives_a_kill(services: Project) -> None:
     services.wait_for_step(3, timeout_s=420)
-    services.compose("kill", "--signal", "SIGKILL", "trainer")
-    services.compose("start", "trainer")  # a container killed by hand is not restarted by its policy
+    services.compose("kill", "--signal", "SIGKILL", "trainer", "shadow")
+    services.compose("start", "trainer", "shadow")  # a container killed by hand is not restarted by its policy
     now = services.wait_for_step(STEPS, timeout_s=420)
 
     ready = [server for server in now["servers"] if server["state"] in ("ready", "updating")]
@@ -39,6 +39,15 @@ def test_the_loop_runs_from_images_with_replicas_and_survives_a_kill(services: P
         "exec", "-T", "redis", "redis-cli", "XREVRANGE", "lachesis:{default}:ledger:main", "+", "-", "COUNT", "1"
     )
     assert newest.split()[0] == f"{STEPS}-0"
+
+    services.wait_for_step(STEPS, timeout_s=120, policy="shadow")
+    audit = services.lachesis("audit", "--policy", "shadow", "--json")
+    assert audit["clean"], audit
+    main, shadow = services.lachesis("shadow", "--json")["policies"]
+    assert (main["policy"], main["rule"], main["committed"]) == ("main", None, STEPS)
+    assert (shadow["policy"], shadow["rule"]) == ("shadow", {"kind": "lossy", "max_behind": 8})
+    assert 0 < shadow["committed"] == audit["steps"]
+    assert shadow["committed"] + shadow["skipped"] <= STEPS  # it may have joined after the first ones
 
 
 def test_redis_keeps_what_it_accepted_and_is_not_published(services: Project) -> None:
