@@ -16,8 +16,8 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainer_kills import STEPS, Run
 from trainer_kit import fill, preload, until
+from verl_run import STEPS, Run
 
 from lachesis.broker import (
     BlockingBroker,

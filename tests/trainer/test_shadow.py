@@ -4,64 +4,18 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-from safetensors.torch import load_file
-from torch import Tensor
-from trainer_kit import fill, start_trainer, until
+from trainer_kit import fill, until
+from verl_run import BATCH, GROUP, STEPS, Run, ledger, same, versions
 
-from lachesis.broker import BlockingBroker, Broker, EmbeddedRedis, connect_blocking
+from lachesis.broker import BlockingBroker, EmbeddedRedis
 from lachesis.broker.audit import audit
-from lachesis.broker.records import LedgerEntry
 
 pytestmark = pytest.mark.verl
 
-STEPS, BATCH, GROUP = 6, 8, 4
-PATIENCE_S = 60.0
 SHADOW = ("lachesis.policy=shadow", "lachesis.shadow=lossless", "lachesis.max_behind=2")
 LOSSY = ("lachesis.policy=shadow", "lachesis.shadow=lossy", "lachesis.max_behind=1", "lachesis.checkpoint_every=4")
-
-
-class Run:
-    """One run on the shared Redis, with its own state folder."""
-
-    def __init__(self, url: str, name: str, state_dir: Path, model: Path) -> None:
-        self.url, self.name, self.state_dir, self._model = url, name, state_dir, model
-
-    def start(self, *overrides: str, crash_at: str = "", log: str = "main.log") -> Any:
-        settings = {
-            "actor_rollout_ref.model.path": self._model,
-            "actor_rollout_ref.actor.optim.lr": 1e-2,
-            "lachesis.batch_size": BATCH,
-            "lachesis.num_steps": STEPS,
-            "lachesis.checkpoint_every": 2,
-            "lachesis.lease_s": 3,
-        }
-        words = [f"{key}={value}" for key, value in settings.items() if not any(key in word for word in overrides)]
-        words += overrides
-        return start_trainer(self.url, self.name, self.state_dir, words, crash_at=crash_at, log=self.state_dir / log)
-
-    def weights(self, policy: str, version: int) -> dict[str, Tensor]:
-        return load_file(self.state_dir / f"weights/{self.name}/{policy}/v{version:06d}/model.safetensors")
-
-
-def ended(process: Any) -> int | None:
-    process.join(PATIENCE_S)
-    exitcode: int | None = process.exitcode
-    return exitcode
-
-
-async def _ledger(broker: Broker, policy: str) -> list[LedgerEntry]:
-    return [entry async for entry in broker.queue.ledger(policy)]
-
-
-async def _versions(broker: Broker, policy: str) -> list[int]:
-    return [int(fields[b"version"]) for _, fields in await broker.redis.xrange(broker.keys.weights(policy))]
-
-
-def same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine)
 
 
 def check_clean(blocking: BlockingBroker) -> None:
@@ -76,7 +30,7 @@ def a_run(shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path, tiny_model
 
 def test_a_lossless_shadow_killed_again_and_again_is_waited_for(a_run: Run) -> None:
     """With the same settings it becomes the same policy, bit for bit."""
-    with connect_blocking(a_run.url, a_run.name) as blocking:
+    with a_run.broker() as blocking:
         queue, parties = blocking.broker.queue, blocking.broker.parties
         blocking.call(fill, blocking.broker, groups=STEPS * BATCH // GROUP)
         shadow = a_run.start(*SHADOW, crash_at="trained:1", log="shadow.log")
@@ -84,21 +38,21 @@ def test_a_lossless_shadow_killed_again_and_again_is_waited_for(a_run: Run) -> N
         assert blocking.call(parties.trainer_config) is None
         assert blocking.call(queue.status).formed == 0  # batches are another policy's to ask for
         main = a_run.start()
-        assert ended(shadow) == -signal.SIGKILL
-        until(lambda: len(blocking.call(_ledger, blocking.broker, "main")) == 2)
+        assert a_run.finish(shadow) == -signal.SIGKILL
+        until(lambda: len(blocking.call(ledger, blocking.broker, "main")) == 2)
         reading = blocking.call(queue.shadows.readings)[-1]
         assert (reading.policy, reading.behind, reading.holds) == ("shadow", 2, True)
         for point in ("committed:2", "publish:3", "checkpoint:4", "announce:5"):
-            assert ended(a_run.start(*SHADOW, crash_at=point, log="shadow.log")) == -signal.SIGKILL, point
-        assert ended(a_run.start(*SHADOW, log="shadow.log")) == 0
-        assert ended(main) == 0
+            assert a_run.finish(a_run.start(*SHADOW, crash_at=point, log="shadow.log")) == -signal.SIGKILL, point
+        assert a_run.finish(a_run.start(*SHADOW, log="shadow.log")) == 0
+        assert a_run.finish(main) == 0
 
-        theirs, mine = (blocking.call(_ledger, blocking.broker, policy) for policy in ("main", "shadow"))
+        theirs, mine = (blocking.call(ledger, blocking.broker, policy) for policy in ("main", "shadow"))
         assert [entry.step for entry in mine] == [*range(1, STEPS + 1)]
         assert [(e.gids, e.lag, e.loss) for e in mine] == [(e.gids, e.lag, e.loss) for e in theirs]
-        assert blocking.call(_versions, blocking.broker, "shadow") == [*range(STEPS + 1)]
+        assert blocking.call(versions, blocking.broker, "shadow") == [*range(STEPS + 1)]
         for version in range(STEPS + 1):
-            assert same(a_run.weights("shadow", version), a_run.weights("main", version)), version
+            assert same(a_run.weights(version, "shadow"), a_run.weights(version, "main")), version
         check_clean(blocking)
         assert blocking.call(queue.batches) == []
         metrics = [fields for _, fields in blocking.call(blocking.broker.journal.metrics)]
@@ -106,45 +60,45 @@ def test_a_lossless_shadow_killed_again_and_again_is_waited_for(a_run: Run) -> N
 
 
 def test_a_lossy_shadow_that_was_away_replays_what_it_had_and_skips_the_rest(a_run: Run, tmp_path: Path) -> None:
-    with connect_blocking(a_run.url, a_run.name) as blocking:
+    with a_run.broker() as blocking:
         queue = blocking.broker.queue
         blocking.call(fill, blocking.broker, groups=STEPS * BATCH // GROUP)
         waiting = a_run.start(*LOSSY, crash_at="committed:2", log="shadow.log")
         until(lambda: blocking.call(queue.readers) == ["shadow"])
         waiting.kill()
         waiting.join()
-        assert ended(a_run.start("lachesis.num_steps=2")) == 0
-        assert ended(a_run.start(*LOSSY, crash_at="committed:2", log="shadow.log")) == -signal.SIGKILL
-        assert ended(a_run.start()) == 0  # nobody waits for it
+        assert a_run.finish(a_run.start("lachesis.num_steps=2")) == 0
+        assert a_run.finish(a_run.start(*LOSSY, crash_at="committed:2", log="shadow.log")) == -signal.SIGKILL
+        assert a_run.finish(a_run.start()) == 0  # nobody waits for it
         assert [batch.step for batch in blocking.call(queue.batches)] == [2, 6]  # what it needs, and may still train
         check_clean(blocking)
-        assert ended(a_run.start(*LOSSY, log="shadow.log")) == 0
-        ledger = blocking.call(_ledger, blocking.broker, "shadow")
-        assert [(entry.step, entry.v_before, entry.lag) for entry in ledger] == [(2, 0, 1), (6, 2, 5)]
-        assert blocking.call(_versions, blocking.broker, "shadow") == [0, 2, 6]
+        assert a_run.finish(a_run.start(*LOSSY, log="shadow.log")) == 0
+        trained = blocking.call(ledger, blocking.broker, "shadow")
+        assert [(entry.step, entry.v_before, entry.lag) for entry in trained] == [(2, 0, 1), (6, 2, 5)]
+        assert blocking.call(versions, blocking.broker, "shadow") == [0, 2, 6]
         check_clean(blocking)
         assert blocking.call(audit, blocking.broker, "shadow").skipped == 4 * BATCH // GROUP
         assert blocking.call(queue.batches) == []
     assert "replayed" in (a_run.state_dir / "shadow.log").read_text()
 
-    other = Run(a_run.url, f"{a_run.name}-other", tmp_path / "other", a_run._model)
-    with connect_blocking(other.url, other.name) as blocking:  # a trainer that gets these two batches alone
+    other = Run(a_run.url, f"{a_run.name}-other", tmp_path / "other", a_run.model)
+    with other.broker() as blocking:  # a trainer that gets these two batches alone
         for step in (2, 6):
             blocking.call(fill, blocking.broker, groups=BATCH // GROUP, first=(step - 1) * BATCH // GROUP)
-        assert ended(other.start("lachesis.num_steps=2")) == 0
-    assert same(a_run.weights("shadow", 6), other.weights("main", 2))
+        assert other.finish(other.start("lachesis.num_steps=2")) == 0
+    assert same(a_run.weights(6, "shadow"), other.weights(2))
 
 
 def test_replicas_train_a_shadow_together(a_run: Run) -> None:
-    with connect_blocking(a_run.url, a_run.name) as blocking:
+    with a_run.broker() as blocking:
         blocking.call(fill, blocking.broker, groups=3 * BATCH // GROUP)
         options = (*SHADOW, "lachesis.elastic=true", "lachesis.num_steps=3")
         two = [a_run.start(*options, f"lachesis.replica={name}", log=f"{name}.log") for name in "ab"]
         until(lambda: blocking.call(blocking.broker.queue.readers) == ["shadow"])
-        assert ended(a_run.start("lachesis.num_steps=3")) == 0
-        assert [ended(process) for process in two] == [0, 0]
-        theirs, mine = (blocking.call(_ledger, blocking.broker, policy) for policy in ("main", "shadow"))
+        assert a_run.finish(a_run.start("lachesis.num_steps=3")) == 0
+        assert [a_run.finish(process) for process in two] == [0, 0]
+        theirs, mine = (blocking.call(ledger, blocking.broker, policy) for policy in ("main", "shadow"))
         assert [(entry.gids, entry.lag) for entry in mine] == [(entry.gids, entry.lag) for entry in theirs]
         check_clean(blocking)
-    found, expected = a_run.weights("shadow", 3), a_run.weights("main", 3)
+    found, expected = a_run.weights(3, "shadow"), a_run.weights(3, "main")
     assert all(found[name].sub(expected[name]).abs().max() < 1e-3 for name in expected)

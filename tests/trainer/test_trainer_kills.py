@@ -9,60 +9,17 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
-from safetensors.torch import load_file
-from torch import Tensor
-from trainer_kit import fill, scored_group, start_trainer
+from trainer_kit import fill, scored_group
+from verl_run import BATCH, GROUP, PATIENCE_S, STEPS, Run, ledger, same, versions
 
-from lachesis.broker import BlockingBroker, Broker, EmbeddedRedis, connect_blocking
+from lachesis.broker import BlockingBroker, Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
 from lachesis.broker.records import LedgerEntry
 
 pytestmark = pytest.mark.verl
-
-STEPS, BATCH, GROUP = 6, 8, 4
-PATIENCE_S = 60.0
-
-
-class Run:
-    """One run on the shared Redis, with its own state folder."""
-
-    def __init__(self, url: str, name: str, state_dir: Path, model: Path) -> None:
-        self.url, self.name, self.state_dir, self._model = url, name, state_dir, model
-
-    def start(self, *overrides: str, crash_at: str = "", log: str = "trainer.log") -> Any:
-        settings = {
-            "actor_rollout_ref.model.path": self._model,
-            "actor_rollout_ref.actor.optim.lr": 1e-2,
-            "lachesis.batch_size": BATCH,
-            "lachesis.num_steps": STEPS,
-            "lachesis.checkpoint_every": 2,
-            "lachesis.lease_s": 3,
-        }
-        words = [*(f"{key}={value}" for key, value in settings.items()), *overrides]
-        return start_trainer(self.url, self.name, self.state_dir, words, crash_at=crash_at, log=self.state_dir / log)
-
-    def finish(self, process: Any) -> int | None:
-        process.join(PATIENCE_S)
-        exitcode: int | None = process.exitcode
-        return exitcode
-
-    def broker(self) -> Any:
-        return connect_blocking(self.url, self.name)
-
-    def weights(self, version: int) -> dict[str, Tensor]:
-        return load_file(self.state_dir / f"weights/{self.name}/main/v{version:06d}/model.safetensors")
-
-
-async def _ledger(broker: Broker) -> list[LedgerEntry]:
-    return [entry async for entry in broker.queue.ledger("main")]
-
-
-async def _versions(broker: Broker) -> list[int]:
-    return [int(fields[b"version"]) for _, fields in await broker.redis.xrange(broker.keys.weights("main"))]
 
 
 async def _wait_for_step(broker: Broker, step: int) -> None:
@@ -94,27 +51,25 @@ def undisturbed(
     with run.broker() as blocking:
         blocking.call(fill, blocking.broker, groups=STEPS * BATCH // GROUP + 1)
         assert run.finish(run.start()) == 0
-        yield run, blocking.call(_ledger, blocking.broker)
+        yield run, blocking.call(ledger, blocking.broker)
 
 
 def check_same(run: Run, blocking: BlockingBroker, undisturbed: tuple[Run, list[LedgerEntry]]) -> None:
     reference, expected = undisturbed
-    ledger = blocking.call(_ledger, blocking.broker)
-    assert [entry.step for entry in ledger] == list(range(1, STEPS + 1))
-    assert [entry.gids for entry in ledger] == [entry.gids for entry in expected]
-    assert [entry.loss for entry in ledger] == [entry.loss for entry in expected]
-    assert blocking.call(_versions, blocking.broker) == list(range(STEPS + 1))
+    trained = blocking.call(ledger, blocking.broker)
+    assert [entry.step for entry in trained] == list(range(1, STEPS + 1))
+    assert [entry.gids for entry in trained] == [entry.gids for entry in expected]
+    assert [entry.loss for entry in trained] == [entry.loss for entry in expected]
+    assert blocking.call(versions, blocking.broker) == list(range(STEPS + 1))
     for version in range(STEPS + 1):
-        mine, theirs = run.weights(version), reference.weights(version)
-        assert mine.keys() == theirs.keys()
-        assert all(mine[name].equal(theirs[name]) for name in mine), f"version {version} differs"
+        assert same(run.weights(version), reference.weights(version)), f"version {version} differs"
 
 
 def test_an_undisturbed_run_trains_exactly_its_steps(undisturbed: tuple[Run, list[LedgerEntry]]) -> None:
-    run, ledger = undisturbed
-    assert [(entry.step, entry.n, entry.lag) for entry in ledger] == [(s, BATCH, s - 1) for s in range(1, STEPS + 1)]
+    run, trained = undisturbed
+    assert [(entry.step, entry.n, entry.lag) for entry in trained] == [(s, BATCH, s - 1) for s in range(1, STEPS + 1)]
     with run.broker() as blocking:
-        assert blocking.call(_versions, blocking.broker) == list(range(STEPS + 1))
+        assert blocking.call(versions, blocking.broker) == list(range(STEPS + 1))
         metrics = [fields for _, fields in blocking.call(blocking.broker.journal.metrics)]
         status = blocking.call(blocking.broker.queue.status)
     assert [int(fields["step"]) for fields in metrics] == list(range(1, STEPS + 1))
@@ -152,10 +107,10 @@ def test_a_batch_that_kills_the_trainer_leaves_a_hole_in_the_steps(a_run: Run) -
         for point in ("trained:2", "trained:2", "trained:6", "trained:6"):
             assert a_run.finish(a_run.start(*options, crash_at=point)) == -signal.SIGKILL
         assert a_run.finish(a_run.start(*options)) == 0
-        ledger = blocking.call(_ledger, blocking.broker)
-        assert [entry.step for entry in ledger] == [1, 3, 4, 5, 7]
-        assert [(entry.v_before, entry.v_after) for entry in ledger] == [(0, 1), (1, 3), (3, 4), (4, 5), (5, 7)]
-        assert blocking.call(_versions, blocking.broker) == [0, 4, 7]  # the last step is published, whatever its number
+        trained = blocking.call(ledger, blocking.broker)
+        assert [entry.step for entry in trained] == [1, 3, 4, 5, 7]
+        assert [(entry.v_before, entry.v_after) for entry in trained] == [(0, 1), (1, 3), (3, 4), (4, 5), (5, 7)]
+        assert blocking.call(versions, blocking.broker) == [0, 4, 7]  # the last step is published, whatever its number
         report = blocking.call(audit, blocking.broker)
         assert report.findings == []
         assert report.dead == 2 * BATCH // GROUP
@@ -210,9 +165,9 @@ def test_a_standby_takes_over_from_a_killed_trainer(a_run: Run) -> None:
         first.kill()
         blocking.call(fill, blocking.broker, groups=7, first=101)
         assert a_run.finish(second) == 0
-        ledger = blocking.call(_ledger, blocking.broker)
-    assert [entry.step for entry in ledger] == list(range(1, STEPS + 1))
-    assert [entry.replica for entry in ledger] == ["a"] * 2 + ["b"] * 4
+        trained = blocking.call(ledger, blocking.broker)
+    assert [entry.step for entry in trained] == list(range(1, STEPS + 1))
+    assert [entry.replica for entry in trained] == ["a"] * 2 + ["b"] * 4
 
 
 def test_a_trainer_that_lost_its_lock_commits_nothing(a_run: Run) -> None:
@@ -223,8 +178,8 @@ def test_a_trainer_that_lost_its_lock_commits_nothing(a_run: Run) -> None:
         blocking.call(blocking.broker.redis.set, blocking.broker.keys.writer("main"), "another")
         blocking.call(fill, blocking.broker, groups=BATCH // GROUP, first=100)
         assert a_run.finish(process) == 1
-        assert [entry.step for entry in blocking.call(_ledger, blocking.broker)] == [1]
-        assert blocking.call(_versions, blocking.broker) == [0, 1]
+        assert [entry.step for entry in blocking.call(ledger, blocking.broker)] == [1]
+        assert blocking.call(versions, blocking.broker) == [0, 1]
     assert "another process writes this policy now" in (a_run.state_dir / "trainer.log").read_text()
 
 
@@ -258,5 +213,5 @@ def test_a_checkpoint_that_redis_knows_nothing_of_is_dropped(a_run: Run) -> None
         assert a_run.finish(a_run.start("lachesis.num_steps=2")) == 0
         shutil.copytree(checkpoints / "step-2", checkpoints / "step-9")
         assert a_run.finish(a_run.start("lachesis.num_steps=3")) == 0
-        assert [entry.step for entry in blocking.call(_ledger, blocking.broker)] == [1, 2, 3]
+        assert [entry.step for entry in blocking.call(ledger, blocking.broker)] == [1, 2, 3]
     assert {path.name for path in checkpoints.iterdir()} == {"step-2", "step-3"}
