@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from uuid import uuid4
 
 from msgspec import Struct, structs
+from redis.exceptions import ResponseError
 
 from lachesis.broker.codec import to_entry
 from lachesis.broker.connection import Redis
@@ -230,8 +231,10 @@ class Members:
         keys = self._keys
         raw = await self._redis.hgetall(keys.replicas(policy))
         beats = dict(await self._redis.zrange(keys.beats(policy), 0, -1, withscores=True))
-        work = keys.work(policy)
-        pending = await self._redis.xinfo_consumers(work, "trainers") if await self._redis.exists(work) else []
+        try:
+            pending = await self._redis.xinfo_consumers(keys.work(policy), "trainers")
+        except ResponseError:  # no step is open
+            pending = []
         holds = {consumer["name"]: consumer["pending"] for consumer in pending}
         return [
             Member(

@@ -312,9 +312,10 @@ class Queue:
 
     async def readers(self) -> list[str]:
         """Policies that read batches; the archiver is none."""
-        if not await self._redis.exists(self._keys.batches):
+        try:
+            names = [reader["name"].decode() for reader in await self._redis.xinfo_groups(self._keys.batches)]
+        except ResponseError:  # nobody ever subscribed
             return []
-        names = [reader["name"].decode() for reader in await self._redis.xinfo_groups(self._keys.batches)]
         return sorted(name for name in names if name != ARCHIVE)
 
     async def retire(self, policy: str, covered: int) -> int:

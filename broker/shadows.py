@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from msgspec import Struct
+from redis.exceptions import ResponseError
 
 from lachesis.broker.connection import Redis
 from lachesis.broker.keys import ARCHIVE, Keys
@@ -60,10 +61,11 @@ class Shadows:
 
     async def readings(self) -> list[Reading]:
         """Of all policies that read batches, shadows last."""
-        if not await self._redis.exists(self._keys.batches):
+        try:
+            readers = await self._redis.xinfo_groups(self._keys.batches)
+        except ResponseError:  # nobody ever subscribed
             return []
         rules = await self.rules()
-        readers = await self._redis.xinfo_groups(self._keys.batches)
         state: Mapping[bytes, bytes] = await self._redis.hgetall(self._keys.state)
         skipped = [field.decode().rpartition(":")[0] for field in await self._redis.hkeys(self._keys.skipped)]
         formed = int(state.get(b"formed", 0))

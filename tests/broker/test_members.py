@@ -310,3 +310,21 @@ async def test_a_reset_forgets_the_replicas(filled: Broker) -> None:
 def test_every_life_has_an_id_of_its_own() -> None:
     assert new_id("host").startswith("host:")
     assert new_id("host") != new_id("host")
+
+
+async def test_replicas_can_be_looked_at_while_steps_open_and_close(broker: Broker) -> None:
+    me, work = await founded(broker), broker.keys.work("main")
+
+    async def open_and_close(tasks: anyio.abc.TaskGroup) -> None:
+        for _ in range(500):
+            await broker.redis.xgroup_create(work, "trainers", "0", mkstream=True)
+            await broker.redis.delete(work)
+        tasks.cancel_scope.cancel()
+
+    looks = 0
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(open_and_close, tasks)
+        while True:
+            assert [(member.id, member.holds) for member in await broker.members.members("main")] == [(me.id, 0)]
+            looks += 1
+    assert looks > 100
