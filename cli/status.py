@@ -54,6 +54,7 @@ async def _snapshot(url: str, settings: StatusSettings) -> dict[str, Any]:
             "newest_step": await broker.queue.newest_committed(settings.policy),
             "newest_weights": await broker.weights.newest(settings.policy),
             "kept": await broker.queue.retention.kept(),
+            "shadows": [reading for reading in await broker.queue.shadows.readings() if reading.rule],
             "archiver": await broker.queue.retention.archiver(),
             "servers": sorted(await broker.parties.servers(), key=lambda status: status.server),
             "environments": await broker.parties.envs(),
@@ -94,6 +95,9 @@ def _show(snapshot: dict[str, Any]) -> None:
         table.add_row("kept", f"{kept.batches} batches, {kept.bytes:,} bytes, steps {kept.first} to {kept.last}")
     if ARCHIVE in kept.covered:
         table.add_row("archive", _archive(kept, snapshot["archiver"], step.step if step else 0, snapshot["at"]))
+    for shadow in snapshot["shadows"]:
+        waits = "; no batch is formed until it has trained one" if shadow.holds else ""
+        table.add_row("shadow", f"{shadow.policy}  {shadow.rule.kind}, {shadow.behind} batches behind{waits}")
     for server in snapshot["servers"]:
         age = snapshot["at"] - server.heartbeat
         state = server.state if age < STALE_S else f"silent since {_ago(age)}"

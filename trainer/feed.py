@@ -129,9 +129,10 @@ class Feed:
                 try:
                     ready = self.load(entry)
                 except Conflict:
-                    if self._plan.shadow is None:
+                    if self._plan.shadow is None or self._plan.shadow.kind == "lossless":
                         raise
-                    continue  # a lossy shadow took too long: what it looked at was skipped, and freed
+                    self._wanted.wait(REST_S)  # a lossy one took too long: what it looked at was skipped, and freed
+                    continue
                 crash_point("prefetched", entry.step)
                 return ready
             if self._plan.shadow or self._broker.call(self._queue.form, self._plan.batch_size) is None:

@@ -10,12 +10,14 @@ from structlog.stdlib import BoundLogger
 
 from lachesis.broker import BlockingBroker, Conflict, LeaseLost
 from lachesis.broker.records import LedgerEntry, TrainerConfig
+from lachesis.broker.shadows import Rule
 from lachesis.trainer.checkpoint import Checkpoints
 from lachesis.trainer.configure import Plan
 from lachesis.trainer.publisher import Publisher
 from lachesis.trainer.ranks import Crew
 from lachesis.trainer.tenure import Right
 
+DONE = Rule("lossy", 1)  # of a shadow that trains no more
 LOOK_S = 0.002  # between two looks at whether a version is announced
 
 
@@ -171,7 +173,9 @@ class Upkeep:
             self._broker.call(self._broker.broker.queue.retire, self._plan.policy, self._saved)
 
     def finish(self) -> None:
-        """Leave the last version and a checkpoint."""
+        """Leave the last version and a checkpoint. For a shadow that has trained all its steps nobody waits any more."""
         self.publish_if_due()
         self.publisher.flush(hurry=True)
         self.save()
+        if self._plan.shadow is not None and self.step >= self._plan.num_steps:
+            self._broker.call(self._broker.broker.queue.subscribe, self._plan.policy, DONE)

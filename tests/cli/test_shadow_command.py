@@ -54,6 +54,11 @@ async def test_policies_side_by_side(broker: Broker, where: tuple[str, ...]) -> 
         "runs lossy, at most 3 behind 2 1 1 2",
         "waits lossless, at most 4 behind 0 0 0 4 no batch is formed until it has trained one",
     ]
+    status = " ".join(lachesis("status", *where).stdout.split())
+    assert (
+        "shadow runs lossy, 2 batches behind shadow waits lossless, 4 batches behind; no batch is formed until"
+        in status
+    )
     assert shown.endswith("\nno step that all of them have trained and told of yet\n")
 
     for loss in (1.0, 3.0):
