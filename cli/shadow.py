@@ -25,7 +25,7 @@ COMPARED = {
     "loss": ".4f",
     "grad_norm": ".3g",
     "entropy": ".3f",
-    "kl": ".2g",
+    "logp_gap_mean": ".3f",  # from whom the rollouts are of
     "clip_frac": ".3f",
     "lr": ".2g",
     "step_s": ".2f",
