@@ -74,10 +74,12 @@ class Shadows:
             policy = reader["name"].decode()
             if policy == ARCHIVE:
                 continue
-            settled = int(reader["last-delivered-id"].split(b"-")[0])
-            if reader["pending"]:
-                pending = await self._redis.xpending(self._keys.batches, policy)
-                settled = int(pending["min"].split(b"-")[0]) - 1 if pending["pending"] else settled
+            # what was freed before a late one joined is not there to be waited for
+            unread = await self._redis.xrange(self._keys.batches, f"({reader['last-delivered-id'].decode()}", count=1)
+            oldest = unread[0][0] if unread else b"%d-0" % (formed + 1)
+            if reader["pending"] and (pending := await self._redis.xpending(self._keys.batches, policy))["pending"]:
+                oldest = pending["min"]
+            settled = int(oldest.split(b"-")[0]) - 1
             rule, behind = rules.get(policy), max(0, formed - settled)
             found.append(
                 Reading(

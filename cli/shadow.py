@@ -89,11 +89,13 @@ async def _remove(broker: Broker, policy: str) -> None:
 
 async def _compare(broker: Broker, steps: int) -> Comparison:
     policies = await broker.queue.shadows.readings()
-    wanted = 2 * steps * max(1, len(policies))
+    behind = max((reading.behind for reading in policies), default=0)  # the others have told so much more
+    wanted = 2 * (steps + behind) * max(1, len(policies))
     _, entries = await broker.journal.newest(wanted, {"step", "shadow"})
     told: dict[str, dict[int, Mapping[str, str]]] = {reading.policy: {} for reading in policies}
     for fields in entries:
-        told.setdefault(fields.get("policy", "main"), {})[int(fields["step"])] = fields
+        if (policy := fields.get("policy", "main")) in told:  # not one that was removed
+            told[policy][int(fields["step"])] = fields
     common = sorted(set.intersection(*map(set, told.values())) if told else ())[-steps:]
     means = {
         policy: {

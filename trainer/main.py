@@ -85,12 +85,10 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
             from lachesis.trainer.algo import Learner
             from lachesis.trainer.checkpoint import Checkpoints
             from lachesis.trainer.feed import Feed
-            from lachesis.trainer.publisher import Publisher
-            from lachesis.trainer.remote import RemoteVersions
+            from lachesis.trainer.publisher import make_publisher
             from lachesis.trainer.replica import Replica
             from lachesis.trainer.reporter import Reporter
             from lachesis.trainer.upkeep import Upkeep
-            from lachesis.trainer.versions import VersionStore
 
             learner = Learner(engine, config.algorithm)
             crew = parts.enter_context(Crew(engine, learner))
@@ -98,19 +96,7 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
                 unless=stop.is_set, on_standby=lambda: log.info("standby: another trainer holds this policy")
             ):
                 return 0
-            versions = VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype)
-            remote = RemoteVersions(plan.weights_url, log, plan.full_every) if plan.weights_url else None
-            publisher = parts.enter_context(
-                Publisher(
-                    broker,
-                    plan.policy,
-                    versions,
-                    tenure,
-                    keep_versions=plan.keep_versions,
-                    remote=remote,
-                    shadow=plan.shadow is not None,
-                )
-            )
+            publisher = parts.enter_context(make_publisher(broker, plan, tenure, log))
             checkpoints = Checkpoints(plan.checkpoint_dir, crew)
             feed = parts.enter_context(Feed(broker, plan, tenure, _mapping(plan, engine, learner)))
             tracker = parts.enter_context(_tracker(plan, config))

@@ -14,10 +14,12 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
+from structlog.stdlib import BoundLogger
 from torch import Tensor
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.crash import crash_point
+from lachesis.trainer.configure import Plan
 from lachesis.trainer.remote import RemoteVersions
 from lachesis.trainer.tenure import Right
 from lachesis.trainer.versions import VersionStore
@@ -25,6 +27,19 @@ from lachesis.trainer.versions import VersionStore
 SERVER_GONE_S = 600.0  # a server silent for this long no longer holds a version on disk
 SERVER_SILENT_S = 10.0  # and one silent for this long samples nothing
 LOOK_S = 0.02  # between two looks at what the servers serve
+
+
+def make_publisher(broker: BlockingBroker, plan: Plan, right: Right, log: BoundLogger) -> Publisher:
+    """The publisher of the policy that `plan` is about, by who has the `right` to."""
+    return Publisher(
+        broker,
+        plan.policy,
+        VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype),
+        right,
+        keep_versions=plan.keep_versions,
+        remote=RemoteVersions(plan.weights_url, log, plan.full_every) if plan.weights_url else None,
+        shadow=plan.shadow is not None,
+    )
 
 
 class Publisher:

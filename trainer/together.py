@@ -21,13 +21,11 @@ from lachesis.trainer.elastic import ElasticReplica
 from lachesis.trainer.engine import Engine
 from lachesis.trainer.group_learner import GroupLearner
 from lachesis.trainer.lead import Lead
-from lachesis.trainer.publisher import Publisher
+from lachesis.trainer.publisher import make_publisher
 from lachesis.trainer.ranks import Crew
-from lachesis.trainer.remote import RemoteVersions
 from lachesis.trainer.reporter import Reporter
 from lachesis.trainer.tenure import Right
 from lachesis.trainer.upkeep import Upkeep
-from lachesis.trainer.versions import VersionStore
 
 PATIENCE = 3  # times the silence after which a replica is taken out: then all are taken to be gone
 
@@ -52,17 +50,7 @@ def train_together(
     compute = CrewCompute(mine, engine.ranks, broker.broker.url, plan.run) if several else mine
 
     def make_upkeep(right: Right, parts: ExitStack) -> Upkeep:
-        versions = VersionStore(plan.weights_dir, plan.model_dir, dtype=plan.weights_dtype)
-        remote = RemoteVersions(plan.weights_url, log, plan.full_every) if plan.weights_url else None
-        publisher = Publisher(
-            broker,
-            plan.policy,
-            versions,
-            right,
-            keep_versions=plan.keep_versions,
-            remote=remote,
-            shadow=plan.shadow is not None,
-        )
+        publisher = make_publisher(broker, plan, right, log)
         checkpoints = Checkpoints(plan.checkpoint_dir, crew)
         return Upkeep(broker, plan, crew, checkpoints, parts.enter_context(publisher), right, log)
 

@@ -15,9 +15,9 @@ if redis.call('EXISTS', KEYS[2]) == 1 then
     for i = 1, #reader, 2 do at[reader[i]] = reader[i + 1] end
     local most = string.match(redis.call('HGET', KEYS[4], 'shadow:' .. policy) or '', '^lossless (%d+)$')
     if most then
-      local settled, pending = tonumber(string.match(at['last-delivered-id'], '^%d+')), redis.call('XPENDING', KEYS[2], policy)
-      if pending[1] > 0 then settled = tonumber(string.match(pending[2], '^%d+')) - 1 end
-      if ARGV[1] - settled > tonumber(most) then return 'held' end
+      local pending, unread = redis.call('XPENDING', KEYS[2], policy), redis.call('XRANGE', KEYS[2], '(' .. at['last-delivered-id'], '+', 'COUNT', 1)
+      local oldest = pending[1] > 0 and pending[2] or #unread > 0 and unread[1][1] or ARGV[1]
+      if ARGV[1] - tonumber(string.match(oldest, '^%d+')) >= tonumber(most) then return 'held' end
     end
   end
 end

@@ -87,7 +87,7 @@ async def test_a_lossy_shadow_skips_the_oldest_and_counts_them(fleet: Fleet) -> 
     for _ in range(6):
         await fleet.train("main")
     assert await fleet.kept() == [5, 6]  # the others it would skip
-    assert await fleet.behind("shadow") == 6
+    assert await fleet.behind("shadow") == 2
     assert [await fleet.train("shadow") for _ in range(3)] == [5, 6, None]
     report = await fleet.clean("shadow")
     assert (report.trained, report.skipped, report.steps) == (4, 8, 2)
@@ -172,6 +172,34 @@ async def test_one_that_comes_late_is_told_what_it_missed(fleet: Fleet) -> None:
     assert await fleet.train("main") == 5
     report = await fleet.clean("late")
     assert (report.accepted, report.trained, report.unseen) == (10, 2, 8)
+
+
+async def test_nobody_waits_for_what_a_late_one_can_not_read_any_more(fleet: Fleet) -> None:
+    for _ in range(4):
+        await fleet.form()
+        await fleet.train("main")
+    assert await fleet.kept() == []
+    await fleet.queue.subscribe("late", Rule("lossless", 1))
+    assert await fleet.behind("late") == 0
+    assert [await fleet.form(), await fleet.form()] == [5, None]
+    assert await fleet.train("late") == 5
+    assert await fleet.form() == 6
+
+
+async def test_nor_where_what_is_kept_has_holes(fleet: Fleet) -> None:
+    await fleet.queue.subscribe("away", Rule("lossy", 1))
+    await fleet.form()
+    assert await fleet.train("away", saves=False) == 1
+    for _ in range(4):
+        await fleet.train("main")
+        await fleet.form()
+    assert await fleet.train("main") == 5
+    assert await fleet.kept() == [1, 5]
+    await fleet.queue.subscribe("late", Rule("lossless", 1))
+    assert await fleet.form() is None
+    assert [await fleet.train("late"), await fleet.train("late")] == [1, 5]
+    assert await fleet.form() == 6
+    await fleet.clean("late")
 
 
 async def test_who_leaves_is_waited_for_no_longer(fleet: Fleet) -> None:

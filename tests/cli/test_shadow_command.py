@@ -63,6 +63,7 @@ async def test_policies_side_by_side(broker: Broker, where: tuple[str, ...]) -> 
 
     for loss in (1.0, 3.0):
         await train(broker, "waits", "shadow", loss)
+    await broker.journal.metric("shadow", {"policy": "removed", "step": 9, "loss": 1.0})
     found = json.loads(lachesis("shadow", "--json", *where).stdout)
     assert found["steps"] == [2]
     assert found["means"] == {
