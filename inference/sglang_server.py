@@ -157,10 +157,19 @@ class SGLangServer:
             raise
         return str(answer["per_engine_checksum"])
 
-    async def requests(self) -> int:
-        """How many requests run or wait."""
-        answer = await self._call("GET", "/v1/loads?include=core", None, 5)
-        return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in answer["loads"])
+    async def is_idle(self) -> bool:
+        """Whether no request runs or waits; empties the cache if so.
+
+        Only `/flush_cache` asks the scheduler itself. `/v1/loads` answers from a snapshot in which a request is missing
+        while it is prefilled and for its first 15 tokens.
+        """
+        try:
+            async with self._http.post("/flush_cache") as answer:
+                if answer.status not in (200, 400):
+                    raise _Refused("/flush_cache", answer.status, (await answer.text())[:300])
+                return answer.status == 200
+        except aiohttp.ClientError as error:
+            raise ServerFailed(f"SGLang did not answer /flush_cache: {error}") from None
 
     async def _call(
         self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None

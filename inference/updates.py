@@ -144,4 +144,4 @@ async def idle(server: SGLangServer) -> None:
     quiet = 0
     while quiet < IDLE_POLLS:
         await anyio.sleep(IDLE_POLL_S)
-        quiet = 0 if await server.requests() else quiet + 1
+        quiet = quiet + 1 if await server.is_idle() else 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import anyio
+import msgspec
 import numpy as np
 from published import VOCAB
 
@@ -25,6 +26,16 @@ def request(tokens: int = 48) -> dict[str, Any]:
 async def generate(client: aiohttp.ClientSession, body: dict[str, Any]) -> tuple[int, Any]:
     async with client.post("/generate", json=body) as response:
         return response.status, await response.json()
+
+
+async def stream(client: aiohttp.ClientSession, url: str, tokens: int) -> AsyncIterator[dict[str, Any]]:
+    """The pieces of a streamed answer of one server; once there is one, the request runs."""
+    async with client.post(f"{url}/generate", json=request(tokens) | {"stream": True}) as response:
+        assert response.status == 200, await response.text()
+        async for line in response.content:
+            piece = line.removeprefix(b"data:").strip()
+            if piece and piece != b"[DONE]":
+                yield msgspec.json.decode(piece)
 
 
 class Load:

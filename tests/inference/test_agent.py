@@ -16,12 +16,13 @@ import anyio
 import numpy as np
 import pytest
 import roles
-from clients import CLIENTS, generate, load, request
+from clients import CLIENTS, generate, load, request, stream
 from published import VOCAB, make_model, publish, random_weights, tear, write_version
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.codec import tokens_digest
 from lachesis.broker.records import ServerStatus
+from lachesis.inference.sglang_server import SGLangServer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sglang]
 
@@ -250,6 +251,23 @@ async def test_what_a_client_left_stops_at_sglang(broker: Broker, client: aiohtt
     await until_running(broker, 1)
     left.cancel()
     await until_running(broker, 0)
+
+
+async def test_a_request_that_has_just_begun_is_seen(bench: Bench, broker: Broker) -> None:
+    """Whoever waits for SGLang to be idle must not overlook it."""
+    sglang = SGLangServer(["sleep", "60"], {}, (await status_where(broker)).url, bench.folder / "none.log")
+    async with sglang, aiohttp.ClientSession() as direct:
+        assert await sglang.is_idle()
+        pieces = stream(direct, sglang.url, 200)
+        await anext(pieces)
+        seen_idle = await sglang.is_idle()
+        async for piece in pieces:
+            last = piece
+        assert last["meta_info"]["completion_tokens"] == 200
+        assert not seen_idle
+        with anyio.fail_after(5):
+            while not await sglang.is_idle():  # its last step may still end
+                pass
 
 
 async def test_sglang_killed_under_load_fails_no_request(

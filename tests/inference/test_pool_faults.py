@@ -20,7 +20,7 @@ import aiohttp
 import anyio
 import pytest
 import roles
-from clients import CLIENTS, Load, generate, load, request
+from clients import CLIENTS, Load, generate, load, request, stream
 from hf_reference import Reference
 from published import make_model, publish, random_weights, tear, write_version
 
@@ -282,19 +282,12 @@ async def test_drain_and_in_place(rig: Rig, broker: Broker) -> None:
     rig.start_agent("s0", "--update-mode", "in_place", "--update-at-once", "2")  # not after s1, which drains
     await until(broker, servers=("s0",), version=-1)
     statuses = await until(broker, version=13, state="ready")
-    asked = {}
     async with aiohttp.ClientSession() as direct:
-        for name in SERVERS:
-            body = request(
-                400 if name == "s0" else 100
-            )  # servers take turns: the one that drains must not take too long
-            call = direct.post(f"{statuses[name].url}/generate", json=body)
-            asked[name] = asyncio.create_task(_json(call))
-            with anyio.fail_after(20):
-                while not await _running(direct, statuses[name].url):
-                    pass
+        # servers take turns: the one that drains must not take too long
+        asked = {name: stream(direct, statuses[name].url, 400 if name == "s0" else 100) for name in SERVERS}
+        await asyncio.gather(*(anext(pieces) for pieces in asked.values()))  # now both run
         await publish(broker, rig.base, rig.store, 14)
-        answers = {name: (await task)["meta_info"] for name, task in asked.items()}
+        answers = {name: [piece async for piece in pieces][-1]["meta_info"] for name, pieces in asked.items()}
     await everywhere(broker, 14)
 
     assert [span["version"] for span in answers["s1"]["weight_versions"]] == ["13"]
@@ -302,13 +295,3 @@ async def test_drain_and_in_place(rig: Rig, broker: Broker) -> None:
     assert answers["s0"]["num_retractions"] == 0
     async with fault(rig, broker, "after an update in mode drain, and one in place"):
         pass
-
-
-async def _json(call: Any) -> Any:
-    async with call as response:
-        return await response.json()
-
-
-async def _running(client: aiohttp.ClientSession, url: str) -> int:
-    loads = await _json(client.get(f"{url}/v1/loads?include=core"))
-    return int(loads["loads"][0]["num_running_reqs"])

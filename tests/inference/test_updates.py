@@ -40,12 +40,12 @@ class Stub:
         self.calls.append((request.path, body))
         if request.path == "/update_weights_from_disk":
             self._info = {"weight_version": body["weight_version"], "model_path": body["model_path"]}
-        loads = {"num_running_reqs": self.running.pop(0) if self.running else 0, "num_waiting_reqs": 0}
+        if request.path == "/flush_cache":
+            return web.Response(status=400 if self.running and self.running.pop(0) else 200)
         usual: dict[str, Any] = {
             "/update_weights_from_disk": {"success": True},
             "/model_info": self._info,
             "/weights_checker": {"success": True, "per_engine_checksum": "c0ffee"},
-            "/v1/loads": {"loads": [loads]},
         }
         found = self.answers.get(request.path, (200, usual.get(request.path, {})))
         if found is None:
