@@ -50,7 +50,7 @@ class Compute(Protocol):
 
 
 class LocalCompute(ABC):
-    """A Compute of one process: what it shares is a few tensors, contiguous and in host memory."""
+    """A Compute of one process: what it shares is a few contiguous tensors."""
 
     def connect(self, me: Membership, rank: int, world: int) -> None:  # noqa: B027  the caller's reducer is all it needs
         pass
@@ -59,8 +59,11 @@ class LocalCompute(ABC):
         pass
 
     @abstractmethod
-    def sums(self) -> list[Tensor]:
-        """A copy of the sums so far, zeros before the first group; alike in shape and dtype on all replicas."""
+    def sums(self, device: torch.device) -> list[Tensor]:
+        """A copy of the sums so far, zeros before the first group; alike in shape and dtype on all replicas.
+
+        Best on that device, on which they will be summed.
+        """
 
     @abstractmethod
     def state(self) -> tuple[bytes, list[Tensor]]:
@@ -75,7 +78,7 @@ class LocalCompute(ABC):
         """Take over another replica's state. The tensors passed may be kept."""
 
     def reduce(self, reducer: Reducer, told: Tensor, watch: Watch) -> list[Tensor]:
-        sums = self.sums()
+        sums = self.sums(reducer.device)
         reducer.sum([*sums, told], watch)
         return sums
 

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
@@ -20,6 +20,7 @@ from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.keys import check_name
 from lachesis.broker.shadows import Rule
 from lachesis.trainer.algorithms import check_algorithm, check_elastic, settle_algorithm
+from lachesis.trainer.duties import Over
 from lachesis.trainer.settings import TrainerSettings
 from lachesis.trainer.tracking import check_backends
 
@@ -67,6 +68,7 @@ class Plan:
     checkpoint_dir: Path  # of this run and policy
     lease_s: float
     elastic: bool  # whether replicas train each step together
+    elastic_over: Over  # what their sums go over
     exact: bool  # whether their sums are the same bit for bit, however many they are
     max_deliveries: int
     temperature: float
@@ -165,6 +167,12 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
             "micro-batch (actor_rollout_ref.actor.ppo_max_token_len_per_gpu) can hold"
         )
     settle_algorithm(config, ours.max_token_len or longest)
+    if ours.elastic_over not in get_args(Over):
+        raise ConfigurationError(
+            f"lachesis.elastic_over = {ours.elastic_over!r}: must be one of {', '.join(get_args(Over))}"
+        )
+    if ours.elastic_over == "nccl" and ours.device != "cuda":
+        raise ConfigurationError("lachesis.elastic_over = 'nccl': needs a GPU (device=cuda); without one it is gloo")
     if ours.elastic:
         check_elastic(config)
     policy = check_name("lachesis.policy", ours.policy)
@@ -192,6 +200,7 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         checkpoint_dir=Path(ours.checkpoint_dir or settings.state_dir / "checkpoints").absolute() / place,
         lease_s=float(ours.lease_s),
         elastic=ours.elastic,
+        elastic_over=ours.elastic_over,
         exact=ours.elastic_dtype == "fp64",
         max_deliveries=ours.max_deliveries,
         temperature=float(temperature),

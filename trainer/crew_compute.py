@@ -19,9 +19,11 @@ from torch import Tensor
 from lachesis.broker import BlockingBroker, LachesisError, connect_blocking
 from lachesis.broker.errors import Moved
 from lachesis.broker.records import BatchEntry, DeadEntry, Group, LedgerEntry, Membership
+from lachesis.trainer.connect import connect
+from lachesis.trainer.duties import Over
 from lachesis.trainer.group_learner import GroupLearner
 from lachesis.trainer.ranks import LEADER, Ranks
-from lachesis.trainer.reducer import Alone, GlooReducer, PeerLost, Reducer, Watch
+from lachesis.trainer.reducer import Alone, PeerLost, Reducer, Watch
 from lachesis.trainer.seat import LOOK_S
 
 T = TypeVar("T")
@@ -30,8 +32,8 @@ T = TypeVar("T")
 class CrewCompute:
     """On rank 0, whose methods are the Compute's; `orders` are the others' part of each."""
 
-    def __init__(self, mine: GroupLearner, ranks: Ranks, url: str, run: str) -> None:
-        self._mine, self._ranks, self._url, self._run = mine, ranks, url, run
+    def __init__(self, mine: GroupLearner, ranks: Ranks, url: str, run: str, over: Over) -> None:
+        self._mine, self._ranks, self._url, self._run, self._over = mine, ranks, url, run, over
         self.orders: dict[str, Callable[..., Any]] = {
             name: getattr(self, name)
             for name in ("connect", "disconnect", "accumulate", "reduce", "clear", "apply", "give", "get")
@@ -61,7 +63,7 @@ class CrewCompute:
             if self._broker is None:
                 self._broker = self._parts.enter_context(connect_blocking(url, run))
             self._watch = _watching(self._broker, me)
-            self._shard = GlooReducer(self._broker, me, rank, world, self._watch, shard=self._ranks.rank)
+            self._shard = connect(self._over, self._broker, me, rank, world, self._watch, shard=self._ranks.rank)
 
         self._agree(shard if not self._leads else lambda: None)
 
@@ -144,5 +146,5 @@ def _watching(broker: BlockingBroker, me: Membership) -> Watch:
 def _digest(sums: Sequence[Tensor]) -> int:
     found = 0
     for tensor in sums:
-        found = zlib.crc32(tensor.view(torch.uint8).numpy().data, found)
+        found = zlib.crc32(tensor.cpu().view(torch.uint8).numpy().data, found)
     return found

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from lachesis.broker.members import Meeting
 from lachesis.broker.records import DeadEntry, LedgerEntry, Membership
 from lachesis.trainer.tenure import Tenure
+
+Over: TypeAlias = Literal["gloo", "nccl"]
 
 
 class Duties(Protocol):
@@ -66,3 +68,4 @@ class Team:
     max_deliveries: int = 10
     shadow: bool = False  # whether batches are formed by the trainers of another policy
     chunk: int = 1  # groups claimed at a time; a slow replica delays a step by at most so many
+    over: Over = "gloo"  # what their sums go over

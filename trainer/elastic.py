@@ -24,11 +24,12 @@ from lachesis.broker.errors import Moved
 from lachesis.broker.members import CONSUMER, NO_WEIGHTS, Meeting
 from lachesis.broker.records import BatchEntry, DeadEntry, Group, LedgerEntry, Membership
 from lachesis.trainer.compute import Compute
+from lachesis.trainer.connect import connect
 from lachesis.trainer.duties import Duties, Team, Trained
 from lachesis.trainer.exchange import digest, sum_up
 from lachesis.trainer.feed import noticing_resets
 from lachesis.trainer.lag import lag_of
-from lachesis.trainer.reducer import Alone, GlooReducer, PeerLost, Reducer
+from lachesis.trainer.reducer import Alone, PeerLost, Reducer
 from lachesis.trainer.seat import POLL_S, Seat, Stopped
 
 FORM_S = 0.25  # the leader waits so long for rollouts before it looks around
@@ -131,7 +132,7 @@ class ElasticReplica:
         current = [rank for rank, step in enumerate(meeting.steps.values()) if step == meeting.step]
         rank = list(meeting.steps).index(me.id)
         if len(meeting.steps) > 1:
-            self._reducer = GlooReducer(self._broker, me, rank, len(meeting.steps), self.seat.watch)
+            self._reducer = connect(self._team.over, self._broker, me, rank, len(meeting.steps), self.seat.watch)
             self._compute.connect(me, rank, len(meeting.steps))
         crash_point("met", max(0, self.step))
         for other, step in enumerate(meeting.steps.values()):

@@ -41,7 +41,7 @@ def digest(sums: Sequence[Tensor], told: Sequence[bytes]) -> str:
     """Equal where they are."""
     found = 0
     for tensor in sums:
-        found = zlib.crc32(tensor.view(torch.uint8).numpy().data, found)
+        found = zlib.crc32(tensor.cpu().view(torch.uint8).numpy().data, found)
     for word in told:
         found = zlib.crc32(word, found)
     return f"{found:08x}"

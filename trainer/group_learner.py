@@ -52,10 +52,10 @@ class GroupLearner(LocalCompute):
     def accumulate(self, batch: BatchEntry, claimed: Sequence[tuple[int, Group]]) -> list[bytes]:
         return [encode(self._one_group(group)) for _, group in claimed]
 
-    def sums(self) -> list[Tensor]:
+    def sums(self, device: torch.device) -> list[Tensor]:
         if self._exact is not None:
             return [self._exact.parts.clone(), self._used.clone()]
-        flat = torch.zeros(sum(self._sizes))
+        flat = torch.zeros(sum(self._sizes), device=device)
         for part, parameter in zip(flat.split(self._sizes), self._parameters, strict=True):
             if parameter.grad is not None:
                 part.copy_(local(parameter.grad).reshape(-1))

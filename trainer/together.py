@@ -47,7 +47,7 @@ def train_together(
     crew, mapped = Crew(engine, learner), mapping(engine, learner)
     mine = GroupLearner(engine, learner, mapped, divide_by=divide_by, exact=plan.exact)
     several = engine.ranks.size > 1
-    compute = CrewCompute(mine, engine.ranks, broker.broker.url, plan.run) if several else mine
+    compute = CrewCompute(mine, engine.ranks, broker.broker.url, plan.run, plan.elastic_over) if several else mine
 
     def make_upkeep(right: Right, parts: ExitStack) -> Upkeep:
         publisher = make_publisher(broker, plan, right, log)
@@ -62,6 +62,7 @@ def train_together(
         hold_s=PATIENCE * plan.lease_s,
         max_deliveries=plan.max_deliveries,
         shadow=plan.shadow is not None,
+        over=plan.elastic_over,
     )
     duties = lambda seat: Lead(broker, plan, compute, mapped, seat, reporter, log, make_upkeep)  # noqa: E731
     with crew, ElasticReplica(broker, team, plan.replica, compute, duties, stop.is_set) as replica:
@@ -81,5 +82,5 @@ def follow_together(
     learner = Learner(engine, algorithm)
     mapped = mapping(engine, learner)
     mine = GroupLearner(engine, learner, mapped, divide_by=divide_by, exact=plan.exact)
-    with closing(CrewCompute(mine, engine.ranks, "", plan.run)) as compute:
+    with closing(CrewCompute(mine, engine.ranks, "", plan.run, plan.elastic_over)) as compute:
         Crew(engine, learner).follow(mapped, compute.orders)

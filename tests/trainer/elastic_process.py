@@ -73,7 +73,7 @@ class TinyCompute(LocalCompute):
             self._sum.add(torch.cat([gradient, loss.detach()[None], count]))
         return [group.gid.encode() for _, group in claimed]
 
-    def sums(self) -> list[Tensor]:
+    def sums(self, device: torch.device) -> list[Tensor]:
         return [self._sum.parts.clone()]
 
     def clear(self) -> None:
@@ -133,7 +133,7 @@ class TinyDuties:
         for entry in ledger[saved:]:
             groups = self._broker.call(self._broker.broker.queue.fetch, entry.gids)
             told = self._compute.accumulate(_batch_of(entry), list(enumerate(groups)))
-            self._compute.apply(_batch_of(entry), self._compute.sums(), told)
+            self._compute.apply(_batch_of(entry), self._compute.sums(torch.device("cpu")), told)
             crash_point("replayed", entry.step)
             self.follow_up(entry.step)
         return len(ledger)

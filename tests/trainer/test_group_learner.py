@@ -67,7 +67,9 @@ def together(replicas: Sequence[GroupLearner], step: int, groups: Sequence[Group
     batch, told = entry(step, groups), [b""] * len(groups)
     for place in reversed(range(len(groups))):
         [told[place]] = replicas[place % len(replicas)].accumulate(batch, [(place, groups[place])])
-    sums = [torch.stack(parts).sum(0) for parts in zip(*(one.sums() for one in replicas), strict=True)]
+    sums = [
+        torch.stack(parts).sum(0) for parts in zip(*(one.sums(torch.device("cpu")) for one in replicas), strict=True)
+    ]
     for one in replicas:
         one.apply(batch, sums, told)
 

@@ -1,4 +1,4 @@
-"""Sums across processes over gloo, and sums that don't show their order."""
+"""Sums across processes over gloo and, where there are GPUs, NCCL; and sums that don't show their order."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
+from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.records import Membership
 from lachesis.trainer import reducer
+from lachesis.trainer.connect import address_towards, connect
+from lachesis.trainer.duties import Over
 from lachesis.trainer.exact import ExactSum, total
-from lachesis.trainer.reducer import GlooReducer, address_towards
+from lachesis.trainer.reducer import Reducer
 
 
-class Over(Exception):
+class Enough(Exception):
     """What the tests' watch raises."""
 
 
@@ -26,41 +29,70 @@ def nothing() -> None:
     pass
 
 
-def over() -> None:
-    raise Over
+def enough() -> None:
+    raise Enough
 
 
-def connect(broker: BlockingBroker, world: int, epoch: int) -> list[GlooReducer]:
-    def one(rank: int) -> GlooReducer:
-        return GlooReducer(broker, Membership("main", f"r{rank}", 1, epoch), rank, world, nothing)
+def connected(broker: BlockingBroker, over: Over, world: int, epoch: int = 1) -> list[Reducer]:
+    def one(rank: int) -> Reducer:
+        if over == "nccl":
+            torch.cuda.set_device(rank)  # of this thread
+        return connect(over, broker, Membership("main", f"r{rank}", 1, epoch), rank, world, nothing)
 
     with ThreadPoolExecutor(world) as pool:
         return list(pool.map(one, range(world)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
-@pytest.mark.parametrize("world", [2, 3])
+def gpus(count: int) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"NCCL between {count} replicas: {count} GPUs")
+
+
+WAYS = [
+    *(pytest.param("gloo", world, "cpu", id=f"gloo-{world}") for world in (2, 3)),
+    *(
+        pytest.param("nccl", world, device, marks=gpus(world), id=f"nccl-{world}-{device}")
+        for world in (2, 3)
+        for device in ("cpu", "cuda")
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.uint8])
+@pytest.mark.parametrize(("over", "world", "device"), WAYS)
 def test_all_get_the_sum_bit_for_bit(
-    shared_redis: EmbeddedRedis, run_name: str, world: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    shared_redis: EmbeddedRedis,
+    run_name: str,
+    over: Over,
+    world: int,
+    device: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(reducer, "BUCKET_BYTES", 1000)
-    terms = [[torch.randn(n).mul(1000).to(dtype) for n in (0, 1, 700)] for _ in range(world)]
-    expected = [torch.stack(parts).sum(0) for parts in zip(*terms, strict=True)]
+    terms = [[torch.randn(n).mul(10).abs().to(dtype) for n in (0, 1, 700)] for _ in range(world)]
+    expected = [torch.stack(parts).sum(0, dtype=dtype) for parts in zip(*terms, strict=True)]
+    terms = [
+        [part.to(f"{device}:{rank}" if device == "cuda" else device) for part in t] for rank, t in enumerate(terms)
+    ]
     with connect_blocking(shared_redis.url, run_name) as broker:
-        reducers = connect(broker, world, 1)
+        reducers = connected(broker, over, world)
         with ThreadPoolExecutor(world) as pool:
             list(pool.map(lambda pair: pair[0].sum(pair[1], nothing), zip(reducers, terms, strict=True)))
         for mine in terms:
-            assert all(a.equal(b) for a, b in zip(mine, terms[0], strict=True))
-            assert all(a.allclose(b, atol=0.01) for a, b in zip(mine, expected, strict=True))
+            assert all(a.cpu().equal(b.cpu()) for a, b in zip(mine, terms[0], strict=True))
+            assert all(a.cpu().allclose(b, atol=0.01) for a, b in zip(mine, expected, strict=True))
         for one in reducers:
             one.close()
 
 
-def test_tensors_are_handed_over(shared_redis: EmbeddedRedis, run_name: str) -> None:
+TWO = [pytest.param("gloo"), pytest.param("nccl", marks=gpus(2))]
+
+
+@pytest.mark.parametrize("over", TWO)
+def test_tensors_are_handed_over(shared_redis: EmbeddedRedis, run_name: str, over: Over) -> None:
     sent, received = [torch.randn(300), torch.randn(4).double()], [torch.zeros(300), torch.zeros(4).double()]
     with connect_blocking(shared_redis.url, run_name) as broker:
-        first, second = connect(broker, 2, 1)
+        first, second = connected(broker, over, 2)
         with ThreadPoolExecutor(2) as pool:
             sending = pool.submit(first.send, sent, 1, nothing)
             second.receive(received, 0, nothing)
@@ -70,15 +102,35 @@ def test_tensors_are_handed_over(shared_redis: EmbeddedRedis, run_name: str) -> 
         second.close()
 
 
-def test_waiting_ends_when_the_watch_says_so(shared_redis: EmbeddedRedis, run_name: str) -> None:
+@pytest.mark.parametrize("over", TWO)
+def test_waiting_ends_when_the_watch_says_so(shared_redis: EmbeddedRedis, run_name: str, over: Over) -> None:
     with connect_blocking(shared_redis.url, run_name) as broker:
-        first, second = connect(broker, 2, 1)
-        with pytest.raises(Over):
-            first.sum([torch.ones(3)], over)
+        first, second = connected(broker, over, 2)
+        with pytest.raises(Enough):
+            first.sum([torch.ones(3)], enough)
         first.close()
         second.close()
-        with pytest.raises(Over):  # nobody else comes
-            GlooReducer(broker, Membership("main", "r0", 1, 2), 0, 2, over)
+        with pytest.raises(Enough):  # nobody else comes
+            connect(over, broker, Membership("main", "r0", 1, 2), 0, 2, enough)
+
+
+def test_replicas_that_sum_in_different_ways_are_told(shared_redis: EmbeddedRedis, run_name: str) -> None:
+    with connect_blocking(shared_redis.url, run_name) as broker:
+        me = Membership("main", "r1", 1, 1)
+        broker.call(broker.broker.members.leave_word, me, "0:over:0", b"nccl")
+        with pytest.raises(ConfigurationError, match="'gloo', and of replica 0 it is 'nccl': must be the same"):
+            connect("gloo", broker, me, 1, 2, nothing)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="a GPU that two replicas share")
+def test_replicas_that_share_a_gpu_are_told(shared_redis: EmbeddedRedis, run_name: str) -> None:
+    with connect_blocking(shared_redis.url, run_name) as broker:
+        me = Membership("main", "r1", 1, 1)
+        uuid = str(torch.cuda.get_device_properties(0).uuid).encode()
+        for word, value in (("0:over:0", b"nccl"), ("0:gpu:0", uuid)):
+            broker.call(broker.broker.members.leave_word, me, word, value)
+        with pytest.raises(ConfigurationError, match="replicas 0 and 1 both have GPU"):
+            connect("nccl", broker, me, 1, 2, nothing)
 
 
 def test_the_address_is_one_of_this_machine() -> None:
