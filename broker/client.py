@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
@@ -145,10 +146,15 @@ class BlockingBroker:
     def call(self, operation: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run one operation of the broker and wait for its result."""
 
+        return self.start(operation, *args, **kwargs).result()
+
+    def start(self, operation: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run one operation of the broker beside what the caller does next."""
+
         async def run() -> T:
             return await operation(*args, **kwargs)
 
-        return self.portal.call(run)
+        return self.portal.start_task_soon(run)
 
 
 @contextmanager

@@ -43,6 +43,7 @@ class Claimed(Struct, frozen=True):
     """Groups that this replica is to train: (place in the batch, gid) of each."""
 
     groups: tuple[tuple[int, str], ...]
+    left: int  # groups of the step that no living replica has
 
 
 class Standing(Struct, frozen=True):
@@ -174,7 +175,9 @@ class Members:
             raise LeaseLost(f"step {step} of policy {me.policy!r} is not open any more")
         if reply[0] == b"done":
             return None
-        return Claimed(tuple((place, gid.decode()) for place, gid in zip(reply[1::2], reply[2::2], strict=True)))
+        _, left, *flat = reply
+        groups = tuple((place, gid.decode()) for place, gid in zip(flat[::2], flat[1::2], strict=True))
+        return Claimed(groups, left)
 
     async def vote(
         self, me: Membership, step: int, digest: str, entry: LedgerEntry, *, untrainable: Sequence[DeadEntry] = ()

@@ -21,18 +21,18 @@ async def founded(broker: Broker, id_: str = "a") -> Membership:
     return me
 
 
-async def lent(broker: Broker) -> int:
+async def lent(broker: Broker, batch_size: int = BATCH) -> int:
     """The step of a batch that is lent to the replicas."""
     await broker.queue.subscribe("main")
-    lease = await broker.queue.lease_or_form("main", CONSUMER, BATCH, lapse_s=60)
+    lease = await broker.queue.lease_or_form("main", CONSUMER, batch_size, lapse_s=60)
     assert lease is not None
     return lease.batch.step
 
 
-async def opened(broker: Broker) -> Membership:
+async def opened(broker: Broker, batch_size: int = BATCH) -> Membership:
     """A replica alone, and a step open for it."""
     me = await founded(broker)
-    assert await broker.members.open(me, await lent(broker))
+    assert await broker.members.open(me, await lent(broker, batch_size))
     return me
 
 

@@ -22,7 +22,8 @@ from lachesis.broker import BlockingBroker, LeaseLost
 from lachesis.broker.crash import crash_point
 from lachesis.broker.errors import Moved
 from lachesis.broker.members import CONSUMER, NO_WEIGHTS, Meeting
-from lachesis.broker.records import BatchEntry, DeadEntry, Group, LedgerEntry, Membership
+from lachesis.broker.records import BatchEntry, DeadEntry, Group, Lease, LedgerEntry, Membership
+from lachesis.trainer.claims import Claims, Pace
 from lachesis.trainer.compute import Compute
 from lachesis.trainer.connect import connect
 from lachesis.trainer.duties import Duties, Team, Trained
@@ -57,6 +58,7 @@ class ElasticReplica:
         self._reducer: Reducer = Alone()
         self._batch: BatchEntry | None = None  # the step in work
         self._held: dict[int, bytes] = {}  # its groups in this replica's sums: place → what is told of it
+        self._pace = Pace()
         self._summed: tuple[list[Tensor], list[bytes]] | None = None  # of all replicas, while they vote
         self._done_at = time.perf_counter()  # when the step before this one was done
 
@@ -164,14 +166,13 @@ class ElasticReplica:
     def _one_step(self, me: Membership, meeting: Meeting) -> None:
         batch, leads = self._open(me, meeting), self._leads(meeting)
         began = time.perf_counter()
-        while claimed := self._claim(me, batch):
-            crash_point("claimed", batch.step)
-            groups = self._fetch([gid for _, gid in claimed])
-            places = [place for place, _ in claimed]
-            told = self._compute.accumulate(batch, list(zip(places, groups, strict=True)))
-            self._held.update(zip(places, told, strict=True))
-            crash_point("accumulated", batch.step)
-            self.seat.reap()
+        with Claims(self._broker, self._team, me, batch.step, self._held, self._pace) as claims:
+            while groups := self._next(claims):
+                crash_point("claimed", batch.step)
+                told = self._compute.accumulate(batch, groups)
+                self._held.update(zip([place for place, _ in groups], told, strict=True))
+                crash_point("accumulated", batch.step)
+                self.seat.reap()
         computed = time.perf_counter()
         crash_point("reducing", batch.step)
         sums, told = self._summed = sum_up(self._reducer, batch, self._compute, self._held, self.seat.watch)
@@ -202,6 +203,8 @@ class ElasticReplica:
                 vote_s=voted - reduced,
             )
             self._duties.report(trained)
+            if self.step < self._team.num_steps:
+                self._lay_out(me)  # for the others to go on, while this one has duties
             self._duties.follow_up(self.step)
         self._done_at = time.perf_counter()
 
@@ -221,34 +224,35 @@ class ElasticReplica:
                     return self._batch
             elif leads:
                 newest = self._broker.call(queue.newest_group)
-                limit = self._team.max_deliveries
-                # it counts as delivered when the leader's duties say so
-                with noticing_resets(self._broker.broker.keys.run, policy):
-                    lease = self._broker.call(
-                        queue.lease, policy, CONSUMER, lapse_s=0, max_deliveries=limit, delivered=False
-                    )
-                if lease is not None:
-                    crash_point("leased", lease.batch.step)
-                    self._broker.call(self._members.open, me, lease.batch.step)
-                elif self._team.shadow or self._broker.call(queue.form, self._team.batch_size) is None:
+                if not self._lay_out(me):
                     self._broker.call(queue.wait_for_group, FORM_S, after=newest)
             else:
                 time.sleep(POLL_S)
 
-    def _claim(self, me: Membership, batch: BatchEntry) -> list[tuple[int, str]]:
-        """More groups for this replica; none once replicas have them all."""
-        while True:
-            claimed = self._broker.call(
-                self._members.claim, me, batch.step, count=self._team.chunk, held=len(self._held)
-            )
-            if claimed is None:
-                return []
-            if new := [(place, gid) for place, gid in claimed.groups if place not in self._held]:
-                return new
+    def _lay_out(self, me: Membership) -> bool:
+        """Have the next batch lent and its groups laid out for all, if there is one or can be formed."""
+        while (lease := self._lend()) is None:
+            if self._team.shadow or self._broker.call(self._broker.broker.queue.form, self._team.batch_size) is None:
+                return False
+        crash_point("leased", lease.batch.step)
+        self._broker.call(self._members.open, me, lease.batch.step)
+        return True
 
-    def _fetch(self, gids: Sequence[str]) -> list[Group]:
+    def _lend(self) -> Lease | None:
+        """The next batch. It counts as delivered when the leader's duties say so."""
+        with noticing_resets(self._broker.broker.keys.run, self._team.policy):
+            return self._broker.call(
+                self._broker.broker.queue.lease,
+                self._team.policy,
+                CONSUMER,
+                lapse_s=0,
+                max_deliveries=self._team.max_deliveries,
+                delivered=False,
+            )
+
+    def _next(self, claims: Claims) -> list[tuple[int, Group]]:
         try:
-            return self._broker.call(self._broker.broker.queue.fetch, gids)
+            return claims.next()
         except LookupError:  # evicted meanwhile: others have trained them by now, and a checkpoint has freed them
             self.seat.check_epoch()
             raise

@@ -2,15 +2,22 @@
 -- CLAIM: take the next groups of the open step, or, once all are taken, those of replicas that are gone.
 -- KEYS  1 replicas:<policy> (hash)  2 members:<policy> (sorted set)  3 work:<policy> (stream)
 -- ARGV  1 id  2 generation  3 epoch  4 step  5 how many  6 how many of this step it has already
--- reply { "claimed", place, gid, place, gid, … } | { "done" } (living replicas have them all) | { "moved" } (another epoch)
---       | { "closed" } (another step is open, or none)
+-- reply { "claimed", left, place, gid, place, gid, … } (left: groups that no living replica has yet)
+--       | { "done" } (living replicas have them all) | { "moved" } (another epoch) | { "closed" } (another step is open, or none)
 -- A caller that has fewer than Redis knows of lost a reply: it gets all of its own again.
 local found = redis.call('HMGET', KEYS[1], 'generation', 'epoch', 'open')
 if found[1] ~= ARGV[2] or found[2] ~= ARGV[3] or not redis.call('ZSCORE', KEYS[2], ARGV[1]) then return {'moved'} end
 if found[3] ~= ARGV[4] then return {'closed'} end
 
-local function claimed(entries)
-  local reply = {'claimed'}
+local held, mine, orphaned = 0, 0, nil
+for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[3], 'trainers')) do
+  local name, pending = consumer[2], consumer[4]
+  if redis.call('ZSCORE', KEYS[2], name) then held = held + pending elseif pending > 0 then orphaned = name end
+  if name == ARGV[1] then mine = pending end
+end
+
+local function claimed(entries, new)
+  local reply = {'claimed', redis.call('XLEN', KEYS[3]) - held - new}
   for _, entry in ipairs(entries) do
     reply[#reply + 1] = tonumber(string.match(entry[1], '%d+$'))
     reply[#reply + 1] = entry[2][2]
@@ -18,17 +25,15 @@ local function claimed(entries)
   return reply
 end
 
-local orphaned
-for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[3], 'trainers')) do
-  local name, pending = consumer[2], consumer[4]
-  if name == ARGV[1] and pending > tonumber(ARGV[6]) then
-    return claimed(redis.call('XREADGROUP', 'GROUP', 'trainers', ARGV[1], 'COUNT', pending, 'STREAMS', KEYS[3], '0')[1][2])
-  end
-  if pending > 0 and not redis.call('ZSCORE', KEYS[2], name) then orphaned = name end
+local function read(count, from)
+  return redis.call('XREADGROUP', 'GROUP', 'trainers', ARGV[1], 'COUNT', count, 'STREAMS', KEYS[3], from)
 end
-local new = redis.call('XREADGROUP', 'GROUP', 'trainers', ARGV[1], 'COUNT', ARGV[5], 'STREAMS', KEYS[3], '>')
-if new then return claimed(new[1][2]) end
+
+if mine > tonumber(ARGV[6]) then return claimed(read(mine, '0')[1][2], 0) end
+local new = read(ARGV[5], '>')
+if new then return claimed(new[1][2], #new[1][2]) end
 if not orphaned then return {'done'} end
 local ids = {}
 for _, entry in ipairs(redis.call('XPENDING', KEYS[3], 'trainers', '-', '+', ARGV[5], orphaned)) do ids[#ids + 1] = entry[1] end
-return claimed(redis.call('XCLAIM', KEYS[3], 'trainers', ARGV[1], 0, unpack(ids)))
+local taken = redis.call('XCLAIM', KEYS[3], 'trainers', ARGV[1], 0, unpack(ids))
+return claimed(taken, #taken)

@@ -341,7 +341,7 @@ async def claim(run: Run) -> None:
     await run.filled()
     me = await opened(run.direct)
     run.lose("claim")
-    assert await run.broker.members.claim(me, 1, count=1, held=0) == Claimed(((0, "g0"),))
+    assert await run.broker.members.claim(me, 1, count=1, held=0) == Claimed(((0, "g0"),), left=1)
     assert [member.holds for member in await run.direct.members.members("main")] == [1]
 
 

@@ -161,9 +161,9 @@ async def test_a_step_is_opened_once_and_only_while_the_replicas_have_its_batch(
     assert not await filled.members.open(me, 1)
     assert await lent(filled) == 1
     assert await filled.members.open(me, 1)
-    assert await filled.members.claim(me, 1, count=1, held=0) == Claimed(((0, "g0"),))
+    assert await filled.members.claim(me, 1, count=1, held=0) == Claimed(((0, "g0"),), left=1)
     assert await filled.members.open(me, 1)
-    assert await filled.members.claim(me, 1, count=5, held=1) == Claimed(((1, "g1"),))
+    assert await filled.members.claim(me, 1, count=5, held=1) == Claimed(((1, "g1"),), left=0)
     assert await filled.members.vote(me, 1, "d", await entry_of(filled, 1))
     assert not await filled.members.open(me, 1)
 
@@ -176,7 +176,7 @@ async def test_every_group_is_claimed_once_and_orphans_by_those_that_are_left(fi
     with pytest.raises(Moved):
         await filled.members.claim(a, 1, count=1, held=1)
     a = Membership("main", "a", 1, 3)
-    assert await filled.members.claim(a, 1, count=1, held=1) == Claimed(((1, "g1"),))
+    assert await filled.members.claim(a, 1, count=1, held=1) == Claimed(((1, "g1"),), left=0)
     assert await filled.members.claim(a, 1, count=1, held=2) is None
     with pytest.raises(Moved):
         await filled.members.claim(b, 1, count=1, held=1)
@@ -276,7 +276,7 @@ async def test_a_zombie_from_before_a_rollback_commits_nothing(filled: Broker) -
     for epoch in (zombie.epoch, me.epoch):
         with pytest.raises(Moved):
             await filled.members.vote(Membership("main", "a", 1, epoch), 1, "d", await entry_of(filled, 1))
-    assert await filled.members.claim(me, 1, count=2, held=0) == Claimed(((0, "g0"), (1, "g1")))
+    assert await filled.members.claim(me, 1, count=2, held=0) == Claimed(((0, "g0"), (1, "g1")), left=0)
     assert await filled.members.vote(me, 1, "d", await entry_of(filled, 1))
 
 
@@ -292,7 +292,7 @@ async def test_what_was_given_up_under_the_replicas_is_not_committed(filled: Bro
     assert await filled.members.open(me, await lent(filled))
     with pytest.raises(LeaseLost, match="not open any more"):
         await filled.members.claim(me, 1, count=1, held=2)
-    assert await filled.members.claim(me, 2, count=2, held=0) == Claimed(((0, "g2"), (1, "g3")))
+    assert await filled.members.claim(me, 2, count=2, held=0) == Claimed(((0, "g2"), (1, "g3")), left=0)
     assert await filled.members.vote(me, 2, "d", await entry_of(filled, 2))
     assert (await audit(filled)).findings == []
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from trainer_kit import make_tiny_model, preload
+
+from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
 
 os.environ["VERL_PLATFORM"] = "cpu"  # before anything imports verl
 os.environ["VERL_LOGGING_LEVEL"] = "WARN"
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lachesis.trainer.engine import Engine
+
+
+@pytest.fixture
+def blocking(shared_redis: EmbeddedRedis, run_name: str) -> Iterator[BlockingBroker]:
+    with connect_blocking(shared_redis.url, run_name) as broker:
+        yield broker
 
 
 @pytest.fixture(scope="session")

@@ -265,6 +265,24 @@ def test_replicas_that_come_in_the_middle_get_the_newest_weights(
         assert ledger_of(broker)[-1].replica == "late0 late1 leader"
 
 
+def test_a_slow_replica_delays_a_step_by_one_group_at_most(
+    shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
+) -> None:
+    run = make_run(shared_redis.url, run_name, compute_s=0.02)
+    with_leader(run)
+    run.start("slow", compute_s=0.5)
+    run.start("other")
+    trained = []
+    with connect_blocking(run.url, run.name) as broker:
+        until(lambda: len(broker.call(broker.broker.members.members, "main")) == 3)
+        while step_of(broker) < STEPS - 1:
+            members = broker.call(broker.broker.members.members, "main")
+            trained += [(step_of(broker), member.trained) for member in members if member.id.startswith("slow")]
+            time.sleep(0.01)
+    assert 2 <= trained[-1][1] <= trained[-1][0]  # groups, steps
+    check(run, undisturbed, "leader", "slow", "other")
+
+
 def test_replicas_outlive_redis(
     redis_server: EmbeddedRedis, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
 ) -> None:

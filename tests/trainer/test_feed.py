@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from trainer_kit import fill, until
 
-from lachesis.broker import BlockingBroker, Conflict, EmbeddedRedis, connect_blocking
+from lachesis.broker import BlockingBroker, Conflict
 from lachesis.broker.records import BatchEntry, Lease, LedgerEntry
 from lachesis.trainer.configure import Plan
 from lachesis.trainer.feed import Feed, Ready
@@ -29,11 +29,9 @@ def plan(configured: Callable[..., object], tmp_path: Path, run_name: str) -> Pl
     return make_plan(config, TrainerSettings(state_dir=tmp_path, run=run_name))  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def blocking(shared_redis: EmbeddedRedis, run_name: str) -> Iterator[BlockingBroker]:
-    with connect_blocking(shared_redis.url, run_name) as broker:
-        broker.call(broker.broker.queue.subscribe, "main")
-        yield broker
+@pytest.fixture(autouse=True)
+def subscribed(blocking: BlockingBroker) -> None:
+    blocking.call(blocking.broker.queue.subscribe, "main")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from trainer_kit import fill, until
 
-from lachesis.broker import BlockingBroker, EmbeddedRedis, LeaseLost, StorageError, WeightsRefused, connect_blocking
+from lachesis.broker import BlockingBroker, LeaseLost, StorageError, WeightsRefused
 from lachesis.broker.records import PoolRule, ServerStatus, WeightsEntry
 from lachesis.trainer.publisher import Publisher
 from lachesis.trainer.tenure import Tenure
@@ -32,12 +32,6 @@ class SlowStore(VersionStore):
         self.writing.set()
         assert self.let_go.wait(30)
         return super().write(*args, **more)
-
-
-@pytest.fixture
-def blocking(shared_redis: EmbeddedRedis, run_name: str) -> Iterator[BlockingBroker]:
-    with connect_blocking(shared_redis.url, run_name) as broker:
-        yield broker
 
 
 @pytest.fixture

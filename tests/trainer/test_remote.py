@@ -26,7 +26,6 @@ from lachesis.broker import (
     LeaseLost,
     StorageError,
     WeightsRefused,
-    connect_blocking,
 )
 from lachesis.broker.logs import configure_logging
 from lachesis.broker.records import Manifest, ServerStatus, WeightsEntry
@@ -80,12 +79,6 @@ def ftp(tmp_path: Path) -> Iterator[FtpServer]:
     server.start()
     yield server
     server.kill()
-
-
-@pytest.fixture
-def blocking(shared_redis: EmbeddedRedis, run_name: str) -> Iterator[BlockingBroker]:
-    with connect_blocking(shared_redis.url, run_name) as broker:
-        yield broker
 
 
 class Right:

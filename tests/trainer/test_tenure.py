@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 
-import pytest
 from trainer_kit import fill, until
 
-from lachesis.broker import BlockingBroker, EmbeddedRedis, LeaseLost, connect_blocking
+from lachesis.broker import BlockingBroker, LeaseLost
 from lachesis.trainer.tenure import Tenure
 
 TTL_S = 1.0
-
-
-@pytest.fixture
-def blocking(shared_redis: EmbeddedRedis, run_name: str) -> Iterator[BlockingBroker]:
-    with connect_blocking(shared_redis.url, run_name) as broker:
-        yield broker
 
 
 def never() -> bool:
