@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection
 from concurrent.futures import Future
 from contextlib import suppress
@@ -15,11 +14,10 @@ from lachesis.trainer.duties import Team
 
 
 class Pace:
-    """How fast this replica and all of them are; kept from step to step."""
+    """How fast this replica is beside the others; kept from step to step."""
 
     def __init__(self) -> None:
-        self.mine_s = float("inf")  # of a group
-        self.per_s = 0.0  # groups of all replicas together
+        self.others = float("inf")  # groups that they claim while this one computes one
 
     def allows(self, left: int, mine: int) -> bool:
         """Whether to claim more groups while it computes `mine`, where nobody has `left` others yet.
@@ -27,7 +25,7 @@ class Pace:
         Only if those will not have run out when it comes to what it claims now: so even the slowest replica has no more
         than one claim to finish when there is nothing left, as if it had claimed none before it was ready.
         """
-        return self.per_s > 0 and mine * self.mine_s * self.per_s < left
+        return mine * self.others < left
 
 
 class Claims:
@@ -40,9 +38,8 @@ class Claims:
         self._broker, self._team, self._me, self._step, self._pace = broker, team, me, step, pace
         self._known = set(held)
         self._coming: Future[tuple[Claimed | None, list[Group]]] | None = None
-        self._left: int | None = None  # that nobody has, as of the newest claim
-        self._total, self._began = 0, 0.0  # left at the first claim, and when that was
-        self._computing, self._since = 0, 0.0  # groups that it computes, and since when
+        self._computed, self._computing = 0, 0  # groups
+        self._newest: tuple[int, int] | None = None  # claim: groups that it had computed then, and groups left
 
     def __enter__(self) -> Claims:
         return self
@@ -60,32 +57,40 @@ class Claims:
 
         Raises Moved; LeaseLost if another step is open; LookupError if groups are gone.
         """
-        if self._computing:
-            self._pace.mine_s = (time.perf_counter() - self._since) / self._computing
-        if self._left == 0 and self._coming is None:
-            return self._end()
-        claimed, groups = self._coming.result() if self._coming else self._broker.call(self._claim)
+        self._computed += self._computing
+        self._computing = 0
+        if self._coming is None:
+            if self._newest is not None and self._newest[1] == 0:
+                return []
+            self._coming = self._start()
+        claimed, groups = self._coming.result()
         self._coming = None
         if claimed is None:
-            return self._end()
-        if self._left is None:
-            self._total, self._began = claimed.left + len(groups), time.perf_counter()
-        self._left = claimed.left
-        if self._pace.allows(self._left, len(groups)):
-            self._coming = self._broker.start(self._claim)
-        self._computing, self._since = len(groups), time.perf_counter()
+            return []
+        if self._pace.allows(claimed.left, len(groups)):
+            self._coming = self._start()
+        self._computing = len(groups)
         return list(zip([place for place, _ in claimed.groups], groups, strict=True))
 
-    def _end(self) -> list[tuple[int, Group]]:
-        if self._total:
-            self._pace.per_s = self._total / (time.perf_counter() - self._began)
-        return []
+    def _start(self) -> Future[tuple[Claimed | None, list[Group]]]:
+        return self._broker.start(self._claim, self._computed)
 
-    async def _claim(self) -> tuple[Claimed | None, list[Group]]:
+    def _measure(self, computed: int, claimed: int, left: int) -> None:
+        """What others claimed since the newest claim; no number is high enough if all ran out during the first group."""
+        if self._newest is not None and computed > self._newest[0]:
+            before, were_left = self._newest
+            others = max(0, were_left - left - claimed) / (computed - before)
+            if left == 0:
+                others = max(others, self._pace.others) if before else float("inf")
+            self._pace.others = others
+        self._newest = computed, left
+
+    async def _claim(self, computed: int) -> tuple[Claimed | None, list[Group]]:
         """New groups with their contents, or those that this replica lost the reply for."""
-        broker = self._broker.broker
+        broker, count = self._broker.broker, self._team.chunk
         while True:
-            claimed = await broker.members.claim(self._me, self._step, count=self._team.chunk, held=len(self._known))
+            claimed = await broker.members.claim(self._me, self._step, count=count, held=len(self._known))
+            self._measure(computed, len(claimed.groups) if claimed else 0, claimed.left if claimed else 0)
             if claimed is None:
                 return None, []
             new = tuple((place, gid) for place, gid in claimed.groups if place not in self._known)

@@ -67,5 +67,6 @@ class Team:
     hold_s: float  # after such a silence of all of them a checkpoint is gone back to
     max_deliveries: int = 10
     shadow: bool = False  # whether batches are formed by the trainers of another policy
+    prefetch: bool = True  # whether a batch is formed before the step before it is committed
     chunk: int = 1  # groups claimed at a time; a slow replica delays a step by at most so many
     over: Over = "gloo"  # what their sums go over

@@ -21,15 +21,15 @@ from torch import Tensor
 from lachesis.broker import BlockingBroker, LeaseLost
 from lachesis.broker.crash import crash_point
 from lachesis.broker.errors import Moved
-from lachesis.broker.members import CONSUMER, NO_WEIGHTS, Meeting
-from lachesis.broker.records import BatchEntry, DeadEntry, Group, Lease, LedgerEntry, Membership
+from lachesis.broker.members import NO_WEIGHTS, Meeting
+from lachesis.broker.records import BatchEntry, DeadEntry, Group, LedgerEntry, Membership
 from lachesis.trainer.claims import Claims, Pace
 from lachesis.trainer.compute import Compute
 from lachesis.trainer.connect import connect
 from lachesis.trainer.duties import Duties, Team, Trained
 from lachesis.trainer.exchange import digest, sum_up
-from lachesis.trainer.feed import noticing_resets
 from lachesis.trainer.lag import lag_of
+from lachesis.trainer.layout import Layout
 from lachesis.trainer.reducer import Alone, PeerLost, Reducer
 from lachesis.trainer.seat import POLL_S, Seat, Stopped
 
@@ -58,7 +58,7 @@ class ElasticReplica:
         self._reducer: Reducer = Alone()
         self._batch: BatchEntry | None = None  # the step in work
         self._held: dict[int, bytes] = {}  # its groups in this replica's sums: place → what is told of it
-        self._pace = Pace()
+        self._layout, self._pace = Layout(broker, team), Pace()
         self._summed: tuple[list[Tensor], list[bytes]] | None = None  # of all replicas, while they vote
         self._done_at = time.perf_counter()  # when the step before this one was done
 
@@ -174,8 +174,12 @@ class ElasticReplica:
                 crash_point("accumulated", batch.step)
                 self.seat.reap()
         computed = time.perf_counter()
+        if leads:
+            self._layout.prepare(batch.step)
         crash_point("reducing", batch.step)
-        sums, told = self._summed = sum_up(self._reducer, batch, self._compute, self._held, self.seat.watch)
+        sums, told = self._summed = sum_up(
+            self._reducer, batch, self._compute, self._held, self.seat.summing(batch.step)
+        )
         crash_point("reduced", batch.step)
         reduced = time.perf_counter()
         entry, letters = self._compute.entry(batch, self.step, sums, told)
@@ -186,6 +190,8 @@ class ElasticReplica:
             self._duties.settle()
         mine = len(self._held)
         self._vote(me, entry, letters, digest(sums, told))
+        if len(meeting.steps) > 1:
+            self.seat.reached_others()
         crash_point("committed", batch.step)
         voted = time.perf_counter()
         self._apply()
@@ -202,9 +208,9 @@ class ElasticReplica:
                 reduce_s=reduced - computed,
                 vote_s=voted - reduced,
             )
-            self._duties.report(trained)
             if self.step < self._team.num_steps:
-                self._lay_out(me)  # for the others to go on, while this one has duties
+                self._layout.lay_out(me)  # for the others to go on, while this one has duties
+            self._duties.report(trained)
             self._duties.follow_up(self.step)
         self._done_at = time.perf_counter()
 
@@ -224,31 +230,10 @@ class ElasticReplica:
                     return self._batch
             elif leads:
                 newest = self._broker.call(queue.newest_group)
-                if not self._lay_out(me):
+                if not self._layout.lay_out(me):
                     self._broker.call(queue.wait_for_group, FORM_S, after=newest)
             else:
                 time.sleep(POLL_S)
-
-    def _lay_out(self, me: Membership) -> bool:
-        """Have the next batch lent and its groups laid out for all, if there is one or can be formed."""
-        while (lease := self._lend()) is None:
-            if self._team.shadow or self._broker.call(self._broker.broker.queue.form, self._team.batch_size) is None:
-                return False
-        crash_point("leased", lease.batch.step)
-        self._broker.call(self._members.open, me, lease.batch.step)
-        return True
-
-    def _lend(self) -> Lease | None:
-        """The next batch. It counts as delivered when the leader's duties say so."""
-        with noticing_resets(self._broker.broker.keys.run, self._team.policy):
-            return self._broker.call(
-                self._broker.broker.queue.lease,
-                self._team.policy,
-                CONSUMER,
-                lapse_s=0,
-                max_deliveries=self._team.max_deliveries,
-                delivered=False,
-            )
 
     def _next(self, claims: Claims) -> list[tuple[int, Group]]:
         try:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lachesis.trainer.reducer import CONNECT, IDLE, LOOK_S, PeerLost, Watch, buckets
-from lachesis.trainer.watched import watched
+from lachesis.trainer.reducer import IDLE, LOOK_S, PeerLost, Watch, buckets
+from lachesis.trainer.watched import Moving, watched
 
 
 class GlooReducer:
     """A Reducer (see reducer.py) of tensors in host memory, between addresses that all replicas reach."""
+
+    connect_s = 10.0
 
     def __init__(self, address: str) -> None:
         self.device = torch.device("cpu")
@@ -26,9 +29,9 @@ class GlooReducer:
         self._transferring = False
 
     def connect(self, store: dist.Store, rank: int, world: int) -> None:  # type: ignore[name-defined]
-        """Connect with all others. Raises RuntimeError, after CONNECT, where one does not come."""
+        """Connect with all others, for as long as that takes. Raises RuntimeError where it fails."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs forget it
-        options._timeout = CONNECT
+        options._timeout = timedelta(seconds=self.connect_s)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
         self._group = dist.ProcessGroupGloo(store, rank, world, options)
 
@@ -61,11 +64,12 @@ class GlooReducer:
             raise PeerLost(f"a replica is gone: {error}") from error
 
     def _finish(self, under_way: list[Any], watch: Watch) -> None:
-        self._under_way = under_way
+        self._under_way, moving = under_way, Moving()
         for work in under_way:
             while not work.is_completed():
-                watch()
+                watch(moving.stuck_s)
                 time.sleep(LOOK_S)
+            moving.moved()
             try:
                 work.wait()
             except RuntimeError as error:
@@ -75,10 +79,11 @@ class GlooReducer:
         """Of these, gloo tells that they are done only to who waits for it."""
         failed: list[RuntimeError] = []
 
-        def finish() -> None:
+        def finish(moving: Moving) -> None:
             try:
                 for work in under_way:
                     work.wait(IDLE)
+                    moving.moved()
             except RuntimeError as error:
                 failed.append(error)
 

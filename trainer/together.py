@@ -63,6 +63,7 @@ def train_together(
         max_deliveries=plan.max_deliveries,
         shadow=plan.shadow is not None,
         over=plan.elastic_over,
+        prefetch=plan.prefetch > 0,
     )
     duties = lambda seat: Lead(broker, plan, compute, mapped, seat, reporter, log, make_upkeep)  # noqa: E731
     with crew, ElasticReplica(broker, team, plan.replica, compute, duties, stop.is_set) as replica:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from project import Project
@@ -26,6 +27,7 @@ def services() -> Iterator[Project]:
 
 def test_the_loop_runs_from_images_with_replicas_and_survives_a_kill(services: Project) -> None:
     services.wait_for_step(3, timeout_s=420)
+    services.wait("a shadow that may be 8 batches behind", lambda: rules(services) == [None, lossy(8)], 120)
     services.compose("kill", "--signal", "SIGKILL", "trainer", "shadow")
     services.compose("start", "trainer", "shadow")  # a container killed by hand is not restarted by its policy
     now = services.wait_for_step(STEPS, timeout_s=420)
@@ -43,11 +45,24 @@ def test_the_loop_runs_from_images_with_replicas_and_survives_a_kill(services: P
     services.wait_for_step(STEPS, timeout_s=120, policy="shadow")
     audit = services.lachesis("audit", "--policy", "shadow", "--json")
     assert audit["clean"], audit
-    main, shadow = services.lachesis("shadow", "--json")["policies"]
-    assert (main["policy"], main["rule"], main["committed"]) == ("main", None, STEPS)
-    assert (shadow["policy"], shadow["rule"]) == ("shadow", {"kind": "lossy", "max_behind": 8})
+    services.wait("a shadow that nobody waits for, as it is done", lambda: rules(services) == [None, lossy(1)], 60)
+    main, shadow = policies(services)
+    assert (main["policy"], main["rule"], main["committed"], shadow["policy"]) == ("main", None, STEPS, "shadow")
     assert 0 < shadow["committed"] == audit["steps"]
     assert shadow["committed"] + shadow["skipped"] <= STEPS  # it may have joined after the first ones
+
+
+def policies(services: Project) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = services.lachesis("shadow", "--json")["policies"]
+    return found
+
+
+def rules(services: Project) -> list[dict[str, Any] | None]:
+    return [policy["rule"] for policy in policies(services)]
+
+
+def lossy(behind: int) -> dict[str, Any]:
+    return {"kind": "lossy", "max_behind": behind}
 
 
 def test_redis_keeps_what_it_accepted_and_is_not_published(services: Project) -> None:

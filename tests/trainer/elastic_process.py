@@ -41,7 +41,7 @@ class Settings(msgspec.Struct, frozen=True):
     name: str
     steps: int = 6
     batch_size: int = 12
-    compute_s: float = 0.0  # of one group, waited
+    compute_s: float = 0.0  # of one group, most of it waited
     silent_s: float = 5.0
     hold_s: float = 1.5
     namespace: str = ""  # of the network
@@ -52,16 +52,20 @@ class TinyCompute(LocalCompute):
     """Next-token log-probs of an embedding and a linear layer, weighted by scores; Adam by hand."""
 
     def __init__(self, compute_s: float = 0.0) -> None:
+        self._compute_s = compute_s
+        self.begin()
+
+    def begin(self) -> None:
+        """As if nothing had been trained."""
         generator = torch.Generator().manual_seed(0)
         self.theta = torch.randn(2 * WORDS * WIDTH, dtype=torch.float64, generator=generator)
         self.first, self.second = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
         self.updates = torch.zeros(1, dtype=torch.float64)
-        self._compute_s = compute_s
         self.clear()
 
     def accumulate(self, batch: BatchEntry, claimed: Sequence[tuple[int, Group]]) -> list[bytes]:
         for _, group in claimed:
-            time.sleep(self._compute_s)
+            began = time.perf_counter()
             theta = self.theta.clone().requires_grad_()
             embedding, head = theta.view(2, WORDS, WIDTH)
             tokens = torch.stack([torch.tensor(row, dtype=torch.int64) for row in group.tokens])
@@ -71,6 +75,7 @@ class TinyCompute(LocalCompute):
             (gradient,) = torch.autograd.grad(loss, theta)
             count = torch.tensor([float(tokens[:, 1:].numel())], dtype=torch.float64)
             self._sum.add(torch.cat([gradient, loss.detach()[None], count]))
+            time.sleep(max(0.0, began + self._compute_s - time.perf_counter()))
         return [group.gid.encode() for _, group in claimed]
 
     def sums(self, device: torch.device) -> list[Tensor]:
@@ -128,7 +133,8 @@ class TinyDuties:
         saved = max((int(path.stem) for path in self._folder.glob("*.pt")), default=0)
         if saved:
             self._compute.load(b"{}", torch.load(self._folder / f"{saved}.pt", weights_only=True))
-        elif not ledger:
+        else:
+            self._compute.begin()
             self._publish(0)
         for entry in ledger[saved:]:
             groups = self._broker.call(self._broker.broker.queue.fetch, entry.gids)

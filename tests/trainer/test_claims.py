@@ -16,13 +16,12 @@ from lachesis.trainer.duties import Team
 
 GROUPS = 6
 TEAM = Team("main", 2 * GROUPS, 1, silent_s=60, hold_s=60)
-FAST, SLOW = 0.001, 10.0  # seconds of a group
+FAST, SLOW = 1.0, float(GROUPS)  # groups that another one computes meanwhile
 
 
-def pace(mine_s: float) -> Pace:
-    """Of one of two replicas, the other of which is fast."""
+def pace(others: float) -> Pace:
     found = Pace()
-    found.mine_s, found.per_s = mine_s, 1 / mine_s + 1 / FAST
+    found.others = others
     return found
 
 
@@ -80,3 +79,25 @@ def test_nothing_is_asked_when_living_replicas_have_all(blocking: BlockingBroker
             claims.next()
         blocking.call(blocking.broker.members.evict, "main", silent_s=60, limits={me.id: 0})
         assert claims.next() == []  # who died since is noticed when the sums are made
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [([1], 1.0), ([2], 2.0), ([0], 0.0), ([5], float("inf")), ([2, 1], 2.0)],
+    ids=["alike", "slower", "alone", "all_at_once", "ran_out"],
+)
+def test_pace_is_what_others_claim_meanwhile(
+    blocking: BlockingBroker, me: Membership, others: list[int], expected: float
+) -> None:
+    """`others`: groups that another replica claims while this one computes its first, its second, …"""
+    other = blocking.call(blocking.broker.members.join, "main", "b", generation=me.generation, step=0)
+    assert other is not None
+    mine, known, held = Membership("main", me.id, me.generation, other.epoch), Pace(), 0
+    with Claims(blocking, TEAM, mine, 1, {}, known) as claims:
+        assert claims.next()
+        for count in others:
+            if count:
+                assert blocking.call(blocking.broker.members.claim, other, 1, count=count, held=held)
+                held += count
+            claims.next()
+    assert known.others == expected

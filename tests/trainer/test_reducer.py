@@ -25,11 +25,11 @@ class Enough(Exception):
     """What the tests' watch raises."""
 
 
-def nothing() -> None:
+def nothing(stuck_s: float) -> None:
     pass
 
 
-def enough() -> None:
+def enough(stuck_s: float) -> None:
     raise Enough
 
 
