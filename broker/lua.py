@@ -23,7 +23,15 @@ NAMES = (
     "found", "join", "beat", "evict", "meet", "heal", "open", "claim", "vote",
 )  # fmt: skip
 
-FREQUENT = ("arrive", "put", "record")  # what every posted group and every generation needs
+FREQUENT = (
+    "arrive",
+    "put",
+    "record",
+    "lease",
+    "open",
+    "claim",
+    "vote",
+)  # what each posted group, generation and step needs
 LOADS = 5
 
 
@@ -69,7 +77,7 @@ class Scripts:
     bury: Script
     form: Script
     drop: Script
-    lease: Script
+    lease: WireScript
     deliver: Script
     renew: Script
     commit: Script
@@ -94,9 +102,9 @@ class Scripts:
     evict: Script
     meet: Script
     heal: Script
-    open: Script
-    claim: Script
-    vote: Script
+    open: WireScript
+    claim: WireScript
+    vote: WireScript
 
     def __init__(self, redis: Redis, wire: Wire) -> None:
         folder = files("lachesis.broker") / "scripts"

@@ -31,7 +31,7 @@ from lachesis.trainer.exchange import digest, sum_up
 from lachesis.trainer.lag import lag_of
 from lachesis.trainer.layout import Layout
 from lachesis.trainer.reducer import Alone, PeerLost, Reducer
-from lachesis.trainer.seat import POLL_S, Seat, Stopped
+from lachesis.trainer.seat import Seat, Stopped, pause
 
 FORM_S = 0.25  # the leader waits so long for rollouts before it looks around
 
@@ -57,6 +57,7 @@ class ElasticReplica:
         self._meeting: Meeting | None = None
         self._reducer: Reducer = Alone()
         self._batch: BatchEntry | None = None  # the step in work
+        self._laid_out: BatchEntry | None = None  # the one after it, by this replica
         self._held: dict[int, bytes] = {}  # its groups in this replica's sums: place → what is told of it
         self._layout, self._pace = Layout(broker, team), Pace()
         self._summed: tuple[list[Tensor], list[bytes]] | None = None  # of all replicas, while they vote
@@ -156,7 +157,7 @@ class ElasticReplica:
     def _disconnect(self) -> None:
         self._reducer.close()
         self._compute.disconnect()
-        self._reducer, self._meeting = Alone(), None
+        self._reducer, self._meeting, self._laid_out = Alone(), None, None
 
     def _leads(self, meeting: Meeting) -> bool:
         return self.seat.me is not None and next(iter(meeting.steps)) == self.seat.me.id
@@ -209,31 +210,33 @@ class ElasticReplica:
                 vote_s=voted - reduced,
             )
             if self.step < self._team.num_steps:
-                self._layout.lay_out(me)  # for the others to go on, while this one has duties
+                self._laid_out = self._layout.lay_out(me)  # for the others to go on, while this one has duties
             self._duties.report(trained)
             self._duties.follow_up(self.step)
         self._done_at = time.perf_counter()
 
     def _open(self, me: Membership, meeting: Meeting) -> BatchEntry:
         """The batch in work, once there is one. The first replica gets it lent for all."""
-        leads, queue, policy = self._leads(meeting), self._broker.broker.queue, self._team.policy
-        while True:
+        leads, queue, since = self._leads(meeting), self._broker.broker.queue, time.monotonic()
+        while self._laid_out is None:
             self.seat.watch()
-            standing = self._broker.call(self._members.standing, policy)
+            standing = self._broker.call(self._members.standing, self._team.policy)
             if standing is not None and standing.open:
-                if self._batch is None or self._batch.step != standing.open:
-                    self._drop_work()
-                    self._batch = self._broker.call(queue.batch, standing.open)
-                if self._batch is not None:
-                    if leads:
-                        self._duties.opened(self._batch.step)
-                    return self._batch
+                self._laid_out = self._broker.call(queue.batch, standing.open)
             elif leads:
                 newest = self._broker.call(queue.newest_group)
-                if not self._layout.lay_out(me):
+                self._laid_out = self._layout.lay_out(me)
+                if self._laid_out is None:
                     self._broker.call(queue.wait_for_group, FORM_S, after=newest)
             else:
-                time.sleep(POLL_S)
+                pause(since)
+        batch, self._laid_out = self._laid_out, None
+        if self._batch is None or self._batch.step != batch.step:
+            self._drop_work()
+            self._batch = batch
+        if leads:
+            self._duties.opened(batch.step)
+        return batch
 
     def _next(self, claims: Claims) -> list[tuple[int, Group]]:
         try:
@@ -244,11 +247,11 @@ class ElasticReplica:
 
     def _vote(self, me: Membership, entry: LedgerEntry, letters: Sequence[DeadEntry], digest: str) -> None:
         """Returns when all have voted for the same sums: the step is committed."""
-        vote = self._members.vote
+        vote, since = self._members.vote, time.monotonic()
         while not self._broker.call(vote, me, entry.step, digest, entry, untrainable=letters):
             crash_point("voted", entry.step)
             self.seat.watch()
-            time.sleep(POLL_S)
+            pause(since)
 
     def _apply(self) -> None:
         assert self._batch is not None
@@ -258,5 +261,5 @@ class ElasticReplica:
         self._batch, self._held, self._summed = None, {}, None
 
     def _drop_work(self) -> None:
-        self._batch, self._held, self._summed = None, {}, None
+        self._batch, self._laid_out, self._held, self._summed = None, None, {}, None
         self._compute.clear()

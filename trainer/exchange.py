@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from lachesis.broker import Conflict
 from lachesis.broker.records import BatchEntry
 from lachesis.trainer.compute import Compute, to_bytes, to_tensor
 from lachesis.trainer.reducer import Reducer, Watch
+
+SLOT = 1024  # bytes for what is told of one group; where that is longer, it takes a sum of its own
 
 
 def sum_up(
@@ -21,20 +24,29 @@ def sum_up(
 
     Raises Conflict if a group is not in the sums exactly once.
     """
-    counts, sizes = (torch.zeros(len(batch.gids), dtype=torch.int64) for _ in range(2))
+    told = np.zeros(
+        (len(batch.gids), 2 + SLOT // 8), np.int64
+    )  # of each group: how often it is there, bytes, the bytes
+    words = told[:, 2:].view(np.uint8)
     for place, word in held.items():
-        counts[place], sizes[place] = 1, len(word)
-    reducer.sum([counts, sizes], watch)
-    if not counts.eq(1).all():
+        told[place, :2] = 1, len(word)
+        if len(word) <= SLOT:
+            words[place, : len(word)] = np.frombuffer(word, np.uint8)
+    sums = compute.reduce(reducer, torch.from_numpy(told), watch)
+    if not (told[:, 0] == 1).all():
         raise Conflict(
-            f"step {batch.step}: its groups are in the replicas' sums {counts.tolist()} times; nothing was committed"
+            f"step {batch.step}: its groups are in the replicas' sums {told[:, 0].tolist()} times; nothing was committed"
         )
-    words = [torch.zeros(size, dtype=torch.uint8) for size in sizes.tolist()]
-    for place, word in held.items():
-        words[place] = to_tensor(word)
-    told = torch.cat(words)
-    sums = compute.reduce(reducer, told, watch)
-    return sums, [to_bytes(word) for word in told.split(sizes.tolist())]
+    sizes = told[:, 1].tolist()
+    long = {place: torch.zeros(size, dtype=torch.uint8) for place, size in enumerate(sizes) if size > SLOT}
+    for place, whole in long.items():
+        if place in held:
+            whole[:] = to_tensor(held[place])
+    if long:
+        reducer.sum(list(long.values()), watch)
+    return sums, [
+        to_bytes(long[place]) if place in long else words[place, :size].tobytes() for place, size in enumerate(sizes)
+    ]
 
 
 def digest(sums: Sequence[Tensor], told: Sequence[bytes]) -> str:

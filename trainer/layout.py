@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from lachesis.broker import BlockingBroker
 from lachesis.broker.crash import crash_point
 from lachesis.broker.members import CONSUMER
-from lachesis.broker.records import Lease, Membership
+from lachesis.broker.records import BatchEntry, Lease, Membership
 from lachesis.trainer.duties import Team
 from lachesis.trainer.feed import noticing_resets
 
@@ -24,17 +24,16 @@ class Layout:
         if self._team.prefetch and not self._team.shadow and step < self._team.num_steps:
             self._forming = self._broker.start(self._form_after, step)
 
-    def lay_out(self, me: Membership) -> bool:
-        """Lay out the groups of the next batch for all, if there is one or can be formed. Raises Moved; Conflict after a reset."""
+    def lay_out(self, me: Membership) -> BatchEntry | None:
+        """The next batch, with its groups laid out for all, if there is one or can be formed. Raises Moved; Conflict after a reset."""
         if self._forming is not None:
             self._forming.result()
             self._forming = None
         while (lease := self._lend()) is None:
             if self._team.shadow or self._broker.call(self._queue.form, self._team.batch_size) is None:
-                return False
+                return None
         crash_point("leased", lease.batch.step)
-        self._broker.call(self._broker.broker.members.open, me, lease.batch.step)
-        return True
+        return lease.batch if self._broker.call(self._broker.broker.members.open, me, lease.batch.step) else None
 
     async def _form_after(self, step: int) -> None:
         with noticing_resets(self._broker.broker.keys.run, self._team.policy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from types import TracebackType
 
 from lachesis.broker import BlockingBroker, Conflict, LachesisError, LeaseLost
@@ -22,7 +23,12 @@ LOOK_S = 0.05  # between two looks at whether the epoch is still the same, while
 REAP_S = 0.25  # between two looks for silent replicas
 STUCK_S = 1.0  # a sum in which nothing moves for so long is worth a word to the others
 REST_S = 600.0  # the longest time that a replica stays away which others could not reach
-POLL_S = 0.002  # between two questions to Redis whose answer others are about to change
+POLL_S = 0.001  # between two questions to Redis whose answer others are about to change; later ones are further apart
+
+
+def pause(since: float) -> None:
+    """Between two questions to Redis, the first of which was asked at `since`, of time.monotonic()."""
+    time.sleep(min(LOOK_S, max(POLL_S, (time.monotonic() - since) / 8)))
 
 
 class Stopped(LachesisError):
@@ -40,6 +46,7 @@ class Seat:
         )
         self.me: Membership | None = None
         self._looked_at = self._reaped_at = 0.0
+        self._reaping: Future[int] | None = None
         self._rest_s, self._rest_until = team.silent_s, 0.0  # when it has left because others could not be reached
 
     def __enter__(self) -> Seat:
@@ -79,9 +86,10 @@ class Seat:
 
     def meet(self, me: Membership) -> Meeting:
         """Wait until all replicas of the epoch are here, and one of them has the newest weights."""
+        since = time.monotonic()
         while (meeting := self._broker.call(self._members.meet, me)) is None:
             self.watch()
-            time.sleep(POLL_S)
+            pause(since)
         while meeting.step not in meeting.steps.values():  # after hold_s one starts from a checkpoint
             self.watch()
             if not self._broker.call(self._members.is_held, self._team.policy):
@@ -189,11 +197,13 @@ class Seat:
         return watch
 
     def reap(self) -> None:
-        """Take out who is silent for too long."""
-        if time.monotonic() - self._reaped_at >= REAP_S:
+        """Have those taken out that are silent for too long; returns at once."""
+        if time.monotonic() - self._reaped_at >= REAP_S and (self._reaping is None or self._reaping.done()):
+            if self._reaping is not None:
+                self._reaping.result()
             self._reaped_at = time.monotonic()
             self._heartbeat.check()
-            self._evict({})
+            self._reaping = self._broker.start(self._members.evict, self._team.policy, silent_s=self._team.silent_s)
 
     def _others_live(self) -> bool:
         self.check_stop()

@@ -53,6 +53,7 @@ class TinyCompute(LocalCompute):
 
     def __init__(self, compute_s: float = 0.0) -> None:
         self._compute_s = compute_s
+        self.took_s: dict[int, float] = {}  # step → seconds of this replica's groups
         self.begin()
 
     def begin(self) -> None:
@@ -64,6 +65,7 @@ class TinyCompute(LocalCompute):
         self.clear()
 
     def accumulate(self, batch: BatchEntry, claimed: Sequence[tuple[int, Group]]) -> list[bytes]:
+        before = time.perf_counter() - self.took_s.get(batch.step, 0.0)
         for _, group in claimed:
             began = time.perf_counter()
             theta = self.theta.clone().requires_grad_()
@@ -76,6 +78,7 @@ class TinyCompute(LocalCompute):
             count = torch.tensor([float(tokens[:, 1:].numel())], dtype=torch.float64)
             self._sum.add(torch.cat([gradient, loss.detach()[None], count]))
             time.sleep(max(0.0, began + self._compute_s - time.perf_counter()))
+        self.took_s[batch.step] = time.perf_counter() - before
         return [group.gid.encode() for _, group in claimed]
 
     def sums(self, device: torch.device) -> list[Tensor]:
@@ -206,3 +209,4 @@ def main(settings: Settings, crash_at: str = "", kind: type[TinyCompute] = TinyC
             replica.train()
             told: dict[str, Any] = {"step": replica.step, "digest": compute.digest()}
             (Path(settings.folder) / f"{settings.name}.json").write_text(json.dumps(told))
+            (Path(settings.folder) / f"took-{settings.name}.json").write_text(json.dumps(compute.took_s))
