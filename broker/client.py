@@ -66,7 +66,7 @@ class Broker:
         self.dead = DeadLetters(redis, scripts, self.keys)
         self.weights = Weights(redis, blocking, scripts, self.keys)
         self.pools = Pools(redis, blocking, scripts, self.keys)
-        self.members = Members(redis, heartbeats, scripts, self.keys)
+        self.members = Members(redis, connections.wire, heartbeats, scripts, self.keys)
         self.parties = Parties(redis, heartbeats, scripts, self.keys)
         self.lineage = LineageStore(scripts, self.keys)
         self.journal = Journal(redis, blocking, scripts, self.keys)
@@ -156,7 +156,12 @@ class BlockingBroker:
         async def run() -> T:
             return await operation(*args, **kwargs)
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop)  # what the portal has for this takes twice as long
+        running = run()
+        try:
+            return asyncio.run_coroutine_threadsafe(running, self._loop)  # the portal's own way takes twice as long
+        except RuntimeError:  # the broker was closed
+            running.close()
+            raise
 
 
 async def _this_loop() -> asyncio.AbstractEventLoop:

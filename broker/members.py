@@ -22,6 +22,7 @@ from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.queue import REFUSED_KEPT
 from lachesis.broker.records import DeadEntry, LedgerEntry, Member, Membership
+from lachesis.broker.wire import Wire
 
 CONSUMER = "replicas"  # who the batches of all replicas together are lent to
 NO_WEIGHTS = -1  # in place of a step, by a replica whose weights are of no use to others
@@ -59,8 +60,8 @@ class Standing(Struct, frozen=True):
 class Members:
     """The replicas of one run's policies."""
 
-    def __init__(self, redis: Redis, heartbeats: Redis, scripts: Scripts, keys: Keys) -> None:
-        self._redis, self._heartbeats, self._scripts, self._keys = redis, heartbeats, scripts, keys
+    def __init__(self, redis: Redis, wire: Wire, heartbeats: Redis, scripts: Scripts, keys: Keys) -> None:
+        self._redis, self._wire, self._heartbeats, self._scripts, self._keys = redis, wire, heartbeats, scripts, keys
 
     # -- coming and going -----------------------------------------------------------------------------------------
 
@@ -212,7 +213,7 @@ class Members:
     async def standing(self, policy: str) -> Standing | None:
         """None if no replicas were ever founded, or the run was reset."""
         names = ("generation", "epoch", "step", "open", "won")
-        found = await self._redis.hmget(self._keys.replicas(policy), names)
+        [found] = await self._wire.call(("HMGET", self._keys.replicas(policy), *names))
         return Standing(*(int(value or 0) for value in found)) if found[0] else None
 
     async def hold_lock(self, policy: str, generation: int) -> bool:

@@ -167,6 +167,8 @@ class ElasticReplica:
     def _one_step(self, me: Membership, meeting: Meeting) -> None:
         batch, leads = self._open(me, meeting), self._leads(meeting)
         began = time.perf_counter()
+        if leads:
+            self._layout.prepare(batch.step)
         with Claims(self._broker, self._team, me, batch.step, self._held, self._pace) as claims:
             while groups := self._next(claims):
                 crash_point("claimed", batch.step)
@@ -175,8 +177,6 @@ class ElasticReplica:
                 crash_point("accumulated", batch.step)
                 self.seat.reap()
         computed = time.perf_counter()
-        if leads:
-            self._layout.prepare(batch.step)
         crash_point("reducing", batch.step)
         sums, told = self._summed = sum_up(
             self._reducer, batch, self._compute, self._held, self.seat.summing(batch.step)

@@ -11,9 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions
 
 from lachesis.trainer.reducer import IDLE, LOOK_S, PeerLost, Watch, buckets
 from lachesis.trainer.watched import Moving, watched
+
+SMALL_BYTES = 64 << 10  # what each gets from each and adds up itself: one turn of the ring less than a sum has
+ALIGNED = 8
 
 
 class GlooReducer:
@@ -36,9 +40,23 @@ class GlooReducer:
         self._group = dist.ProcessGroupGloo(store, rank, world, options)
 
     def sum(self, tensors: Sequence[Tensor], watch: Watch) -> None:
-        options = dist.AllreduceOptions()
+        options, gather = dist.AllreduceOptions(), AllgatherOptions()
         options.reduceOp, options.timeout = dist.ReduceOp.SUM, IDLE  # type: ignore[assignment]  # nor this
-        self._finish([self._start(self._group.allreduce, [part], options) for part in buckets(tensors)], watch)
+        gather.timeout = IDLE
+        small = [tensor for tensor in tensors if 0 < tensor.nbytes <= SMALL_BYTES]
+        large = [tensor for tensor in tensors if tensor.nbytes > SMALL_BYTES]
+        mine = _together(small)
+        theirs = [torch.empty_like(mine) for _ in range(self._group.size())]
+        under_way = [self._start(self._group.allgather, [theirs], [mine], gather)] if small else []
+        under_way += [self._start(self._group.allreduce, [part], options) for part in buckets(large)]
+        self._finish(under_way, watch)
+        start = 0
+        for tensor in small:
+            end = start + tensor.nbytes
+            tensor.zero_()
+            for one in theirs:  # on all replicas in the same order: to the same bits
+                tensor += one[start:end].view(tensor.dtype).view_as(tensor)
+            start = end + -end % ALIGNED
 
     def send(self, tensors: Sequence[Tensor], to: int, watch: Watch) -> None:
         self._transfer([self._start(self._group.send, [part], to, 0) for part in buckets(tensors)], watch)
@@ -92,3 +110,12 @@ class GlooReducer:
         self._transferring = False
         if failed:
             raise PeerLost(f"a replica is gone: {failed[0]}") from failed[0]
+
+
+def _together(tensors: Sequence[Tensor]) -> Tensor:
+    """Their bytes, each from a multiple of ALIGNED on."""
+    parts = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    padding = [torch.zeros(-len(part) % ALIGNED, dtype=torch.uint8) for part in parts]
+    return (
+        torch.cat([piece for pair in zip(parts, padding, strict=True) for piece in pair]) if parts else torch.empty(0)
+    )

@@ -69,7 +69,7 @@ def test_all_get_the_sum_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(reducer, "BUCKET_BYTES", 1000)
-    terms = [[torch.randn(n).mul(10).abs().to(dtype) for n in (0, 1, 700)] for _ in range(world)]
+    terms = [[torch.randn(n).mul(10).abs().to(dtype) for n in (0, 1, 13, 700, 20_000)] for _ in range(world)]
     expected = [torch.stack(parts).sum(0, dtype=dtype) for parts in zip(*terms, strict=True)]
     terms = [
         [part.to(f"{device}:{rank}" if device == "cuda" else device) for part in t] for rank, t in enumerate(terms)
