@@ -49,7 +49,7 @@ class Claims:
     ) -> None:
         if self._coming is not None:
             self._coming.cancel()
-            with suppress(BaseException):  # what it got, Redis knows, and it gets it again
+            with suppress(Exception):  # what it got, Redis knows, and it gets it again
                 self._coming.result()
 
     def next(self) -> list[tuple[int, Group]]:
