@@ -17,8 +17,8 @@ from lachesis.broker.records import Membership
 from lachesis.trainer.duties import Over
 from lachesis.trainer.gloo import GlooReducer
 from lachesis.trainer.nccl import NcclReducer
-from lachesis.trainer.reducer import PeerLost, Reducer, Watch
-from lachesis.trainer.watched import Moving, watched
+from lachesis.trainer.reducer import CONNECT, PeerLost, Reducer, Watch
+from lachesis.trainer.watched import watched
 
 
 def connect(
@@ -36,7 +36,7 @@ def connect(
     store = MeetingStore(broker, me, shard)
     failed: list[BaseException] = []
 
-    def meet(_: Moving) -> None:
+    def meet() -> None:
         try:
             store.set(f"over:{rank}", over)
             for other in range(rank):
@@ -48,13 +48,8 @@ def connect(
         except BaseException as error:  # it belongs to the caller, who may not be waiting any more
             failed.append(error)
 
-    def patient(stuck_s: float) -> None:
-        watch(stuck_s)
-        if stuck_s > found.connect_s:
-            raise PeerLost(f"replicas can't connect within {found.connect_s:g} s")
-
     try:
-        watched(meet, patient)
+        watched(meet, watch)
     except BaseException:
         store.over = True  # which ends the thread
         found.close()
@@ -63,7 +58,7 @@ def connect(
         found.close()
         if isinstance(failed[0], LachesisError):
             raise failed[0]
-        watch(0.0)
+        watch()
         raise PeerLost(f"replicas can't connect: {failed[0]}") from failed[0]
     return found
 
@@ -87,7 +82,7 @@ class MeetingStore(dist.Store):  # type: ignore[name-defined]
             time.sleep(0.002)
         return value
 
-    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+    def wait(self, keys: Sequence[str], timeout: timedelta = CONNECT) -> None:
         for key in keys:
             self.get(key)
 

@@ -40,7 +40,7 @@ class CrewCompute:
         }
         self._shard: Reducer = Alone()  # of a rank that is not the leader
         self._sums: list[Tensor] = []  # likewise
-        self._watch: Watch = lambda _: None
+        self._watch: Watch = lambda: None
         self._parts = ExitStack()
         self._broker: BlockingBroker | None = None
 
@@ -131,7 +131,7 @@ def _watching(broker: BlockingBroker, me: Membership) -> Watch:
     """Raises Moved once the epoch is over; looks now and then only."""
     looked_at = 0.0
 
-    def watch(_: float) -> None:
+    def watch() -> None:
         nonlocal looked_at
         if time.monotonic() - looked_at < LOOK_S:
             return

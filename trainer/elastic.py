@@ -178,9 +178,7 @@ class ElasticReplica:
                 self.seat.reap()
         computed = time.perf_counter()
         crash_point("reducing", batch.step)
-        sums, told = self._summed = sum_up(
-            self._reducer, batch, self._compute, self._held, self.seat.summing(batch.step)
-        )
+        sums, told = self._summed = sum_up(self._reducer, batch, self._compute, self._held, self.seat.watch)
         crash_point("reduced", batch.step)
         reduced = time.perf_counter()
         entry, letters = self._compute.entry(batch, self.step, sums, told)
@@ -191,8 +189,6 @@ class ElasticReplica:
             self._duties.settle()
         mine = len(self._held)
         self._vote(me, entry, letters, digest(sums, told))
-        if len(meeting.steps) > 1:
-            self.seat.reached_others()
         crash_point("committed", batch.step)
         voted = time.perf_counter()
         self._apply()

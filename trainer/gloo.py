@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions
 
-from lachesis.trainer.reducer import IDLE, LOOK_S, PeerLost, Watch, buckets
-from lachesis.trainer.watched import Moving, watched
+from lachesis.trainer.reducer import CONNECT, IDLE, LOOK_S, PeerLost, Watch, buckets
+from lachesis.trainer.watched import watched
 
 SMALL_BYTES = 64 << 10  # what each gets from each and adds up itself: one turn of the ring less than a sum has
 ALIGNED = 8
@@ -22,8 +21,6 @@ ALIGNED = 8
 
 class GlooReducer:
     """A Reducer (see reducer.py) of tensors in host memory, between addresses that all replicas reach."""
-
-    connect_s = 10.0
 
     def __init__(self, address: str) -> None:
         self.device = torch.device("cpu")
@@ -33,9 +30,9 @@ class GlooReducer:
         self._transferring = False
 
     def connect(self, store: dist.Store, rank: int, world: int) -> None:  # type: ignore[name-defined]
-        """Connect with all others, for as long as that takes. Raises RuntimeError where it fails."""
+        """Connect with all others. Raises RuntimeError, after CONNECT, where one does not come."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs forget it
-        options._timeout = timedelta(seconds=self.connect_s)
+        options._timeout = CONNECT
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
         self._group = dist.ProcessGroupGloo(store, rank, world, options)
 
@@ -82,12 +79,11 @@ class GlooReducer:
             raise PeerLost(f"a replica is gone: {error}") from error
 
     def _finish(self, under_way: list[Any], watch: Watch) -> None:
-        self._under_way, moving = under_way, Moving()
+        self._under_way = under_way
         for work in under_way:
             while not work.is_completed():
-                watch(moving.stuck_s)
+                watch()
                 time.sleep(LOOK_S)
-            moving.moved()
             try:
                 work.wait()
             except RuntimeError as error:
@@ -97,11 +93,10 @@ class GlooReducer:
         """Of these, gloo tells that they are done only to who waits for it."""
         failed: list[RuntimeError] = []
 
-        def finish(moving: Moving) -> None:
+        def finish() -> None:
             try:
                 for work in under_way:
                     work.wait(IDLE)
-                    moving.moved()
             except RuntimeError as error:
                 failed.append(error)
 

@@ -136,7 +136,7 @@ class Lead:
         groups = self._broker.call(self._broker.broker.queue.fetch, entry.gids)
         batch = BatchEntry(entry.step, entry.gids, entry.n, entry.tok, entry.v_min, entry.v_min, 0.0)
         told = self._compute.accumulate(batch, list(enumerate(groups)))
-        sums = self._compute.reduce(Alone(), torch.zeros(0, dtype=torch.uint8), lambda _: None)
+        sums = self._compute.reduce(Alone(), torch.zeros(0, dtype=torch.uint8), lambda: None)
         self._compute.apply(batch, sums, told)
 
     def _tell(self, seconds: dict[str, float], upkeep: Upkeep) -> None:

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import ErrorType
 
 from lachesis.broker.errors import ConfigurationError
-from lachesis.trainer.reducer import IDLE, LOOK_S, PeerLost, Watch, buckets
-from lachesis.trainer.watched import Moving
+from lachesis.trainer.reducer import CONNECT, IDLE, LOOK_S, PeerLost, Watch, buckets
 
 CLEAN_UP_ONLY = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_BLOCKING_WAIT": "0"}
 
@@ -29,12 +28,10 @@ CLEAN_UP_ONLY = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_BLOCKING_WA
 class NcclReducer:
     """A Reducer (see reducer.py) of tensors on `device`; those in host memory go there and back, bucket by bucket."""
 
-    connect_s = 60.0
-
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._group: Any = None
-        os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", f"{self.connect_s:.0f}")
+        os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", f"{CONNECT.total_seconds():.0f}")
 
     def connect(self, store: dist.Store, rank: int, world: int) -> None:  # type: ignore[name-defined]
         """Connect with all others. Raises ConfigurationError where a lower rank has the same GPU, RuntimeError where it fails."""
@@ -51,7 +48,7 @@ class NcclReducer:
         with _environment(CLEAN_UP_ONLY):  # read when a group is made
             self._group = dist.ProcessGroupNCCL(store, rank, world, options)
         self._group.eager_connect_single_device(self.device)
-        self._run([torch.zeros(1, device=self.device)], self._sum, lambda _: None)  # which connects it really
+        self._run([torch.zeros(1, device=self.device)], self._sum, lambda: None)  # which connects it really
 
     def sum(self, tensors: Sequence[Tensor], watch: Watch) -> None:
         self._run(tensors, self._sum, watch)
@@ -83,9 +80,8 @@ class NcclReducer:
                 except RuntimeError as error:
                     raise PeerLost(f"a replica is gone: {error}") from error
                 done.record()
-                moving = Moving()
                 while not done.query():
-                    watch(moving.stuck_s)
+                    watch()
                     time.sleep(LOOK_S)
                 # after an error the kernel ends when torch aborts it, and the error stands there before that
                 if (found := self._group.get_error()) != ErrorType.SUCCESS:

@@ -16,10 +16,10 @@ from lachesis.broker import LachesisError
 
 BUCKET_BYTES = 64 << 20
 LOOK_S = 0.0005  # between two looks at whether an operation is done
+CONNECT = timedelta(seconds=30)
 IDLE = timedelta(days=30)  # replicas that are done wait for those that are not; a dead one shows at once
 
-# called while something is waited for, with the seconds for which nothing has moved; raises what ends the waiting
-Watch = Callable[[float], None]
+Watch = Callable[[], None]  # called while something is waited for; raises what ends the waiting
 
 
 class PeerLost(LachesisError, ConnectionError):
@@ -50,7 +50,7 @@ class Alone:
     device = torch.device("cpu")
 
     def sum(self, tensors: Sequence[Tensor], watch: Watch) -> None:
-        watch(0.0)
+        watch()
 
     def send(self, tensors: Sequence[Tensor], to: int, watch: Watch) -> None:
         raise PeerLost(f"there is no replica of rank {to}")

@@ -14,15 +14,12 @@ from lachesis.broker.heartbeat import Heartbeat
 from lachesis.broker.members import Meeting, Standing, new_id
 from lachesis.broker.records import Membership
 from lachesis.trainer.duties import Team
-from lachesis.trainer.reducer import PeerLost, Watch
 from lachesis.trainer.tenure import Tenure
 
 BEAT_S = 0.25
 SUSPECT_S = 0.75  # a replica whose connection broke is gone if its last beat is older than this
 LOOK_S = 0.05  # between two looks at whether the epoch is still the same, while something is waited for
 REAP_S = 0.25  # between two looks for silent replicas
-STUCK_S = 1.0  # a sum in which nothing moves for so long is worth a word to the others
-REST_S = 600.0  # the longest time that a replica stays away which others could not reach
 POLL_S = 0.001  # between two questions to Redis whose answer others are about to change; later ones are further apart
 
 
@@ -47,7 +44,6 @@ class Seat:
         self.me: Membership | None = None
         self._looked_at = self._reaped_at = 0.0
         self._reaping: Future[int] | None = None
-        self._rest_s, self._rest_until = team.silent_s, 0.0  # when it has left because others could not be reached
 
     def __enter__(self) -> Seat:
         self._heartbeat.__enter__()
@@ -65,9 +61,6 @@ class Seat:
 
         Returns the step of the weights in memory then: `resume` has brought them to the ledger's end where it founded.
         """
-        while time.monotonic() < self._rest_until:
-            self.check_stop()
-            time.sleep(LOOK_S)
         id_, policy = new_id(self._name), self._team.policy
         self.me = self._broker.call(self._members.join, policy, id_, generation=generation, step=step)
         if self.me is None:
@@ -117,28 +110,15 @@ class Seat:
         return standing
 
     def part(self) -> None:
-        """A connection broke, or nothing moves. Take out whose heartbeat stopped; where none did, the youngest leaves.
-
-        It is more likely than others to be the one that they can't reach; if it was not, the next one leaves. Who has
-        left comes back after a while, which is longer each time.
-        """
+        """A connection broke. Take out whose heartbeat stopped too; where none did, leave, so that all connect anew."""
         assert self.me is not None
-        began = time.monotonic()
-        while True:
-            alive = self.alive()
-            self._evict({id_: SUSPECT_S for id_ in alive if id_ != self.me.id})
+        until = time.monotonic() + self._team.silent_s
+        others = [id_ for id_ in self.alive() if id_ != self.me.id]
+        while time.monotonic() < until:
+            self._evict(dict.fromkeys(others, SUSPECT_S))
             self.check_epoch()
-            younger = len(alive) - 1 - alive.index(self.me.id) if self.me.id in alive else 0
-            if time.monotonic() - began > (1 + younger) * self._team.silent_s:
-                break
             time.sleep(LOOK_S)
         self._evict({self.me.id: 0})
-        self._rest_until = time.monotonic() + self._rest_s
-        self._rest_s = min(REST_S, 2 * self._rest_s)
-
-    def reached_others(self) -> None:
-        """A step was committed together."""
-        self._rest_s = self._team.silent_s
 
     def wait_to_be_first(self) -> bool:
         """When the others have gone, or died; False if this replica was taken out meanwhile."""
@@ -165,7 +145,7 @@ class Seat:
         if me is None or self.alive()[:1] != [me.id]:
             raise LeaseLost(f"another replica publishes policy {self._team.policy!r} now")
 
-    def watch(self, stuck_s: float = 0.0) -> None:
+    def watch(self) -> None:
         """Raises Moved if the epoch is over, and Stopped. May be called often."""
         if time.monotonic() - self._looked_at < LOOK_S:
             return
@@ -173,28 +153,6 @@ class Seat:
         self.check_stop()
         self.reap()
         self.check_epoch()
-
-    def summing(self, step: int) -> Watch:
-        """A watch over the sums of a step, which raises PeerLost, too, where all replicas sum and nothing moves."""
-        me, said, looked_at, all_since = self.me, False, 0.0, 0.0
-
-        def watch(stuck_s: float) -> None:
-            nonlocal said, looked_at, all_since
-            self.watch()
-            now = time.monotonic()
-            if stuck_s < STUCK_S or now - looked_at < REAP_S or me is None:
-                return
-            looked_at = now
-            if not said:
-                said = True
-                self._broker.call(self._members.leave_word, me, f"summing:{step}:{me.id}", b"1")
-            if not all_since:
-                words = [self._broker.call(self._members.word, me, f"summing:{step}:{id_}") for id_ in self.alive()]
-                all_since = now if None not in words else 0.0
-            elif min(stuck_s, now - all_since) > self._team.silent_s:
-                raise PeerLost(f"all replicas sum, and nothing has moved for {stuck_s:.0f} s")
-
-        return watch
 
     def reap(self) -> None:
         """Have those taken out that are silent for too long; returns at once."""

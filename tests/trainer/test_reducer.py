@@ -25,11 +25,11 @@ class Enough(Exception):
     """What the tests' watch raises."""
 
 
-def nothing(stuck_s: float) -> None:
+def nothing() -> None:
     pass
 
 
-def enough(stuck_s: float) -> None:
+def enough() -> None:
     raise Enough
 
 
