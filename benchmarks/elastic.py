@@ -24,8 +24,9 @@ from trainer_kit import context  # noqa: E402
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking  # noqa: E402
 from lachesis.broker.records import LedgerEntry  # noqa: E402
+from lachesis.trainer.duties import Team  # noqa: E402
 
-GROUPS, STEPS, COMPUTE_S = 24, 12, 0.05  # groups of a step, steps, seconds of a group
+GROUPS, STEPS, COMPUTE_S = 24, 30, 0.05  # groups of a step, steps, seconds of a group
 
 
 async def _ledger(broker: BlockingBroker) -> list[LedgerEntry]:
@@ -50,6 +51,7 @@ def run(
                 steps=STEPS,
                 batch_size=2 * GROUPS,
                 compute_s=COMPUTE_S,
+                together_s=Team.together_s,
                 silent_s=2.0,
             )
             process = context.Process(target=elastic_process.main, args=(told,))

@@ -62,19 +62,19 @@ def summed_loss(config: DictConfig) -> tuple[DictConfig, str]:
 
 
 def check_elastic(config: DictConfig) -> None:
-    """Raise ConfigurationError for what replicas that see single groups can't train as one trainer would."""
+    """Raise ConfigurationError for what replicas that see some of the groups can't train as one trainer would."""
     actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
     correction = algorithm.rollout_correction
     for name, value, wrong, why in (
         ("algorithm.adv_estimator", algorithm.adv_estimator, algorithm.adv_estimator not in BY_GROUP,
-         f"advantages need the whole batch, and a replica sees single groups; use {', '.join(BY_GROUP)}"),
+         f"advantages need the whole batch, and a replica sees some of the groups; use {', '.join(BY_GROUP)}"),
         ("actor_rollout_ref.actor.policy_loss.loss_mode", actor.policy_loss.loss_mode,
          actor.policy_loss.loss_mode not in SUMS,
          f"this loss of a batch is not the sum of its groups'; use {', '.join(SUMS)}"),
         ("actor_rollout_ref.actor.loss_agg_mode", actor.loss_agg_mode, actor.loss_agg_mode not in SUMMED,
          f"use {', '.join(SUMMED)}"),
         ("algorithm.rollout_correction.rollout_is_batch_normalize", correction.rollout_is_batch_normalize,
-         bool(correction.rollout_is_batch_normalize), "weights need the whole batch, and a replica sees single groups"),
+         bool(correction.rollout_is_batch_normalize), "weights need the whole batch, and a replica sees some of the groups"),
         ("distillation.enabled", config.distillation.enabled, bool(config.distillation.enabled),
          "its term of the loss is not divided between replicas"),
     ):  # fmt: skip

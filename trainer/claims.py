@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from concurrent.futures import Future
 from contextlib import suppress
@@ -9,37 +10,25 @@ from types import TracebackType
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.members import Claimed
-from lachesis.broker.records import Group, Membership
+from lachesis.broker.records import BatchEntry, Group, Membership
 from lachesis.trainer.duties import Team
-
-
-class Pace:
-    """How fast this replica is beside the others; kept from step to step."""
-
-    def __init__(self) -> None:
-        self.others = float("inf")  # groups that they claim while this one computes one
-
-    def allows(self, left: int, mine: int) -> bool:
-        """Whether to claim more groups while it computes `mine`, where nobody has `left` others yet.
-
-        Only if those will not have run out when it comes to what it claims now: so even the slowest replica has no more
-        than one claim to finish when there is nothing left, as if it had claimed none before it was ready.
-        """
-        return mine * self.others < left
+from lachesis.trainer.pace import Pace
 
 
 class Claims:
     """`with Claims(…) as claims: while groups := claims.next(): …`."""
 
     def __init__(
-        self, broker: BlockingBroker, team: Team, me: Membership, step: int, held: Collection[int], pace: Pace
+        self, broker: BlockingBroker, team: Team, me: Membership, batch: BatchEntry, held: Collection[int], pace: Pace
     ) -> None:
-        """`held`: places of the step's groups that this replica has computed already."""
-        self._broker, self._team, self._me, self._step, self._pace = broker, team, me, step, pace
+        """`held`: places of the batch's groups that this replica has computed already."""
+        self._broker, self._team, self._me, self._step, self._pace = broker, team, me, batch.step, pace
         self._known = set(held)
         self._coming: Future[tuple[Claimed | None, list[Group]]] | None = None
-        self._computed, self._computing = 0, 0  # groups
-        self._newest: tuple[int, int] | None = None  # claim: groups that it had computed then, and groups left
+        self._left = float(len(batch.gids) - len(held))  # groups that nobody has, as far as is known
+        self._all_taken = False
+        self._computing, self._since = 0, 0.0  # groups, and when that began
+        self._computed, self._took_s = 0, 0.0
 
     def __enter__(self) -> Claims:
         return self
@@ -57,40 +46,40 @@ class Claims:
 
         Raises Moved; LeaseLost if another step is open; LookupError if groups are gone.
         """
-        self._computed += self._computing
-        self._computing = 0
+        meanwhile = self._pace.meanwhile(self._done())
         if self._coming is None:
-            if self._newest is not None and self._newest[1] == 0:
+            if self._all_taken:
                 return []
-            self._coming = self._start()
+            self._left -= meanwhile
+            self._coming, meanwhile = self._start(busy=0), 0.0
         claimed, groups = self._coming.result()
         self._coming = None
         if claimed is None:
             return []
-        if self._pace.allows(claimed.left, len(groups)):
-            self._coming = self._start()
-        self._computing = len(groups)
+        self._all_taken = not claimed.left
+        self._left = claimed.left - meanwhile
+        if self._pace.allows(self._left, len(groups)):
+            self._coming = self._start(busy=len(groups))
+        self._computing, self._since = len(groups), time.perf_counter()
         return list(zip([place for place, _ in claimed.groups], groups, strict=True))
 
-    def _start(self) -> Future[tuple[Claimed | None, list[Group]]]:
-        return self._broker.start(self._claim, self._computed)
+    def _done(self) -> int:
+        """Groups that were computed since the last call."""
+        done, self._computing = self._computing, 0
+        if done:
+            self._computed += done
+            self._took_s += time.perf_counter() - self._since
+            self._pace.computed(self._computed, self._took_s)
+        return done
 
-    def _measure(self, computed: int, claimed: int, left: int) -> None:
-        """What others claimed since the newest claim; no number is high enough if all ran out during the first group."""
-        if self._newest is not None and computed > self._newest[0]:
-            before, were_left = self._newest
-            others = max(0, were_left - left - claimed) / (computed - before)
-            if left == 0:
-                others = max(others, self._pace.others) if before else float("inf")
-            self._pace.others = others
-        self._newest = computed, left
+    def _start(self, *, busy: int) -> Future[tuple[Claimed | None, list[Group]]]:
+        return self._broker.start(self._claim, self._pace.count(self._left, busy, self._team.together_s))
 
-    async def _claim(self, computed: int) -> tuple[Claimed | None, list[Group]]:
+    async def _claim(self, count: int) -> tuple[Claimed | None, list[Group]]:
         """New groups with their contents, or those that this replica lost the reply for."""
-        broker, count = self._broker.broker, self._team.chunk
+        broker = self._broker.broker
         while True:
             claimed = await broker.members.claim(self._me, self._step, count=count, held=len(self._known))
-            self._measure(computed, len(claimed.groups) if claimed else 0, claimed.left if claimed else 0)
             if claimed is None:
                 return None, []
             new = tuple((place, gid) for place, gid in claimed.groups if place not in self._known)

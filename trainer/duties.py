@@ -68,5 +68,5 @@ class Team:
     max_deliveries: int = 10
     shadow: bool = False  # whether batches are formed by the trainers of another policy
     prefetch: bool = True  # whether a batch is formed before the step before it is committed
-    chunk: int = 1  # groups claimed at a time; a slow replica delays a step by at most so many
+    together_s: float = 0.5  # groups are trained several at once where that takes less, else one by one
     over: Over = "gloo"  # what their sums go over

@@ -23,13 +23,14 @@ from lachesis.broker.crash import crash_point
 from lachesis.broker.errors import Moved
 from lachesis.broker.members import NO_WEIGHTS, Meeting
 from lachesis.broker.records import BatchEntry, DeadEntry, Group, LedgerEntry, Membership
-from lachesis.trainer.claims import Claims, Pace
+from lachesis.trainer.claims import Claims
 from lachesis.trainer.compute import Compute
 from lachesis.trainer.connect import connect
 from lachesis.trainer.duties import Duties, Team, Trained
 from lachesis.trainer.exchange import digest, sum_up
 from lachesis.trainer.lag import lag_of
 from lachesis.trainer.layout import Layout
+from lachesis.trainer.pace import Pace
 from lachesis.trainer.reducer import Alone, PeerLost, Reducer
 from lachesis.trainer.seat import Seat, Stopped, pause
 
@@ -150,6 +151,7 @@ class ElasticReplica:
                 self._broker.call(self._members.heal, me, self.step)
                 crash_point("healed", self.step)
         self._meeting = meeting
+        self._pace.met(len(meeting.steps))
         self._duties.met(meeting, me)
         if self._leads(meeting):
             self._duties.follow_up(self.step)  # what its predecessor did not get to
@@ -169,7 +171,7 @@ class ElasticReplica:
         began = time.perf_counter()
         if leads:
             self._layout.prepare(batch.step)
-        with Claims(self._broker, self._team, me, batch.step, self._held, self._pace) as claims:
+        with Claims(self._broker, self._team, me, batch, self._held, self._pace) as claims:
             while groups := self._next(claims):
                 crash_point("claimed", batch.step)
                 told = self._compute.accumulate(batch, groups)
@@ -178,7 +180,7 @@ class ElasticReplica:
                 self.seat.reap()
         computed = time.perf_counter()
         crash_point("reducing", batch.step)
-        sums, told = self._summed = sum_up(self._reducer, batch, self._compute, self._held, self.seat.watch)
+        sums, told = self._summed = sum_up(self._reducer, batch, self._compute, self._held, self._pace, self.seat.watch)
         crash_point("reduced", batch.step)
         reduced = time.perf_counter()
         entry, letters = self._compute.entry(batch, self.step, sums, told)

@@ -12,27 +12,30 @@ from torch import Tensor
 from lachesis.broker import Conflict
 from lachesis.broker.records import BatchEntry
 from lachesis.trainer.compute import Compute, to_bytes, to_tensor
+from lachesis.trainer.pace import Pace
 from lachesis.trainer.reducer import Reducer, Watch
 
 SLOT = 1024  # bytes for what is told of one group; where that is longer, it takes a sum of its own
 
 
 def sum_up(
-    reducer: Reducer, batch: BatchEntry, compute: Compute, held: Mapping[int, bytes], watch: Watch
+    reducer: Reducer, batch: BatchEntry, compute: Compute, held: Mapping[int, bytes], pace: Pace, watch: Watch
 ) -> tuple[list[Tensor], list[bytes]]:
     """The sums of all replicas, and what they tell of each group. `held`: this replica's groups, by their place.
 
     Raises Conflict if a group is not in the sums exactly once.
     """
-    told = np.zeros(
-        (len(batch.gids), 2 + SLOT // 8), np.int64
-    )  # of each group: how often it is there, bytes, the bytes
+    # of each group: how often it is there, how many bytes, the bytes; and of all replicas their pace
+    everything = np.zeros((len(batch.gids) + 1, 2 + SLOT // 8), np.int64)
+    told = everything[:-1]
     words = told[:, 2:].view(np.uint8)
+    everything[-1, :2] = pace.word
     for place, word in held.items():
         told[place, :2] = 1, len(word)
         if len(word) <= SLOT:
             words[place, : len(word)] = np.frombuffer(word, np.uint8)
-    sums = compute.reduce(reducer, torch.from_numpy(told), watch)
+    sums = compute.reduce(reducer, torch.from_numpy(everything), watch)
+    pace.hear(*everything[-1, :2].tolist())
     if not (told[:, 0] == 1).all():
         raise Conflict(
             f"step {batch.step}: its groups are in the replicas' sums {told[:, 0].tolist()} times; nothing was committed"

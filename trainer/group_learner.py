@@ -1,6 +1,6 @@
 """verl's learner as one of several replicas that train each step's groups between them.
 
-verl normalises a loss over the sequences it is given, and a replica sees single groups. So the sums of the loss are
+verl normalises a loss over the sequences it is given, and a replica sees some of the groups. So the sums of the loss are
 taken here (tokens' for token-mean; sequences' for the means over sequences), and divided by the step's own count when all
 are summed: the gradient that one trainer has of the whole batch. That is so only of losses that are such sums, and of
 advantages that need no other group; algorithms.check_elastic refuses the others.
@@ -50,7 +50,9 @@ class GroupLearner(LocalCompute):
         self.clear()
 
     def accumulate(self, batch: BatchEntry, claimed: Sequence[tuple[int, Group]]) -> list[bytes]:
-        return [encode(self._one_group(group)) for _, group in claimed]
+        groups = [group for _, group in claimed]
+        parts = [groups] if self._exact is None else [[group] for group in groups]
+        return [encode(told) for part in parts for told in self._add(part)]
 
     def sums(self, device: torch.device) -> list[Tensor]:
         if self._exact is not None:
@@ -99,8 +101,8 @@ class GroupLearner(LocalCompute):
         self.pristine = False
         handover.take(self._engine, header, tensors)
 
-    def _one_group(self, group: Group) -> Told:
-        batch = self._mapping([group])
+    def _add(self, groups: Sequence[Group]) -> list[Told]:
+        batch = self._mapping(groups)
         metrics = self._learner.accumulate(batch, sequences=1)
         if self._exact is not None:
             start = 0
@@ -110,7 +112,7 @@ class GroupLearner(LocalCompute):
                 start += size
             self._count_used()
             self._drop_gradients()
-        return tell(self._learner, batch, metrics, self._divide_by)
+        return tell(self._learner, batch, [group.gid for group in groups], metrics, self._divide_by)
 
     def _count_used(self) -> None:
         """Parameters that had a gradient: the others are none of the optimizer's business, as with a single trainer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,14 +21,17 @@ COUNTED = ("filtered_groups", "filtered_sequences", "logp_s", "train_s")
 
 
 class Told(msgspec.Struct, frozen=True, array_like=True):
-    """Of one group. Arrays are packed as mapping.py makes them: scores float64, advantages float32."""
+    """Of one group. Arrays are packed as mapping.py makes them: scores float64, advantages float32.
 
-    divisor: float  # its part of what divides the step's sums: tokens, or sequences; 0: they are not divided
+    Of groups that were trained at once, the first has the metrics of all, and the other numbers that go with those.
+    """
+
+    divisor: float  # their part of what divides the step's sums: tokens, or sequences; 0: they are not divided
     tokens: int  # to be trained
     kept: int  # of them, after rejection
+    metrics: dict[str, float]
     scores: bytes
     letters: tuple[DeadEntry, ...]
-    metrics: dict[str, float]
     places: tuple[int, ...] | None  # of the sequences that were trained, n; None: there was nothing to train
     response_mask: bytes  # uint8 (n, R), after rejection
     advantages: bytes  # (n, R)
@@ -37,22 +41,33 @@ encode = msgspec.msgpack.Encoder().encode
 decode: Callable[[bytes], Told] = msgspec.msgpack.Decoder(Told).decode
 
 
-def tell(learner: Learner, batch: TrainingBatch, metrics: dict[str, float], divide_by: str) -> Told:
-    """`batch` is one group, that the learner has just accumulated; `divide_by`: tokens | sequences | nothing."""
-    found = learner.estimated
+def tell(
+    learner: Learner, batch: TrainingBatch, gids: Sequence[str], metrics: dict[str, float], divide_by: str
+) -> list[Told]:
+    """`batch` is those groups, which the learner has just accumulated; `divide_by`: tokens | sequences | nothing."""
+    found, dead = learner.estimated, letters(batch)
     kept = int(found.response_mask.sum()) if found else 0
     divisors = {"tokens": kept, "sequences": learner.entered, "nothing": 0}
-    return Told(
-        divisor=float(divisors[divide_by]),
-        tokens=int(batch.response_mask.sum()),
-        kept=kept,
-        scores=batch.scores.numpy().tobytes(),
-        letters=letters(batch),
-        metrics=metrics,
-        places=tuple(found.batch.places.tolist()) if found else None,
-        response_mask=found.response_mask.numpy().astype(np.uint8).tobytes() if found else b"",
-        advantages=found.advantages.numpy().tobytes() if found else b"",
-    )
+    of_all = float(divisors[divide_by]), int(batch.response_mask.sum()), kept, metrics
+    return [
+        Told(
+            *(of_all if number == 0 else (0.0, 0, 0, {})),
+            scores=batch.scores.numpy()[batch.uids == gid].tobytes(),
+            letters=tuple(letter for letter in dead if letter.gid.rpartition("/")[0] == gid),
+            **_trained(found, gid),
+        )
+        for number, gid in enumerate(gids)
+    ]
+
+
+def _trained(found: Estimated | None, gid: str) -> dict[str, Any]:
+    if found is None or not (mine := found.batch.uids == gid).any():
+        return {"places": None, "response_mask": b"", "advantages": b""}
+    return {
+        "places": tuple(found.batch.places.numpy()[mine].tolist()),
+        "response_mask": found.response_mask.numpy()[mine].astype(np.uint8).tobytes(),
+        "advantages": found.advantages.numpy()[mine].tobytes(),
+    }
 
 
 def ledger_entry(batch: BatchEntry, version_before: int, told: Sequence[Told], loss: float) -> LedgerEntry:

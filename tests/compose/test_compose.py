@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.compose, pytest.mark.timeout(2400)]
 
 @pytest.fixture(scope="module")
 def services() -> Iterator[Project]:
-    project = Project("test", {"STEPS": str(STEPS), "COMPOSE_PROFILES": "shadow"})
+    project = Project("test", {"STEPS": str(STEPS), "COMPOSE_PROFILES": "shadow", "ELASTIC": "false"})
     project.compose("build")
     try:
         project.compose("up", "--detach", "--scale", "shim=2", "--scale", "env=2", "--scale", "inference=2")

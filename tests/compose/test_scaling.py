@@ -27,7 +27,7 @@ def steps(long: bool) -> int:
 
 @pytest.fixture
 def project(steps: int) -> Iterator[Project]:
-    made = Project("scaling", {"STEPS": str(steps), "ELASTIC": "true"})
+    made = Project("scaling", {"STEPS": str(steps)})
     made.compose("build")
     try:
         made.compose("up", "--detach")

@@ -42,6 +42,7 @@ class Settings(msgspec.Struct, frozen=True):
     steps: int = 6
     batch_size: int = 12
     compute_s: float = 0.0  # of one group, most of it waited
+    together_s: float = 0.0  # groups are claimed one by one
     silent_s: float = 5.0
     hold_s: float = 1.5
     namespace: str = ""  # of the network
@@ -200,7 +201,9 @@ def main(settings: Settings, crash_at: str = "", kind: type[TinyCompute] = TinyC
     torch.set_num_threads(1)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    team = Team("main", settings.batch_size, settings.steps, settings.silent_s, settings.hold_s)
+    team = Team(
+        "main", settings.batch_size, settings.steps, settings.silent_s, settings.hold_s, together_s=settings.together_s
+    )
     compute = kind(settings.compute_s)
     with connect_blocking(settings.url, settings.run) as broker:
         broker.call(broker.broker.queue.subscribe, "main")

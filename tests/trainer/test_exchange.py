@@ -15,6 +15,7 @@ from trainer_kit import stored
 from lachesis.broker import BlockingBroker, Conflict
 from lachesis.broker.records import BatchEntry
 from lachesis.trainer.exchange import SLOT, digest, sum_up
+from lachesis.trainer.pace import Pace
 from lachesis.trainer.reducer import Alone
 
 GIDS = ("g0", "g1", "g2", "g3")
@@ -34,7 +35,7 @@ def summed(
     reducers = connected(broker, "gloo", len(shares))
     with ThreadPoolExecutor(len(shares)) as pool:
         tasks = [
-            pool.submit(sum_up, reducer, BATCH, compute, held, nothing)
+            pool.submit(sum_up, reducer, BATCH, compute, held, Pace(), nothing)
             for reducer, (compute, held) in zip(reducers, shares.items(), strict=True)
         ]
         found = [task.result() for task in tasks]
@@ -46,7 +47,7 @@ def summed(
 @pytest.mark.parametrize("shares", [[(0, 3), (1,), (2,)], [(0, 1, 2, 3), ()]], ids=["three", "one_has_none"])
 def test_all_get_the_sums_and_every_word(blocking: BlockingBroker, shares: list[tuple[int, ...]]) -> None:
     found = summed(blocking, {replica(*places): {place: WORDS[place] for place in places} for places in shares})
-    alone = sum_up(Alone(), BATCH, replica(0, 1, 2, 3), dict(enumerate(WORDS)), nothing)
+    alone = sum_up(Alone(), BATCH, replica(0, 1, 2, 3), dict(enumerate(WORDS)), Pace(), nothing)
     for sums, words in (*found, alone):
         assert words == WORDS
         assert digest(sums, words) == digest(*alone)
