@@ -17,9 +17,7 @@ class Pace:
 
     def __init__(self) -> None:
         self.speed = 0.0  # groups a second, 0: not known
-        self.others = (
-            inf  # groups that they compute while this one computes one; as long as not known, no number is too high
-        )
+        self.others = inf  # groups that they compute while this one computes one; inf as long as that is not known
         self._replicas = 1
 
     def met(self, replicas: int) -> None:

@@ -38,6 +38,7 @@ RUN = "soak"
 AHEAD = 3 * GROUPS  # groups queued before they are needed
 FEWEST, MOST = 2, 4  # replicas
 COMPUTE_S, SILENT_S, HOLD_S = 0.01, 1.5, 3.0
+TOGETHER_S = (0.0, 0.5)  # some claim groups one by one, some several at once
 WEDGED_S = 120.0  # nothing takes so long
 ASKED = (0, -signal.SIGTERM)  # how one ends that was asked to; the latter before it listens
 KINDS = {  # and how often of 100
@@ -102,7 +103,7 @@ class Soak:
         self.events["replicas started"] += 1
         settings = Settings(
             self.dropper.url, RUN, str(self.folder), name, steps=10**9, batch_size=2 * GROUPS, compute_s=COMPUTE_S,
-            silent_s=SILENT_S, hold_s=HOLD_S,
+            silent_s=SILENT_S, hold_s=HOLD_S, together_s=self.rng.choice(TOGETHER_S),
         )  # fmt: skip
         self.processes[name] = context.Process(target=self._replica, args=(settings, crash_at))
         self.processes[name].start()

@@ -8,7 +8,7 @@ import pytest
 from lineage import Rig, Row, rig
 from rollouts import TURNS
 
-pytestmark = [pytest.mark.anyio, pytest.mark.sglang]
+pytestmark = [pytest.mark.anyio, pytest.mark.sglang, pytest.mark.timeout(900)]
 
 
 TRIES = 5  # whether an update comes in the middle of a sequence is chance

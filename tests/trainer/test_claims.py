@@ -111,4 +111,4 @@ def test_how_fast_it_is_is_measured(blocking: BlockingBroker, me: Membership) ->
     with Claims(blocking, TEAM, me, BATCH, {}, known) as claims:
         while claims.next():
             time.sleep(0.02)
-    assert 25 < known.speed <= 50
+    assert 0 < known.speed <= 50  # a sleep may be longer
