@@ -79,8 +79,12 @@ class Replicas:
             broker.call(broker.broker.queue.put, f"g{number}", group(number % 64), v_min=0, v_max=0)
 
     def join(self) -> None:
+        """Wait for all; who was not killed must have trained to the end."""
         for process in self.processes:
             process.join()
+            if process.exitcode not in (0, -signal.SIGKILL):
+                logs = "\n".join(path.read_text() for path in self.folder.glob("*.log"))
+                sys.exit(f"a replica ended with {process.exitcode}:\n{logs}")
 
 
 async def _ledger(broker: BlockingBroker) -> list[LedgerEntry]:
@@ -184,8 +188,10 @@ def small_groups(url: str, folder: Path, steps: int) -> Iterator[Row]:
             for number in range(steps * SMALL):
                 told = scored_group(random.Random(number), sequences=SEQUENCES)
                 broker.call(broker.broker.queue.put, f"{number:08d}", told, v_min=0, v_max=0)
-            for process in processes:
+            for name, process in zip(names, processes, strict=True):
                 process.join()
+                if process.exitcode:
+                    sys.exit(f"a trainer ended with {process.exitcode}:\n{run.log(name)}")
             at = [entry.at for entry in broker.call(_ledger, broker)][WARM:]
         took_s = (at[-1] - at[0]) / (len(at) - 1)
         alone_s = alone_s or took_s
