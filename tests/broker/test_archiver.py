@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import anyio
 import pytest
 from scored import group
 from trained_run import BATCH, archiver, read, train, unfreed
+from warm import WarmProcess
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.archive import Archive
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.anyio
 POINTS = ("segment", "segment-written", "segment-named", "segment-covered")
 
 
-async def ended(process: subprocess.Popen[str], timeout_s: float = 60) -> tuple[int, str]:
+async def ended(process: WarmProcess, timeout_s: float = 60) -> tuple[int, str]:
     """Exit code and everything it said."""
     out, err = await asyncio.to_thread(process.communicate, timeout=timeout_s)
     return process.returncode, out + err
 
 
 @asynccontextmanager
-async def running(process: subprocess.Popen[str]) -> AsyncIterator[subprocess.Popen[str]]:
+async def running(process: WarmProcess) -> AsyncIterator[WarmProcess]:
     try:
         yield process
     finally:

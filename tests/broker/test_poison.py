@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from commands import python
 from scored import group
+from warm import WarmProcess
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
@@ -36,11 +36,11 @@ with connect_blocking(sys.argv[1], sys.argv[2]) as blocking:
 
 
 def run(*arguments: str) -> int:
-    return subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, timeout=120, check=False).returncode
+    return python.run(*arguments, timeout=120).returncode
 
 
-def start(*arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
+def start(*arguments: str) -> WarmProcess:
+    return python.start(*arguments)
 
 
 async def test_a_batch_that_kills_its_trainers_is_given_up_and_all_others_are_trained(broker: Broker) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+from commands import LACHESIS, python
 from scored import group, trained
+from warm import WarmProcess
 
 from lachesis.broker import Broker
 from lachesis.broker.archive import Archive, Archived
@@ -33,28 +34,14 @@ async def train(
     return stored
 
 
-def archiver(url: str, run: str, folder: Path | str, *options: str, crash_at: str = "") -> subprocess.Popen[str]:
+def archiver(url: str, run: str, folder: Path | str, *options: str, crash_at: str = "") -> WarmProcess:
     """A real archiver process that makes small segments."""
-    command = [
-        sys.executable,
-        "-m",
-        "lachesis.cli.main",
-        "archive",
-        "--redis-url",
-        url,
-        "--run",
-        run,
-        "--to",
-        str(folder),
-    ]
-    command += ["--segment-bytes", "900", "--segment-s", "0.2", "--archiver-lease-s", "1", *options]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"LACHESIS_CRASH_AT": crash_at},
-    )
+    where = ("--redis-url", url, "--run", run, "--to", str(folder))
+    small = ("--segment-bytes", "900", "--segment-s", "0.2", "--archiver-lease-s", "1")
+    return python.start(
+        *LACHESIS, "archive", *where, *small, *options,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"LACHESIS_CRASH_AT": crash_at},
+    )  # fmt: skip
 
 
 def read(folder: Path | str) -> list[Archived]:

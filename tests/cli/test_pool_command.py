@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_commands import lachesis
+from commands import lachesis
 
 from lachesis.broker import Broker
 from lachesis.broker.records import ServerStatus, WeightsEntry

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from itertools import chain
 from pathlib import Path
 
 import anyio
+import commands
 import pytest
 
 from lachesis.broker import Broker, EmbeddedRedis
@@ -23,9 +23,8 @@ SIZES = (4, 2, 1, 3, 5)
 
 
 async def lachesis(*arguments: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "lachesis.cli.main", *arguments]
-    done = await anyio.run_process(command, check=False)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+    done = await asyncio.to_thread(commands.lachesis, *arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
 def rollout(number: int) -> ScoredGroup:
@@ -188,13 +187,10 @@ async def test_it_waits_for_a_trainer_while_the_queue_is_full_and_goes_on_where_
     other: Broker, original: list[list[Group]], tmp_path: Path
 ) -> None:
     entries = sum(len(batch) for batch in original)
-    command = [sys.executable, "-m", "lachesis.cli.main", "replay", *where(other), "--archive", str(tmp_path)]
-    command += ["--queue-quota-bytes", "1200"]
+    command = [*commands.LACHESIS, "replay", *where(other), "--archive", str(tmp_path), "--queue-quota-bytes", "1200"]
     again: list[list[Group]] = []
     for attempt in range(2):
-        replay = subprocess.Popen(  # noqa: ASYNC220
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        replay = commands.python.start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
             until = time.monotonic() + 60
             while replay.poll() is None and not (attempt == 0 and len(again) >= 3):
@@ -208,7 +204,7 @@ async def test_it_waits_for_a_trainer_while_the_queue_is_full_and_goes_on_where_
             replay.kill()
             out, error = await asyncio.to_thread(replay.communicate)
     assert replay.returncode == 0, error
-    assert f"{entries} groups".encode() in out
+    assert f"{entries} groups" in out
     while await other.queue.form(BATCH):
         again += await train(other, 1)
     assert [[group.gid for group in batch] for batch in again] == [[group.gid for group in batch] for batch in original]

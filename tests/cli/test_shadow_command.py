@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from commands import lachesis
 from scored import group, trained
-from test_commands import lachesis
 
 from lachesis.broker import Broker
 from lachesis.broker.shadows import Rule

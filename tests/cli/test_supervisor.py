@@ -27,7 +27,7 @@ def part(tmp_path: Path, code: str, name: str = "part") -> Part:
     return Part(name=name, argv=(sys.executable, "-c", code), log=tmp_path / f"{name}.log")
 
 
-async def until(condition: object, timeout_s: float = 10.0) -> None:
+async def until(condition: object, timeout_s: float = 60.0) -> None:
     assert callable(condition)
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -89,9 +89,9 @@ async def test_waiting_beside_a_part_that_is_done_takes_no_cpu(tmp_path: Path) -
     supervisor.start(part(tmp_path, "pass", "done"))
     await supervisor.wait("done")
     supervisor.start(part(tmp_path, "import time; time.sleep(1)", "other"))
-    began = time.process_time()
+    began = time.thread_time()
     await supervisor.wait("other")
-    assert time.process_time() - began < 0.3  # a busy loop would take the whole second
+    assert time.thread_time() - began < 0.3  # a busy loop would take the whole second
 
 
 async def test_a_part_that_ignores_sigterm_is_killed_after_its_grace(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ asyncio.run(main())
     child = int(parent.stdout.readline())
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
         assert time.monotonic() < deadline, "the child outlived its supervisor"
         time.sleep(0.02)

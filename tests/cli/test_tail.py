@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
-from test_commands import lachesis
+from commands import LACHESIS, lachesis, python
+from warm import WarmProcess
 
 from lachesis.broker import Broker
 
@@ -67,9 +67,8 @@ async def test_a_run_that_told_nothing_says_so(broker: Broker) -> None:
     assert (done.returncode, done.stdout) == (0, f"run {broker.keys.run!r} has told nothing yet\n")
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lachesis.cli.main", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def start(*arguments: str) -> WarmProcess:
+    return python.start(*LACHESIS, *arguments, stdout=subprocess.PIPE)
 
 
 async def test_what_comes_is_followed(broker: Broker, where: tuple[str, ...]) -> None:

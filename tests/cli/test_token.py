@@ -6,7 +6,7 @@ import json
 from hashlib import sha256
 from pathlib import Path
 
-from test_commands import lachesis
+from commands import lachesis
 
 from lachesis.broker import EmbeddedRedis
 

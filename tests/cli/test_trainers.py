@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from commands import lachesis
 from replicas import BATCH, founded, lent, opened
 from scored import group
-from test_commands import lachesis
 
 from lachesis.broker import Broker
 from lachesis.broker.records import LedgerEntry

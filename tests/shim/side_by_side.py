@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,14 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from ports import free_port
 from trajectories import TRAINER, shim_process, wait_until_up
 
 BATCH = 8
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 class Both:

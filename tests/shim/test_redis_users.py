@@ -5,15 +5,15 @@ The lines are taken out of the page and sent to real servers, so that page and c
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
-import anyio
 import httpx
 import pytest
+from commands import lachesis
 from redis.exceptions import NoPermissionError, ResponseError
 from trajectories import ENV, TRAINER, group, number_of, serving
 
@@ -64,9 +64,9 @@ async def roles(server: EmbeddedRedis) -> AsyncIterator[dict[str, Broker]]:
 async def command(server: EmbeddedRedis, user: str, name: str, *options: str) -> str:
     """What a command says that connects as that user."""
     arguments = (name, "--redis-url", url_of(server, user), "--run", "teamA", *options)
-    done = await anyio.run_process([sys.executable, "-m", "lachesis.cli.main", *arguments], check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode()
+    done = await asyncio.to_thread(lachesis, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 async def test_every_user_can_do_its_part(server: EmbeddedRedis, roles: dict[str, Broker], tmp_path: Path) -> None:

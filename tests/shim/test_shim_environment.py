@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,30 +14,31 @@ from typing import Any
 import pytest
 import requests
 from canned_env import KINDS, LENGTH, TURNS
+from ports import free_port
 from requests.adapters import HTTPAdapter
-from side_by_side import free_port
 from tokenizers import Tokenizer, models
 from trajectories import KEYS, TRAINER, number_of, shim_process, wait_until_up, with_token
 from transformers import PreTrainedTokenizerFast
 from urllib3.util import Retry
+from warm import WarmProcess, WarmPython
 
 from lachesis.broker import EmbeddedRedis, connect_blocking
 from lachesis.broker.audit import audit
 
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+atropos = WarmPython("atroposlib.envs.base", "transformers.models.auto.tokenization_auto", env=OFFLINE)
 STEPS, BATCH, SIZE, OFF_POLICY = 8, 8, 4, 2
 WORKERS = 4  # rollouts of an environment at a time
 
 
 @contextlib.contextmanager
-def environment(kind: str, url: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+def environment(kind: str, url: str, folder: Path) -> Iterator[WarmProcess]:
     """An environment's process; killed at the end if it still runs."""
     words = Tokenizer(models.WordLevel({"a": 0, **{str(number): number for number in range(1, 2000)}}, "a"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / "tokenizer")
-    command = [sys.executable, Path(__file__).with_name("canned_env.py"), kind, url, folder / "tokenizer", str(STEPS)]
+    command = (Path(__file__).with_name("canned_env.py"), kind, url, folder / "tokenizer", str(STEPS))
     with open(folder / "env.log", "w") as errors:
-        process = subprocess.Popen(
-            command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
+        process = atropos.start(*command, env=os.environ | OFFLINE, stdout=subprocess.PIPE, stderr=errors)
     try:
         yield process
     finally:
@@ -52,7 +52,7 @@ def register(url: str) -> None:
 
 
 def train(
-    kind: str, url: str, env: subprocess.Popen[str], *, until: int, at: Callable[[int], None] = lambda _: None
+    kind: str, url: str, env: WarmProcess, *, until: int, at: Callable[[int], None] = lambda _: None
 ) -> list[list[int]]:
     """Ask for batches as atroposlib's example trainer does, until so many steps are done or the environment has ended.
 
@@ -106,7 +106,7 @@ def check(kind: str, group: dict[str, Any]) -> None:
 
 
 def ended_well(
-    kind: str, env: subprocess.Popen[str], folder: Path, batches: list[list[int]], kills: int, redis_url: str, run: str
+    kind: str, env: WarmProcess, folder: Path, batches: list[list[int]], kills: int, redis_url: str, run: str
 ) -> str:
     """The environment ended by itself and lost no group; no group was in two batches. Returns all that it said.
 

@@ -6,7 +6,6 @@ import gzip
 import json
 import random
 import socket
-import subprocess
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +18,10 @@ import schemathesis
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ports import free_port
 from schemathesis.specs.openapi import checks
-from side_by_side import free_port
 from trajectories import ENV, TRAINER, group, shim_process, wait_until_up
+from warm import WarmProcess
 from wrong_bodies import PROFILE, SCALE, VALID, WHOLE, wrong_bodies
 
 from lachesis.broker import EmbeddedRedis
@@ -38,7 +38,7 @@ ALLOWED = 2 * LIMIT + 16 * MIB  # of memory: what was received, what it becomes,
 class Shim(NamedTuple):
     """A real process, and a client of it."""
 
-    process: subprocess.Popen[bytes]
+    process: WarmProcess
     client: httpx.Client
 
     def queued(self) -> int:
@@ -306,13 +306,13 @@ def test_no_bytes_stop_it(shim: Shim, parts: tuple[bytes, ...], codes: tuple[byt
 # -- memory -------------------------------------------------------------------------------------------------------
 
 
-def peak(process: subprocess.Popen[bytes]) -> int:
+def peak(process: WarmProcess) -> int:
     """Bytes of memory that the process has held at most since `forget_peak`."""
     line = next(line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "VmHWM" in line)
     return int(line.split()[1]) << 10
 
 
-def forget_peak(process: subprocess.Popen[bytes]) -> int:
+def forget_peak(process: WarmProcess) -> int:
     """Let the peak be what is held now, which is returned."""
     Path(f"/proc/{process.pid}/clear_refs").write_text("5")
     return peak(process)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,7 +13,9 @@ from urllib.parse import urlsplit
 import anyio
 import httpx
 import uvicorn
+from commands import LACHESIS, python
 from starlette.applications import Starlette
+from warm import WarmProcess
 
 from lachesis.shim.connection import Protocol
 from lachesis.shim.main import listen
@@ -70,11 +71,12 @@ async def serving(app: Starlette) -> AsyncIterator[str]:
 
 
 @contextlib.contextmanager
-def shim_process(log: Path, *arguments: str, inherit: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[bytes]]:
+def shim_process(log: Path, *arguments: str, inherit: tuple[int, ...] = ()) -> Iterator[WarmProcess]:
     """`lachesis shim` as its own process; killed at the end if it still runs."""
-    command = [sys.executable, "-m", "lachesis.cli.main", "shim", *arguments]
     with open(log, "ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, pass_fds=inherit, cwd=log.parent)
+        process = python.start(
+            *LACHESIS, "shim", *arguments, stdout=output, stderr=output, pass_fds=inherit, cwd=log.parent
+        )
     try:
         yield process
     finally:
@@ -82,7 +84,7 @@ def shim_process(log: Path, *arguments: str, inherit: tuple[int, ...] = ()) -> I
         process.wait()
 
 
-def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path | None = None) -> None:
+def wait_until_up(url: str, process: WarmProcess | subprocess.Popen[bytes], log: Path | None = None) -> None:
     """Return when the server at `url` answers; fail with its log when it has ended."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and process.poll() is None:
