@@ -54,8 +54,8 @@ class Process:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(10)
-        while (line := self._arriving.get(timeout=10)) is not None:
+        code = self.process.wait(120)
+        while (line := self._arriving.get(timeout=120)) is not None:
             self.lines.append(line)
         return code
 
@@ -103,7 +103,7 @@ def test_it_waits_for_the_shim_in_one_line_and_stops_when_told(model_folder: Pat
         with ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             process.wait_for("making rollouts")
-            paths = {asked.get(timeout=30) for _ in range(3)}
+            paths = {asked.get(timeout=120) for _ in range(3)}
             assert "/runs/a/register-env" in paths
             assert process.stop() == 0
             server.shutdown()
@@ -122,7 +122,7 @@ def test_it_stops_at_once_while_its_imports_are_under_way(number: int, model_fol
         "sys.exit", "import threading, os; threading.Timer(0.3, os.kill, (os.getpid(), %d)).start(); sys.exit"
     )
     command = [sys.executable, "-c", script % number, "arithmetic", "--model", str(model_folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
 

@@ -189,7 +189,7 @@ async def test_upstream_s_server_makes_a_batch_of_what_it_posts(
         "num_steps": 100,
     }
     env = environment(inference, model_folder, name="arithmetic", shim_url=run_api)
-    async with httpx.AsyncClient(base_url=run_api, timeout=30) as client:
+    async with httpx.AsyncClient(base_url=run_api, timeout=120) as client:
         (await client.post("/register", json=trainer)).raise_for_status()
         assert (await client.get("/batch")).json() == {"batch": None}  # tells the server that training began
         running = asyncio.create_task(env.env_manager())

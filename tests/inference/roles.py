@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+PATIENCE_S = 120.0  # far more than a busy machine needs
 RUN = """
 import sys
 from lachesis.inference.{module} import run
@@ -38,12 +39,13 @@ class Role:
         self.process.wait()
 
     def stop(self) -> int:
-        """SIGTERM, and the exit code."""
+        """SIGTERM, and the exit code; -9 where it doesn't end within `PATIENCE_S`."""
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(40)
-        finally:
-            self.process.kill()
+            return self.process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self.process.returncode
 
 
 def agent(log: Path, *arguments: str) -> Role:

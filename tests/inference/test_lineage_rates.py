@@ -11,9 +11,6 @@ from rollouts import TURNS
 pytestmark = [pytest.mark.anyio, pytest.mark.sglang, pytest.mark.timeout(900)]
 
 
-TRIES = 5  # whether an update comes in the middle of a sequence is chance
-
-
 async def test_every_sequence_is_joined_with_the_versions_that_made_it(tmp_path: Path) -> None:
     async with rig(tmp_path) as whole:
         single = await _mixed(whole, "single", "vllm", 200)
@@ -24,10 +21,9 @@ async def test_every_sequence_is_joined_with_the_versions_that_made_it(tmp_path:
 
 async def _mixed(whole: Rig, kind: str, server_type: str, sequences: int) -> Row:
     """What was posted until some sequence was made by several versions; all that comes before must be right, too."""
-    for _ in range(TRIES):
+    while True:  # an update comes in the middle of a sequence or not; pytest's limit ends it where none ever does
         row = await whole.measure(kind, server_type, sequences, print)
         assert row.good, row
         if row.mixed:
             assert row.versions > 1
             return row
-    pytest.fail(f"no sequence of {TRIES} times {sequences} was made by more than one version")

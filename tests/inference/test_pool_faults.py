@@ -1,7 +1,7 @@
 """A pool of two real SGLang servers while parts of it are killed and bad versions are published, under 32 clients.
 
 Every token that a client got has to have the log-prob that Hugging Face computes with the weights of the one version
-under which it was labelled. The tests build on each other, in this order; a table of what they counted is printed.
+under which it was labelled. A table of what was counted is written beside the servers' logs and shown with -s.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -21,6 +20,7 @@ import anyio
 import pytest
 import roles
 from clients import CLIENTS, Load, generate, load, request, stream
+from commands import lachesis
 from hf_reference import Reference
 from published import make_model, publish, random_weights, tear, write_version
 
@@ -48,6 +48,7 @@ class Rig:
         self.agents: dict[str, roles.Role] = {}
         self.reference = Reference(lambda version: self.store / f"v{version:06d}")
         self.rows: list[tuple[object, ...]] = []
+        self.written = self.version = 0  # the newest that was written, and the newest that can be served
         self.start_door()
 
     def start_door(self) -> None:
@@ -61,6 +62,19 @@ class Rig:
     def sglang(self, name: str) -> int:
         return roles.below(self.agents[name].process.pid)[0]
 
+    async def publish(self, broker: Broker) -> int:
+        """Publish the next version; its number."""
+        self.written += 1
+        self.version = self.written
+        await publish(broker, self.base, self.store, self.version)
+        return self.version
+
+    async def publish_bad(self, broker: Broker, **how: Any) -> int:
+        """The same, spoiled."""
+        self.written += 1
+        await broker.weights.publish("main", write_version(self.base, self.store, self.written, **how))
+        return self.written
+
     def close(self) -> None:
         for role in (*self.agents.values(), self.door):
             role.kill()
@@ -69,23 +83,35 @@ class Rig:
 
 
 @pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Rig]:
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     rig = Rig(tmp_path_factory.mktemp("pool"))
     yield rig
     rig.close()
     rows = [tuple(map(str, row)) for row in (COLUMNS, *rig.rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print()
-        for row in rows:
-            print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    (rig.folder / "faults.txt").write_text("\n".join(lines) + "\n")
+    print("", *lines, sep="\n")
 
 
 @pytest.fixture
-async def broker(rig: Rig) -> AsyncIterator[Broker]:
-    client = await Broker.connect(rig.redis.url)
+async def broker(pool: Rig) -> AsyncIterator[Broker]:
+    client = await Broker.connect(pool.redis.url)
     yield client
     await client.aclose()
+
+
+@pytest.fixture
+async def rig(pool: Rig, broker: Broker) -> Rig:
+    """Both servers ready with the newest version, whatever was done to them before."""
+    if not pool.version:
+        await pool.publish(broker)
+    for name in SERVERS:
+        if name not in pool.agents or pool.agents[name].process.poll() is not None:
+            pool.start_agent(name)
+            await until(broker, servers=(name,), version=-1)  # what the one before said is gone
+    await everywhere(broker, pool.version)
+    return pool
 
 
 @asynccontextmanager
@@ -146,14 +172,9 @@ async def everywhere(broker: Broker, version: int) -> None:
 
 
 async def test_updates(rig: Rig, broker: Broker) -> None:
-    await publish(broker, rig.base, rig.store, 1)
-    for name in SERVERS:
-        rig.start_agent(name)
-    await everywhere(broker, 1)
     async with fault(rig, broker, "two updates, one server at a time"):
-        for version in (2, 3):
-            await publish(broker, rig.base, rig.store, version)
-            await everywhere(broker, version)
+        for _ in range(2):
+            await everywhere(broker, await rig.publish(broker))
 
 
 async def test_bad_checkpoints_reach_no_server(rig: Rig, broker: Broker) -> None:
@@ -166,16 +187,15 @@ async def test_bad_checkpoints_reach_no_server(rig: Rig, broker: Broker) -> None
         "NaN": {"weights": weights | {"model.norm.weight": norm * float("nan")}},
         "mis-shaped": {"weights": weights | {"model.norm.weight": norm[:32]}},
     }
-    for version, (name, how) in enumerate(bad.items(), start=4):
+    for name, how in bad.items():
         async with fault(rig, broker, f"{name} checkpoint"):
-            await broker.weights.publish("main", write_version(rig.base, rig.store, version, **how))
+            version = await rig.publish_bad(broker, **how)
             for server in SERVERS:
-                with anyio.fail_after(20):
+                with anyio.fail_after(120):
                     while f"version {version} refused" not in (await until(broker))[server].last_error:  # noqa: ASYNC110
                         await anyio.sleep(0.02)
-            await everywhere(broker, 3)
-    await publish(broker, rig.base, rig.store, 8)
-    await everywhere(broker, 8)
+            await everywhere(broker, rig.version)
+    await everywhere(broker, await rig.publish(broker))
     assert [rig.sglang(name) for name in SERVERS] == pids
 
 
@@ -183,30 +203,27 @@ async def test_a_server_is_killed(rig: Rig, broker: Broker) -> None:
     async with fault(rig, broker, "kill -9 of an SGLang server"):
         os.kill(rig.sglang("s0"), signal.SIGKILL)
         await until(broker, servers=("s0",), state="failed")
-        await publish(broker, rig.base, rig.store, 9)
-        await everywhere(broker, 9)
+        await everywhere(broker, await rig.publish(broker))
 
 
-async def test_an_agent_is_killed_and_its_server_comes_back_with_the_newest(
+async def test_an_agent_is_killed_comes_back_with_the_newest_and_is_killed_in_the_middle_of_a_pause(
     rig: Rig, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with fault(rig, broker, "kill -9 of an agent, late joiner"):
         rig.agents["s1"].kill()
-        await publish(broker, rig.base, rig.store, 10)
-        await until(broker, servers=("s0",), version=10)
-        monkeypatch.setenv("LACHESIS_CRASH_AT", "paused:11")
+        version = await rig.publish(broker)
+        await until(broker, servers=("s0",), version=version)
+        monkeypatch.setenv("LACHESIS_CRASH_AT", f"paused:{version + 1}")
         rig.start_agent("s1")
+        monkeypatch.delenv("LACHESIS_CRASH_AT")
         await until(broker, servers=("s1",), version=-1)
         seen = await until(broker, servers=("s1",), state="ready")
-        assert (seen["s1"].version, seen["s1"].updates) == (10, 0)
-
-
-async def test_an_agent_is_killed_in_the_middle_of_a_pause(rig: Rig, broker: Broker) -> None:
+        assert (seen["s1"].version, seen["s1"].updates) == (version, 0)
     async with fault(rig, broker, "kill -9 of an agent while it pauses its server"):
-        await publish(broker, rig.base, rig.store, 11)
+        version = await rig.publish(broker)
         await anyio.to_thread.run_sync(rig.agents["s1"].process.wait)
         rig.start_agent("s1", "--update-mode", "drain")
-        await everywhere(broker, 11)  # s0 too, whether or not the dead agent held the turn
+        await everywhere(broker, version)  # s0 too, whether or not the dead agent held the turn
 
 
 async def test_the_front_door_is_killed(rig: Rig, broker: Broker) -> None:
@@ -224,14 +241,13 @@ async def test_redis_is_killed(rig: Rig, broker: Broker) -> None:
         await clients.more()  # generation goes on without it
         rig.redis.stop()
         rig.redis.start()
-        await publish(broker, rig.base, rig.store, 12)
-        await everywhere(broker, 12)
+        await everywhere(broker, await rig.publish(broker))
 
 
 async def steer(rig: Rig, *arguments: str) -> None:
     """One command, as an operator types it."""
-    command = [sys.executable, "-m", "lachesis.cli.main", "pool", *arguments, *rig.common]
-    await anyio.run_process(command, stderr=None)
+    done = await asyncio.to_thread(lachesis, "pool", *arguments, *rig.common)
+    assert done.returncode == 0, done.stderr
 
 
 async def shares(broker: Broker, clients: Load, calls: slice) -> dict[int, float]:
@@ -252,46 +268,50 @@ async def test_a_canary_is_rolled_back_by_one_command(rig: Rig, broker: Broker) 
     (other,) = {*SERVERS} - {canary}
     name = "canary rolled back by one command"
     async with fault(rig, broker, name) as clients:
-        await steer(rig, "pin", "12")
+        old = rig.version
+        await steer(rig, "pin", str(old))
         await until(broker, rule="pin")
-        await publish(broker, rig.base, rig.store, 13)
-        await steer(rig, "canary", "13", "--share", "0.25")
-        await until(broker, servers=(canary,), rule="canary", version=13, state="ready")
-        await until(broker, servers=(other,), rule="rest", version=12, state="ready")
+        new = await rig.publish(broker)
+        await steer(rig, "canary", str(new), "--share", "0.25")
+        await until(broker, servers=(canary,), rule="canary", version=new, state="ready")
+        await until(broker, servers=(other,), rule="rest", version=old, state="ready")
         await clients.more()  # what was under way before
         began = len(clients.done)
         await clients.more(4 * CLIENTS)
         ended = len(clients.done)
         await steer(rig, "rollback")
-        await everywhere(broker, 12)
+        await everywhere(broker, old)
         await clients.more()
         rolled_back = len(clients.done)
         await clients.more(2 * CLIENTS)
         tried = await shares(broker, clients, slice(began, ended))
-        assert set(tried) == {12, 13}
-        assert await shares(broker, clients, slice(rolled_back, rolled_back + 2 * CLIENTS)) == {12: 1.0}
-    rig.rows[-1] = (f"{name}; it served {tried[13]:.0%}", *rig.rows[-1][1:])
+        assert set(tried) == {old, new}
+        assert await shares(broker, clients, slice(rolled_back, rolled_back + 2 * CLIENTS)) == {old: 1.0}
+    rig.rows[-1] = (f"{name}; it served {tried[new]:.0%}", *rig.rows[-1][1:])
     async with fault(rig, broker, "back to the newest"):
         await steer(rig, "newest")
-        await everywhere(broker, 13)
+        await everywhere(broker, new)
 
 
 async def test_drain_and_in_place(rig: Rig, broker: Broker) -> None:
     """s1 drains: its answers are of one version. s0 continues in place: on the cache it has, not made anew."""
-    rig.agents["s0"].kill()
-    rig.start_agent("s0", "--update-mode", "in_place", "--update-at-once", "2")  # not after s1, which drains
-    await until(broker, servers=("s0",), version=-1)
-    statuses = await until(broker, version=13, state="ready")
+    for name, mode in (("s0", "in_place"), ("s1", "drain")):
+        rig.agents[name].kill()
+        rig.start_agent(name, "--update-mode", mode, "--update-at-once", "2")  # s0 does not wait for s1, which drains
+    await until(broker, version=-1)
+    old = rig.version
+    statuses = await until(broker, version=old, state="ready")
     async with aiohttp.ClientSession() as direct:
         # servers take turns: the one that drains must not take too long
         asked = {name: stream(direct, statuses[name].url, 400 if name == "s0" else 100) for name in SERVERS}
         await asyncio.gather(*(anext(pieces) for pieces in asked.values()))  # now both run
-        await publish(broker, rig.base, rig.store, 14)
+        new = await rig.publish(broker)
         answers = {name: [piece async for piece in pieces][-1]["meta_info"] for name, pieces in asked.items()}
-    await everywhere(broker, 14)
+    await everywhere(broker, new)
 
-    assert [span["version"] for span in answers["s1"]["weight_versions"]] == ["13"]
-    assert [span["version"] for span in answers["s0"]["weight_versions"]] == ["13", "14"]
+    assert [span["version"] for span in answers["s1"]["weight_versions"]] == [str(old)]
+    assert [span["version"] for span in answers["s0"]["weight_versions"]] == [str(old), str(new)]
     assert answers["s0"]["num_retractions"] == 0
     async with fault(rig, broker, "after an update in mode drain, and one in place"):
         pass
+    rig.agents["s0"].kill()  # it would continue all others in place, too

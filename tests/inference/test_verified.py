@@ -14,7 +14,7 @@ import pytest
 from lachesis.broker import WeightsRefused
 from lachesis.inference.verified import KEEP, TICK_S, Verified
 
-SPAWN = multiprocessing.get_context("forkserver")
+SPAWN = multiprocessing.get_context("spawn")  # the forkserver has imported verl, or will
 
 
 @pytest.fixture

@@ -60,6 +60,7 @@ def test_preflight(both: Both, path: str, asked: str) -> None:
 @pytest.mark.parametrize("sent", [{}, {"Origin": ORIGIN}, {"Origin": ORIGIN, "Cookie": "a=b"}, {"Origin": "null"}])
 @pytest.mark.parametrize("path", ["/", "/status", "/latest_example", "/register", "/nothing"])
 def test_other_origins_and_caches(both: Both, path: str, sent: dict[str, str]) -> None:
+    both.each("POST", "/scored_data", json=group(1, BATCH))  # the latest example of both
     answer = same(both.each("GET", path, headers=sent), *CORS)
     assert "Origin" in answer.headers["vary"]
 

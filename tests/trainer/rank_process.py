@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 from collections.abc import Sequence
 from contextlib import closing
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
 from trainer_kit import context, scored_group, stored
 
 from lachesis.broker.records import Group
@@ -32,9 +32,7 @@ def uneven_groups(seed: int) -> list[Group]:
 
 def train(model: Path, overrides: Sequence[str], ranks: int) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Metrics of each step and the weights after them, as rank 0 of a world of `ranks` sees them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ours, theirs = context.Pipe()
     processes = [
         context.Process(target=_rank, args=(rank, ranks, port, model, list(overrides), theirs)) for rank in range(ranks)

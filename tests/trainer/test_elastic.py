@@ -24,6 +24,7 @@ from lachesis.broker.records import LedgerEntry
 pytestmark = pytest.mark.verl
 
 STEPS, GROUPS = 6, 6  # groups of a step, of two sequences each
+SILENT_S = 2.0  # a busy machine stops nobody for so long
 POINTS = (
     *("leased", "claimed", "accumulated", "reducing", "reduced", "voted", "committed", "applied"),
     *("published", "saving", "saved"),
@@ -37,7 +38,15 @@ class Run:
     def __init__(self, url: str, name: str, folder: Path, **settings: Any) -> None:
         self.url, self.name, self.folder, self._settings = url, name, folder, settings
         self.processes: dict[str, ForkServerProcess] = {}
+        self.steps, self._queued = settings.get("steps", STEPS), 0
         folder.mkdir()
+
+    def queue(self, steps: int) -> None:
+        """Queue the groups of the steps up to this one; where there are none, the replicas wait."""
+        with connect_blocking(self.url, self.name) as broker:
+            for number in range(self._queued * GROUPS, steps * GROUPS):
+                broker.call(broker.broker.queue.put, f"g{number:03d}", group(number % 64), v_min=0, v_max=0)
+        self._queued = steps
 
     def start(self, name: str, *, crash_at: str = "", **settings: Any) -> ForkServerProcess:
         told = Settings(self.url, self.name, str(self.folder), name, **(self._settings | settings))
@@ -64,13 +73,10 @@ class Run:
 def make_run(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
-    def make(url: str, name: str, **settings: Any) -> Run:
+    def make(url: str, name: str, *, queued: int | None = None, **settings: Any) -> Run:
+        """A run whose groups are queued, all of them or those of so many steps."""
         runs.append(Run(url, name, tmp_path / name, **settings))
-        with connect_blocking(url, name) as broker:
-            steps = settings.get("steps", STEPS)
-            for number in range(steps * GROUPS):
-                scored = group(number % 64)
-                broker.call(broker.broker.queue.put, f"g{number:03d}", scored, v_min=0, v_max=0)
+        runs[-1].queue(runs[-1].steps if queued is None else queued)
         return runs[-1]
 
     yield make
@@ -110,9 +116,8 @@ def undisturbed(shared_redis: EmbeddedRedis, tmp_path_factory: pytest.TempPathFa
     found = []
     for count in (1, 3):
         run = Run(shared_redis.url, f"undisturbed{count}", tmp_path_factory.mktemp("undisturbed") / str(count))
+        run.queue(STEPS)
         with connect_blocking(run.url, run.name) as broker:
-            for number in range(STEPS * GROUPS):
-                broker.call(broker.broker.queue.put, f"g{number:03d}", group(number), v_min=0, v_max=0)
             for number in range(count):
                 run.start(f"r{number}")
             for number in range(count):
@@ -200,13 +205,14 @@ def step_of(broker: BlockingBroker) -> int:
 def test_a_silent_replica_is_left_out_and_comes_back_as_another(
     shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
 ) -> None:
-    run = make_run(shared_redis.url, run_name, compute_s=0.1, silent_s=1.0)
+    run = make_run(shared_redis.url, run_name, compute_s=0.1, silent_s=SILENT_S, queued=2)
     with_leader(run)
     zombie = run.start("zombie")
     with connect_blocking(run.url, run.name) as broker:
         until(lambda: [m.step >= 0 for m in broker.call(broker.broker.members.members, "main")] == [True, True])
         assert zombie.pid is not None
         os.kill(zombie.pid, signal.SIGSTOP)
+        run.queue(STEPS)
         stopped_at = step_of(broker)
         until(lambda: step_of(broker) >= stopped_at + 2)
         assert len(broker.call(broker.broker.members.members, "main")) == 1
@@ -217,9 +223,12 @@ def test_a_silent_replica_is_left_out_and_comes_back_as_another(
 def test_one_that_wakes_when_its_groups_are_trained_and_freed_comes_back_too(
     shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
 ) -> None:
-    run = make_run(shared_redis.url, run_name, compute_s=0.1, silent_s=1.0)
+    run = make_run(shared_redis.url, run_name, compute_s=0.1, silent_s=SILENT_S, queued=1)
     with_leader(run)
     zombie = run.start("zombie", stop_at="claimed:2")
+    with connect_blocking(run.url, run.name) as broker:
+        until(lambda: [m.step >= 0 for m in broker.call(broker.broker.members.members, "main")] == [True, True])
+    run.queue(STEPS)
     with connect_blocking(run.url, run.name) as broker:
         until(lambda: len(ledger_of(broker)) > 3)  # the third step has a checkpoint, which frees the second's groups
         assert [member.id.split(":")[0] for member in broker.call(broker.broker.members.members, "main")] == ["leader"]
@@ -232,7 +241,7 @@ def test_a_trainer_that_trains_alone_takes_over_from_silent_replicas(
     shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
 ) -> None:
     """The replica that wakes then leaves, and founds anew from checkpoint and ledger when the other is gone."""
-    run = make_run(shared_redis.url, run_name, compute_s=0.05, hold_s=0.5)
+    run = make_run(shared_redis.url, run_name, compute_s=0.05, hold_s=2.0, queued=STEPS - 1)
     with_leader(run)
     leader = run.processes["leader"]
     with connect_blocking(run.url, run.name) as broker:
@@ -246,6 +255,7 @@ def test_a_trainer_that_trains_alone_takes_over_from_silent_replicas(
         until(lambda: not broker.call(broker.broker.members.members, "main"))
         assert step_of(broker) == before
         broker.call(lock.release)
+        run.queue(STEPS)
         check(run, undisturbed, "leader")
         standing = broker.call(broker.broker.members.standing, "main")
         assert standing is not None
@@ -255,12 +265,14 @@ def test_a_trainer_that_trains_alone_takes_over_from_silent_replicas(
 def test_replicas_that_come_in_the_middle_get_the_newest_weights(
     shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
 ) -> None:
-    run = make_run(shared_redis.url, run_name, compute_s=0.05)
+    run = make_run(shared_redis.url, run_name, compute_s=0.05, queued=STEPS - 1)
     with_leader(run)
     with connect_blocking(run.url, run.name) as broker:
         for number in range(2):
             until(lambda: step_of(broker) > number)  # noqa: B023  # it is called at once
             run.start(f"late{number}")
+        until(lambda: [m.step >= 0 for m in broker.call(broker.broker.members.members, "main")] == [True] * 3)
+        run.queue(STEPS)
         check(run, undisturbed, "leader", "late0", "late1")
         assert ledger_of(broker)[-1].replica == "late0 late1 leader"
 
@@ -269,14 +281,15 @@ def test_replicas_that_come_in_the_middle_get_the_newest_weights(
 def test_a_slow_replica_delays_a_step_by_one_group_at_most(
     shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], together_s: float
 ) -> None:
-    steps = 3 * STEPS
-    run = make_run(shared_redis.url, run_name, compute_s=0.02, together_s=together_s, steps=steps)
-    with_leader(run, compute_s=0.3)
+    steps = 2 * STEPS
+    run = make_run(shared_redis.url, run_name, compute_s=0.02, together_s=together_s, steps=steps, queued=1)
+    with_leader(run, compute_s=0.6)
     for name in ("fast0", "fast1"):
         run.start(name)
     trained: dict[int, int] = {}  # step → groups that the slow one trained until then
     with connect_blocking(run.url, run.name) as broker:
         until(lambda: [m.step >= 0 for m in broker.call(broker.broker.members.members, "main")] == [True] * 3)
+        run.queue(steps)
         while step_of(broker) < steps - 1:
             slow = broker.call(broker.broker.members.members, "main")[0]
             trained[slow.step] = slow.trained
@@ -292,14 +305,14 @@ def test_replicas_outlive_redis(
     redis_server: EmbeddedRedis, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
 ) -> None:
     """Away for longer than a replica may be silent, and shorter than they hold the lock: nobody goes back."""
-    run = make_run(redis_server.url, "outlive", compute_s=0.05, silent_s=0.6, hold_s=20.0)
+    run = make_run(redis_server.url, "outlive", compute_s=0.05, silent_s=SILENT_S, hold_s=60.0)
     with_leader(run)
     run.start("other")
     with connect_blocking(run.url, run.name) as broker:
         until(lambda: step_of(broker) >= 2)
         assert redis_server.pid is not None
         os.kill(redis_server.pid, signal.SIGKILL)
-        time.sleep(1.0)
+        time.sleep(1.5 * SILENT_S)
         until(redis_server.revive)
         check(run, undisturbed, "leader", "other")
         standing = broker.call(broker.broker.members.standing, "main")

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from ray_nodes import ray_cluster
 from safetensors.numpy import load_file
-from trainer_kit import fill, until
+from trainer_kit import fill, start_trainer, until
 
 from lachesis.broker import BlockingBroker, Broker, EmbeddedRedis, connect_blocking
 from lachesis.broker.audit import audit
@@ -30,8 +30,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-resta
             "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1", "-m", "--", "lachesis.cli.main", "trainer")  # fmt: skip
 
 
-def words(url: str, run: str, state_dir: Path, model: Path, *more: str) -> list[str]:
-    settings = {
+def settings(model: Path) -> list[str]:
+    values = {
         "actor_rollout_ref.model.path": model,
         "actor_rollout_ref.actor.optim.lr": 0.1,
         "actor_rollout_ref.actor.optim.optimizer": "SGD",  # Adam's first steps would show rounding where gradients are zero
@@ -40,8 +40,11 @@ def words(url: str, run: str, state_dir: Path, model: Path, *more: str) -> list[
         "lachesis.checkpoint_every": 2,
         "lachesis.lease_s": 3,
     }
-    at = ["--redis-url", url, "--run", run, "--state-dir", str(state_dir)]
-    return [*at, *more, *(f"{key}={value}" for key, value in settings.items())]
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def words(url: str, run: str, state_dir: Path, model: Path, *more: str) -> list[str]:
+    return ["--redis-url", url, "--run", run, "--state-dir", str(state_dir), *more, *settings(model)]
 
 
 def start(command: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
@@ -89,8 +92,9 @@ def one_process(
     state_dir = tmp_path_factory.mktemp("one")
     with connect_blocking(shared_redis.url, "one") as blocking:
         blocking.call(fill, blocking.broker, groups=STEPS * BATCH // GROUP)
-    log = state_dir / "log"
-    finish(start([*TRAINER, *words(shared_redis.url, "one", state_dir, tiny_model)], log), log)
+    process = start_trainer(shared_redis.url, "one", state_dir, settings(tiny_model))
+    process.join(PATIENCE_S)
+    assert process.exitcode == 0, (state_dir / "trainer.log").read_text()
     found: dict[str, Any] = load_file(state_dir / f"weights/one/main/v{STEPS:06d}/model.safetensors")
     return found
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from holding_proxy import HoldingProxy
 from network import PORT, Network, forbidden
-from test_elastic import Run, check, make_run, step_of, undisturbed  # noqa: F401  # two of them are fixtures
+from test_elastic import SILENT_S, Run, check, make_run, step_of, undisturbed  # noqa: F401  # two of them are fixtures
 from trainer_kit import until
 
 from lachesis.broker import EmbeddedRedis, connect_blocking
@@ -43,7 +44,7 @@ def test_one_cut_off_from_redis_is_left_out_and_comes_back_as_another(
     undisturbed: list[tuple[int, str]],  # noqa: F811
     cut_from: tuple[str, ...],
 ) -> None:
-    run = start(server, network, make_run)
+    run = start(server, network, make_run, queued=2)
 
     def cut() -> None:
         for name in cut_from:
@@ -58,7 +59,7 @@ def test_cut_off_by_a_proxy_too(
     make_run: Callable[..., Run],  # noqa: F811
     undisturbed: list[tuple[int, str]],  # noqa: F811
 ) -> None:
-    run = make_run(shared_redis.url, run_name, compute_s=0.15, silent_s=1.0)
+    run = make_run(shared_redis.url, run_name, compute_s=0.15, silent_s=SILENT_S, queued=2)
     with HoldingProxy(str(shared_redis.socket)) as proxy:
         run.url = proxy.url
         run.start("lost")
@@ -75,12 +76,14 @@ def goes_on_without_it(
     with connect_blocking(run.url, run.name) as broker:
         cut()
         cut_at = step_of(broker)
+        run.queue(run.steps - 1)
         until(lambda: "lost" not in members(run))
         until(lambda: step_of(broker) >= cut_at + 2)  # one step may have been voted for before
         assert "lost" not in members(run)
         assert step_of(broker) < expected[-1][0]
         heal()
         until(lambda: "lost" in members(run))
+    run.queue(run.steps)
     check(run, expected, *NAMES)
     assert run.log("lost").count("met ") >= 2
 
@@ -93,7 +96,7 @@ def test_while_one_does_not_reach_the_others_nothing_is_committed_and_nothing_lo
     undisturbed: list[tuple[int, str]],  # noqa: F811
 ) -> None:
     """All reach Redis, which so can't know whom to leave out."""
-    run = start(server, network, make_run)
+    run = start(server, network, make_run, compute_s=0.5)  # in the middle of a step, and long before the last
     for name in ("r0", "r1"):
         network.cut("lost", name)
     with connect_blocking(run.url, run.name) as broker:
@@ -103,9 +106,9 @@ def test_while_one_does_not_reach_the_others_nothing_is_committed_and_nothing_lo
     check(run, undisturbed, *NAMES)
 
 
-def start(server: EmbeddedRedis, network: Network, make_run: Callable[..., Run]) -> Run:  # noqa: F811
+def start(server: EmbeddedRedis, network: Network, make_run: Callable[..., Run], **settings: Any) -> Run:  # noqa: F811
     """Three replicas that have found each other."""
-    run = make_run(server.url, "partition", compute_s=0.15, silent_s=1.0)
+    run = make_run(server.url, "partition", **({"compute_s": 0.15, "silent_s": SILENT_S} | settings))
     run.url = f"redis://{network.address('redis')}:{PORT}/0"
     for name in NAMES:
         run.start(name, namespace=network.space(name))

@@ -10,7 +10,7 @@ from trainer_kit import fill, until
 from lachesis.broker import BlockingBroker, LeaseLost
 from lachesis.trainer.tenure import Tenure
 
-TTL_S = 1.0
+TTL_S = 3.0
 
 
 def never() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from together_kit import GROUPS, STEPS, Run, check_clean, distance, fill, train
+from together_kit import EXACT, GROUPS, STEPS, Run, check_clean, distance, fill, train, train_in_ranks
 from trainer_kit import PATIENCE_S, until
 
 from lachesis.broker import EmbeddedRedis, connect_blocking
@@ -23,10 +24,8 @@ pytestmark = pytest.mark.verl
 def make_run(shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path, tiny_model: Path) -> Iterator[Any]:
     runs: list[Run] = []
 
-    def make(name: str = "") -> Run:
-        folder = tmp_path / (name or "run")
-        folder.mkdir()
-        runs.append(Run(shared_redis.url, f"{run_name}{name}", folder, tiny_model))
+    def make() -> Run:
+        runs.append(Run(shared_redis.url, run_name, tmp_path, tiny_model))
         return runs[-1]
 
     yield make
@@ -34,9 +33,33 @@ def make_run(shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path, tiny_mo
         run.end()
 
 
-def test_any_number_of_replicas_train_the_same_weights_bit_for_bit(make_run: Callable[..., Run]) -> None:
-    exact = "lachesis.elastic_dtype=fp64"
-    (one, steps), (two, _), (three, theirs) = (train(make_run, f"x{count}", count, exact) for count in (1, 2, 3))
+Undisturbed = Callable[..., tuple[Run, list[dict[str, str]]]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    shared_redis: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
+) -> Iterator[Undisturbed]:
+    """`undisturbed(2, EXACT)`: a run of two replicas that nothing happens to, and its steps' metrics; made once."""
+    runs: list[Run] = []
+
+    @functools.cache
+    def made(replicas: int, *overrides: str, ranks: int = 1) -> tuple[Run, list[dict[str, str]]]:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        run = Run(shared_redis.url, f"together-{folder.name}", folder, tiny_model)
+        runs.append(run)
+        if ranks == 1:
+            return run, train(run, replicas, *overrides)
+        train_in_ranks(run, replicas)
+        return run, []
+
+    yield made
+    for run in runs:
+        run.end()
+
+
+def test_any_number_of_replicas_train_the_same_weights_bit_for_bit(undisturbed: Undisturbed) -> None:
+    (one, steps), (two, _), (three, theirs) = (undisturbed(count, EXACT) for count in (1, 2, 3))
     for version in range(STEPS + 1):
         assert distance(one.weights(version), two.weights(version)) == 0.0
         assert distance(one.weights(version), three.weights(version)) == 0.0
@@ -45,8 +68,8 @@ def test_any_number_of_replicas_train_the_same_weights_bit_for_bit(make_run: Cal
         assert [mine[name] for name in same] == [other[name] for name in same]
 
 
-def test_replicas_train_what_a_single_trainer_trains(make_run: Callable[..., Run]) -> None:
-    (single, steps), (three, theirs) = train(make_run, "s", 0), train(make_run, "t", 3)
+def test_replicas_train_what_a_single_trainer_trains(undisturbed: Undisturbed) -> None:
+    (single, steps), (three, theirs) = undisturbed(0), undisturbed(3)
     assert distance(single.weights(STEPS), three.weights(STEPS)) < 1e-3
     assert steps[0].keys() <= theirs[0].keys()
     for mine, other in zip(steps, theirs, strict=True):
@@ -56,15 +79,14 @@ def test_replicas_train_what_a_single_trainer_trains(make_run: Callable[..., Run
             assert float(mine[name]) == pytest.approx(float(other[name]), rel=1e-2, abs=1e-4), name
 
 
-def test_commands_killed_and_added_in_the_middle(make_run: Callable[..., Run]) -> None:
+def test_commands_killed_and_added_in_the_middle(make_run: Callable[[], Run], undisturbed: Undisturbed) -> None:
     """The first of three is killed with -9 and another one comes: the audit is clean, the weights are as without."""
-    exact = "lachesis.elastic_dtype=fp64"
-    expected, _ = train(make_run, "calm", 1, exact)
-    run = make_run("killed")
+    expected, _ = undisturbed(1, EXACT)
+    run = make_run()
     with connect_blocking(run.url, run.name) as broker:
-        processes = {"first": run.command("first", exact)}
+        processes = {"first": run.command("first", EXACT)}
         run.wait_for(broker, 1)
-        processes |= {name: run.command(name, exact) for name in ("second", "third")}
+        processes |= {name: run.command(name, EXACT) for name in ("second", "third")}
         run.wait_for(broker, 3)
         broker.call(fill, broker.broker, STEPS * GROUPS)
 
@@ -75,7 +97,7 @@ def test_commands_killed_and_added_in_the_middle(make_run: Callable[..., Run]) -
         until(lambda: step() >= 4)
         os.kill(processes["first"].pid, signal.SIGKILL)
         assert step() < STEPS
-        processes["late"] = run.command("late", exact)
+        processes["late"] = run.command("late", EXACT)
         for name, process in processes.items():
             process.wait(PATIENCE_S)
             assert process.returncode == (-signal.SIGKILL if name == "first" else 0), run.log(name)
@@ -92,7 +114,7 @@ def test_commands_killed_and_added_in_the_middle(make_run: Callable[..., Run]) -
 
 
 @pytest.mark.parametrize("point", ["publish:4", "announce:4", "checkpoint:3", "voted:5", "committed:4", "healed:0"])
-def test_a_replica_killed_at_its_worst_moment_is_not_missed(make_run: Callable[..., Run], point: str) -> None:
+def test_a_replica_killed_at_its_worst_moment_is_not_missed(make_run: Callable[[], Run], point: str) -> None:
     run = make_run()
     with connect_blocking(run.url, run.name) as broker:
         leads = not point.startswith("healed")
@@ -108,18 +130,17 @@ def test_a_replica_killed_at_its_worst_moment_is_not_missed(make_run: Callable[.
         check_clean(run, broker)
 
 
-def test_all_die_and_new_ones_replay(make_run: Callable[..., Run]) -> None:
-    exact = "lachesis.elastic_dtype=fp64"
-    expected, _ = train(make_run, "calm", 2, exact)
-    run = make_run("died")
+def test_all_die_and_new_ones_replay(make_run: Callable[[], Run], undisturbed: Undisturbed) -> None:
+    expected, _ = undisturbed(2, EXACT)
+    run = make_run()
     with connect_blocking(run.url, run.name) as broker:
-        processes = [run.start("a", exact, crash_at="committed:5"), run.start("b", exact, crash_at="reduced:6")]
+        processes = [run.start("a", EXACT, crash_at="committed:5"), run.start("b", EXACT, crash_at="reduced:6")]
         run.wait_for(broker, 2)
         broker.call(fill, broker.broker, STEPS * GROUPS)
         for process in processes:
             process.join(PATIENCE_S)
         names = ("c", "d")
-        again = [run.start(name, exact) for name in names]
+        again = [run.start(name, EXACT) for name in names]
         for name, process in zip(names, again, strict=True):
             process.join(PATIENCE_S)
             assert process.exitcode == 0, run.log(name)
@@ -131,34 +152,21 @@ def test_all_die_and_new_ones_replay(make_run: Callable[..., Run]) -> None:
 
 # -- replicas of two ranks ----------------------------------------------------------------------------------------
 
-EXACT = "lachesis.elastic_dtype=fp64"
 
-
-def train_in_ranks(make_run: Callable[..., Run], name: str, replicas: int) -> Run:
-    run = make_run(name)
-    with connect_blocking(run.url, run.name) as broker:
-        started = [run.start_ranks(f"r{number}", EXACT, ranks=2) for number in range(replicas)]
-        run.wait_for(broker, replicas)
-        broker.call(fill, broker.broker, STEPS * GROUPS)
-        for process in (rank for ranks in started for rank in ranks):
-            process.join(PATIENCE_S)
-            assert process.exitcode == 0, run.log("r0") + run.log("r01")
-        check_clean(run, broker)
-    return run
-
-
-def test_replicas_of_two_ranks_sum_shard_by_shard(make_run: Callable[..., Run]) -> None:
-    single, _ = train(make_run, "single", 0)
-    one, two = (train_in_ranks(make_run, f"w{count}", count) for count in (1, 2))
+def test_replicas_of_two_ranks_sum_shard_by_shard(undisturbed: Undisturbed) -> None:
+    single, _ = undisturbed(0)
+    (one, _), (two, _) = (undisturbed(count, ranks=2) for count in (1, 2))
     for version in range(STEPS + 1):
         assert distance(one.weights(version), two.weights(version)) == 0.0
     assert distance(single.weights(STEPS), two.weights(STEPS)) < 1e-3
 
 
-def test_a_rank_that_dies_takes_its_replica_with_it_and_no_other(make_run: Callable[..., Run]) -> None:
+def test_a_rank_that_dies_takes_its_replica_with_it_and_no_other(
+    make_run: Callable[[], Run], undisturbed: Undisturbed
+) -> None:
     """The second replica loses a rank; another one of two ranks takes its place, and heals shard by shard."""
-    expected = train_in_ranks(make_run, "calm", 1)
-    run = make_run("killed")
+    expected, _ = undisturbed(1, ranks=2)
+    run = make_run()
     with connect_blocking(run.url, run.name) as broker:
         first = run.start_ranks("first", EXACT, ranks=2)
         run.wait_for(broker, 1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
 from safetensors.torch import load_file
 from torch import Tensor
 from trainer_kit import PATIENCE_S, scored_group, start_trainer, until
@@ -18,7 +18,8 @@ from lachesis.broker import Broker, connect_blocking
 from lachesis.broker.audit import audit
 from lachesis.broker.records import LedgerEntry, Member
 
-STEPS, GROUPS = 20, 6  # groups of a step, of four sequences each
+STEPS, GROUPS = 12, 6  # groups of a step, of four sequences each
+EXACT = "lachesis.elastic_dtype=fp64"
 SETTINGS = {
     "actor_rollout_ref.actor.optim.lr": 1e-2,
     "lachesis.batch_size": 4 * GROUPS,
@@ -61,9 +62,7 @@ class Run:
 
     def start_ranks(self, name: str, *overrides: str, ranks: int) -> list[Any]:
         """One replica of several ranks, as torchrun starts them."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         started = []
         for rank in range(ranks):
             place = {
@@ -120,13 +119,12 @@ def check_clean(run: Run, broker: Any) -> list[LedgerEntry]:
     assert broker.call(audit, broker.broker).findings == []
     versions = broker.call(broker.broker.redis.xrange, broker.broker.keys.weights("main"))
     assert [int(fields[b"version"]) for _, fields in versions] == list(range(STEPS + 1))
-    assert broker.call(broker.broker.queue.status).untrainable == STEPS * GROUPS // 10
+    assert broker.call(broker.broker.queue.status).untrainable == len(range(0, STEPS * GROUPS, 10))
     return ledger
 
 
-def train(make_run: Callable[..., Run], name: str, count: int, *overrides: str) -> tuple[Run, list[dict[str, str]]]:
+def train(run: Run, count: int, *overrides: str) -> list[dict[str, str]]:
     """All steps with `count` replicas (0: one trainer that is none); the steps' metrics."""
-    run = make_run(name)
     with connect_blocking(run.url, run.name) as broker:
         names = [f"r{number}" for number in range(count)] or ["single"]
         more = overrides if count else (*overrides, "lachesis.elastic=false")
@@ -143,7 +141,19 @@ def train(make_run: Callable[..., Run], name: str, count: int, *overrides: str) 
         found = [fields for _, fields in broker.call(broker.broker.journal.metrics)]
     steps = [fields for fields in found if fields["kind"] == "step"]
     assert [int(fields["step"]) for fields in steps] == list(range(1, STEPS + 1))
-    return run, steps
+    return steps
+
+
+def train_in_ranks(run: Run, replicas: int) -> None:
+    """All steps with replicas of two ranks each."""
+    with connect_blocking(run.url, run.name) as broker:
+        started = [run.start_ranks(f"r{number}", EXACT, ranks=2) for number in range(replicas)]
+        run.wait_for(broker, replicas)
+        broker.call(fill, broker.broker, STEPS * GROUPS)
+        for process in (rank for ranks in started for rank in ranks):
+            process.join(PATIENCE_S)
+            assert process.exitcode == 0, run.log("r0") + run.log("r01")
+        check_clean(run, broker)
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
