@@ -18,7 +18,7 @@ export TORCH_INDEX PYTHON
 UP = .venv/bin/lachesis up $(if $(MODEL),--model $(MODEL)) $(if $(ENV),--env $(ENV)) $(if $(STEPS),--steps $(STEPS)) \
      $(if $(SEED),--seed $(SEED)) $(if $(GPUS),--gpus $(GPUS)) $(ARGS)
 
-.PHONY: help setup demo test test-fast test-servers lint bench chaos chaos-elastic compose-test clean
+.PHONY: help setup demo test-quick test test-long test-servers lint bench chaos chaos-elastic compose-test clean
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -31,14 +31,15 @@ setup: .venv/.ready .venv-sglang/.ready ## make the two virtual environments (qu
 demo: setup ## train a tiny model on this machine until it can do arithmetic: a few minutes, no GPU, no download
 	@$(UP)
 
-test: setup ## everything CI runs
-	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
-	@tools/get-servers
-	@.venv/bin/pytest -m "not compose"
-	@tools/compose-test --if-engine
+test-quick: .venv/.ready ## lint, types, and the tests that need neither verl nor SGLang: before each commit, in three minutes
+	@tools/test quick
 
-test-fast: .venv/.ready ## what needs neither SGLang nor the whole loop
-	@.venv/bin/pytest -m "not sglang and not loop and not compose"
+test: setup ## everything a change must pass, and what CI runs: in twenty minutes on two cores
+	@tools/test all
+
+test-long: setup ## the same in its long forms, with soaks, matrices, random hypotheses and coverage: before a release, some hours
+	@tools/test long
+	@$(MAKE) --no-print-directory chaos
 
 test-servers: .venv/.ready ## the broker and the shim on Redis 7.0, Valkey 8, Valkey 9 and Redis 8, every test on each
 	@tools/get-servers
@@ -54,7 +55,7 @@ bench: setup ## the shim beside Atropos's server, the front door, updates of a p
 
 chaos: setup chaos-elastic ## 1,000 kills of shims, trainers and Redis, of elastic replicas, and of everything in the demo; the audits must stay clean (about 50 minutes)
 	@.venv/bin/python tests/chaos/fabric.py --kills $(KILLS)
-	@.venv/bin/pytest -m loop tests/chaos --chaos-long
+	@.venv/bin/pytest tests/loop/test_kills.py --long
 
 chaos-elastic: .venv/.ready ## 1,000 faults of replicas that train one policy together: one trajectory, bit for bit (about 20 minutes)
 	@.venv/bin/python tests/chaos/soak.py --kills $(KILLS)

@@ -1,9 +1,10 @@
-"""Fixtures every room's tests share: a real Redis, started for the test and gone with it."""
+"""Fixtures every room's tests share: a real Redis, started for the test and gone with it. How tests are run: tiers.py."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,9 +16,10 @@ from redis_servers import FITTING, binary
 
 from lachesis.broker import Broker, EmbeddedRedis
 
+pytest_plugins = ["tiers"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--chaos-long", action="store_true", help="the long form of the tests that kill processes")
     parser.addoption("--server", choices=FITTING, help="the server that tests run against, else the embedded one")
 
 
@@ -56,7 +58,7 @@ def redis_server(server_binary: str | None, tmp_path: Path) -> Iterator[Embedded
 @pytest.fixture
 def run_name(request: pytest.FixtureRequest) -> str:
     """A run of the test's own on the shared server."""
-    return f"t{abs(hash(request.node.nodeid)) % 10**12}"
+    return f"t{sha256(request.node.nodeid.encode()).hexdigest()[:12]}"
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,8 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # where it is run as a program
+
 import aiohttp
 from lossy_proxy import LossyProxy
+from ports import free_port
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -96,7 +98,7 @@ class Fabric:
         with self.redis:
             self.proxy = LossyProxy(self.redis.socket, LOST_REPLIES, self.rng)
             async with self.proxy.listening(self.folder / "lossy.sock") as lossy:
-                self.ports = [_free_port() for _ in range(SHIMS)]
+                self.ports = [free_port() for _ in range(SHIMS)]
                 self.shims = [
                     self._process(f"shim-{index}", "-m", "lachesis.cli.main", "shim", "--redis-url",
                                   lossy if index == 0 else self.redis.url, "--port", str(port), "--lease-s", str(LEASE_S),
@@ -336,11 +338,6 @@ async def judge(broker: Broker, truth: Truth, seconds: float) -> dict[str, Any]:
         "trained": report.trained, "queued": report.queued, "lost": len(lost), "doubled": len(doubled),
         "events": dict(truth.events), "wrong": wrong, "seconds": round(seconds, 1),
     }  # fmt: skip
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def main() -> None:

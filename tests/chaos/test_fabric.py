@@ -10,17 +10,15 @@ from fabric import Truth, judge, run
 from lachesis.broker import Broker
 from lachesis.broker.records import LedgerEntry, ScoredGroup
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.alone]
 
 KILLS, KILLS_LONG = 25, 500
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("fsync", ["everysec", "always"])
-async def test_nothing_is_lost_or_doubled_whatever_is_killed(
-    tmp_path: Path, fsync: str, request: pytest.FixtureRequest
-) -> None:
-    kills = KILLS_LONG if request.config.getoption("--chaos-long") else KILLS
+async def test_nothing_is_lost_or_doubled_whatever_is_killed(tmp_path: Path, fsync: str, long_form: bool) -> None:
+    kills = KILLS_LONG if long_form else KILLS
     report = await run(tmp_path, kills=kills, fsync=fsync)
     print(report)
     assert report["wrong"] == []

@@ -14,7 +14,7 @@ from trainer_kit import preload
 from verdict import GROUPS, Found, contradictions, gid_of, undisturbed
 
 KILLS, STEPS = 20, 3
-pytestmark = [pytest.mark.anyio, pytest.mark.verl]
+pytestmark = [pytest.mark.anyio, pytest.mark.verl, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,13 +16,8 @@ pytestmark = [pytest.mark.compose, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture
-def long(request: pytest.FixtureRequest) -> bool:
-    return bool(request.config.getoption("--chaos-long"))
-
-
-@pytest.fixture
-def steps(long: bool) -> int:
-    return STEPS_LONG if long else STEPS
+def steps(long_form: bool) -> int:
+    return STEPS_LONG if long_form else STEPS
 
 
 @pytest.fixture
@@ -55,7 +50,7 @@ def step(project: Project) -> int:
 
 
 def test_trainers_come_and_go_in_mid_run_and_any_container_may_be_killed(
-    project: Project, steps: int, long: bool
+    project: Project, steps: int, long_form: bool
 ) -> None:
     project.wait_for_step(2, PATIENCE_S)
     assert len(replicas(project)) == 1
@@ -71,7 +66,7 @@ def test_trainers_come_and_go_in_mid_run_and_any_container_may_be_killed(
     scale(project, 3)
     project.wait_for_step(step(project) + 2, PATIENCE_S)
     scale(project, 2)
-    for service in KILLED_LONG if long else KILLED:
+    for service in KILLED_LONG if long_form else KILLED:
         before = step(project)
         project.compose("kill", "--signal", "SIGKILL", service)
         project.compose("up", "--detach", "--no-recreate", "--scale=trainer=2", "--scale=inference=2", "--scale=shim=2")

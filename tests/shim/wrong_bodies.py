@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
-from hypothesis import HealthCheck, Phase
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from trajectories import ENV, TRAINER, group
 
-SCALE = int(os.environ.get("TEST_SCALE", "1"))  # 1: the same some seconds each time; more: random ones, for longer
-PROFILE: dict[str, Any] = {
-    "derandomize": SCALE == 1,
-    "deadline": None,
-    "phases": [Phase.generate],
-    "database": None,
-    "suppress_health_check": list(HealthCheck),
-}
+SCALE = 1 if settings.default.derandomize else 10  # random ones for longer
+PROFILE: dict[str, Any] = {"phases": [Phase.generate]}
 
 VALID: dict[str, tuple[str, Any]] = {
     "/register": ("POST", TRAINER),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.verl
 
 REWARDS = torch.tensor([0.8, 0.8, 0.8, 0.8, 1.0, 0.8, 0.8, 0.8])  # the first policy's regret: 0.175
-SEEDS = (0, 1, 2)
+SEEDS, SEEDS_LONG = (0,), (0, 1, 2)
 STEPS, SEQUENCES = 50, 64
 
 
@@ -30,14 +30,16 @@ def uniform_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def regrets(built: Callable[..., tuple[Engine, DictConfig]], uniform_model: Path) -> Callable[[str, int], list[float]]:
+def regrets(
+    built: Callable[..., tuple[Engine, DictConfig]], uniform_model: Path, long_form: bool
+) -> Callable[[str, int], list[float]]:
     """The final regrets with a correction and a lag, one per seed."""
     from lachesis.trainer.algo import Learner
 
     @functools.cache
     def play(correction: str, lag: int) -> list[float]:
         found = []
-        for seed in SEEDS:
+        for seed in SEEDS_LONG if long_form else SEEDS:
             engine, config = built(f"correction={correction}", model=uniform_model)
             bandit = Bandit(engine, Learner(engine, config.algorithm), REWARDS, lag=lag, seed=seed)
             found.append(bandit.play(STEPS, sequences=SEQUENCES))
