@@ -58,7 +58,9 @@ def _routes(
     limit = settings.max_body_bytes
     versions = Versions(broker, settings.policy)
     trainers = HttpTrainers(broker, versions, settings)
-    groups = GroupsIn(broker, versions, lambda: Hold(broker, settings.limits, draining, hold_s), limit)
+    groups = GroupsIn(
+        broker, versions, lambda: Hold(broker, settings.limits, draining, hold_s), limit, settings.duplicate_window_s
+    )
     parties = PartyRoutes(broker, trainers, limit)
     access = Access(broker, required=settings.require_tokens)
 
