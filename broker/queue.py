@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from itertools import count
 from typing import NamedTuple
 
+import msgspec
 from msgspec import structs
 from redis.exceptions import ResponseError
 
@@ -32,6 +33,7 @@ from lachesis.broker.records import (
     Limits,
     QueueStatus,
     ScoredGroup,
+    TrainerConfig,
 )
 from lachesis.broker.retention import Retention
 from lachesis.broker.shadows import Rule, Shadows
@@ -148,10 +150,15 @@ class Queue:
         """
         return await self._forming.form(batch_size)
 
-    async def batch_waits(self, batch_size: int) -> bool:
-        """Whether a trainer that asks now gets a batch that none has had yet. From the counters."""
-        status = await self.status()
-        return status.formed > status.delivered or allot.attainable(status.waiting, {}, batch_size) is not None
+    async def starves(self) -> bool:
+        """Whether the registered trainer would get no batch now: then no limit holds a group back, it may be the missing one.
+
+        No where none has registered, and nobody knows what a batch is. From the counters.
+        """
+        raw = await self._redis.hget(self._keys.trainers, "config")
+        if raw is None:
+            return False
+        return not makes_batch(await self.status(), msgspec.json.decode(raw, type=TrainerConfig).batch_size)
 
     async def queued(self, count: int | None = None) -> list[tuple[str, GroupEntry]]:
         """(entry id, entry) of queued groups, oldest first."""
@@ -356,6 +363,11 @@ class Queue:
         counts = dict((await self.status()).waiting.get(str(env.env_id), {}))
         counts.pop(env.config.group_size, None)
         return allot.left_over(counts, env.config.group_size)
+
+
+def makes_batch(status: QueueStatus, batch_size: int) -> bool:
+    """Whether a trainer that asks now gets a batch that none has had yet."""
+    return status.formed > status.delivered or allot.attainable(status.waiting, {}, batch_size) is not None
 
 
 def queue_entry(group: Group, stored_bytes: int) -> GroupEntry:

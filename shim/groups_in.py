@@ -15,12 +15,12 @@ from starlette.responses import JSONResponse, Response
 
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.codec import gid_of
-from lachesis.broker.packing import PACKED_TYPE, REST, pack, to_arrays, to_scored, unpack, unpacked_bytes
+from lachesis.broker.packing import PACKED_TYPE, REST, pack, to_arrays, to_blob, to_scored, unpack, unpacked_bytes
 from lachesis.broker.records import DUPLICATE_WINDOW_S, Group, ScoredGroup
 from lachesis.broker.validation import check_group
 from lachesis.shim.bodies import check_messages, decode_group, decode_groups, non_finite, read_body, too_large
 from lachesis.shim.errors import Malformed, detail, path, refusal
-from lachesis.shim.pressure import Hold
+from lachesis.shim.pressure import Hold, Size
 from lachesis.shim.status import buffered
 from lachesis.shim.versions import Arrival, Versions
 
@@ -160,7 +160,7 @@ class GroupsIn:
             digest=key.digest if key else "",
             window_s=self._window_s,
         )
-        reply = await hold.store(lambda limits: put(limits=limits))
+        reply = await hold.store(lambda limits: put(limits=limits), partial(_size, gid, arrays, packed))
         if reply == "stored":
             self._versions.counts.update(told)
         return reply
@@ -191,6 +191,19 @@ def _post(request: Request, body: bytes) -> Post:
     """What makes a repeated post the same post: the client's Idempotency-Key, else its decompressed body."""
     key, digest = request.headers.get("idempotency-key"), gid_of(body)
     return Post(digest) if key is None else Post(gid_of(b"Idempotency-Key: " + key.encode()), key, digest)
+
+
+def _size(gid: str, group: Group, packed: bytes) -> Size:
+    """What the group adds to the queue once it is stored."""
+    blob = to_blob(
+        packed,
+        gid,
+        v_min=group.v_min,
+        v_max=group.v_max,
+        versions=group.versions,
+        sampled_logprobs=group.sampled_logprobs,
+    )
+    return Size("-" if group.env is None else str(group.env), len(group.tokens), len(blob))
 
 
 def _is_packed(request: Request) -> bool:
