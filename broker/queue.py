@@ -41,7 +41,8 @@ from lachesis.broker.staleness import Staleness
 
 BLOB_TTL_S = 600  # a blob not yet in the queue expires after this
 AGAIN = "~"  # between a post's id and what tells its groups apart, where one is still kept and the next is accepted
-SLICE_BYTES = 8 << 20  # blobs are fetched in replies of about this size
+SLICE_BYTES = 8 << 20  # blobs are fetched in replies of at most this size, or one by one
+SLICE_GROUPS = 10_000  # and of so many
 REFUSED_KEPT = 10_000  # refused posts, approximately
 REFUSED_TTL_S = 7 * 24 * 3600
 
@@ -262,19 +263,29 @@ class Queue:
 
     async def blobs(self, gids: Sequence[str]) -> list[bytes]:
         """The groups as they are stored, in order: `packing.from_blob` reads one. The same LookupError."""
-        if not gids:
-            return []
-        size = int(await self._redis.strlen(self._keys.blob(gids[0]))) if len(gids) > 1 else 0
-        step = max(1, SLICE_BYTES // max(1, size))
         blobs: list[bytes] = []
-        for start in range(0, len(gids), step):
-            part = gids[start : start + step]
+        async for part in self._slices(gids):
             found = await self._redis.mget([self._keys.blob(gid) for gid in part])
             for gid, blob in zip(part, found, strict=True):
                 if blob is None:
                     raise LookupError(f"group {gid} has no blob: it was retired, or its run was reset")
             blobs += found
         return blobs
+
+    async def _slices(self, gids: Sequence[str]) -> AsyncIterator[Sequence[str]]:
+        """Groups that are next to each other and have about SLICE_BYTES together, by what each one has."""
+        if len(gids) == 1:
+            yield gids
+            return
+        for start in range(0, len(gids), SLICE_GROUPS):
+            part, first, size = gids[start : start + SLICE_GROUPS], 0, 0
+            lengths = await self._scripts.lengths(keys=[self._keys.blob(gid) for gid in part])
+            for place, length in enumerate(lengths):
+                if size and size + length > SLICE_BYTES:
+                    yield part[first:place]
+                    first, size = place, 0
+                size += length
+            yield part[first:]
 
     async def commit(
         self,
