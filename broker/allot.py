@@ -11,17 +11,24 @@ numbers of queued groups by environment and size (`attainable`), so the queue is
 Where sizes differ, others might pass a group by again and again. So every 64th batch is made around the oldest group
 that any batch can hold: no group waits for ever that could be trained.
 
-Sets of totals are bitsets: bit s of an integer says that some of the groups have s sequences together. Adding a group
-to those it was made of is one shift.
+Sets of totals are bitsets: bit s of an integer says that some of the groups have s sequences together. What is large is
+a batch, up to 2^20 sequences, and the queue; sizes are few, and small. So groups are counted by size, and c of one size
+are log c shifts; and whether some of them have a total is asked of what they leave out, where that is less.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+
+import numpy as np
 
 TURN_EVERY = 64  # steps
 OTHERS = ""  # in place of an environment: all that have no minimum
+FEW = 64  # totals that are added one by one
 
 
 def choose(sizes: Sequence[int], batch_size: int) -> list[int] | None:
@@ -67,13 +74,18 @@ def choose_with_minimums(
     `envs` says whose the groups are. Three tries: the oldest batch; the oldest batch when each environment's oldest
     groups, up to its minimum, count as older than all others (upstream's two passes); any batch at all.
     """
+    if not minimums:
+        return _oldest(sizes, batch_size)
     heads = _heads(sizes, envs, minimums)
     for order in (range(len(sizes)), sorted(range(len(sizes)), key=lambda index: index not in heads)):
         found = _oldest([sizes[index] for index in order], batch_size)
         if found is None:
             return None
         chosen = sorted(order[place] for place in found)
-        if all(_taken(chosen, sizes, envs, env) >= minimum for env, minimum in minimums.items()):
+        taken: Counter[str] = Counter()
+        for index in chosen:
+            taken[envs[index]] += sizes[index]
+        if all(taken[env] >= minimum for env, minimum in minimums.items()):
             return chosen
     return _exact(sizes, envs, batch_size, minimums)
 
@@ -100,20 +112,29 @@ def attainable(
     """
     if not 0 < batch_size <= sum(map(_total, waiting.values())):
         return None
-    totals = {env: _totals_of_counts(waiting.get(env, {}).items(), batch_size) for env in minimums}
-    others = [item for env, counts in waiting.items() if env not in minimums for item in counts.items()]
-    before = _totals_of_counts(others, batch_size)  # of the environments already settled, and those without a minimum
-    after = [1]  # of those still to be settled
-    for env in reversed(list(minimums)):
-        after.append(_sums(after[-1], totals[env], batch_size))
-    if not _sums(before, after.pop(), batch_size) >> batch_size & 1:
+    unit = math.gcd(
+        *(size for counts in waiting.values() for size, count in counts.items() if count > 0 and 0 < size <= batch_size)
+    )
+    if unit == 0 or batch_size % unit:
+        return None
+    limit = batch_size // unit
+    counts = {
+        env: Counter({size // unit: count for size, count in of_env.items() if count > 0 and 0 < size <= batch_size})
+        for env, of_env in waiting.items()
+    }
+    # of the environments already settled, and those without a minimum
+    before = _totals(_sum(of_env for env, of_env in counts.items() if env not in minimums), limit)
+    promised = [(env, minimum, counts.get(env, Counter())) for env, minimum in minimums.items()]
+    if not _totals(_sum(of_env for _, _, of_env in promised), limit, before) >> limit & 1:
         return None
     met = {}
-    for env, minimum in minimums.items():
-        rest = _sums(before, after.pop(), batch_size)
-        possible = max(total for total in _bits(totals[env]) if rest >> batch_size - total & 1)
-        met[env] = min(minimum, possible)
-        before = _sums(before, _at_least(totals[env], met[env]), batch_size)
+    for place, (env, minimum, of_env) in enumerate(promised):
+        totals = _totals(of_env, limit)
+        rest = _totals(_sum(later for _, _, later in promised[place + 1 :]), limit, before)
+        possible = (totals & _complements(rest, limit)).bit_length() - 1
+        met[env] = min(minimum, possible * unit)
+        if place + 1 < len(promised):
+            before = _sums(before, _at_least(totals, -(-met[env] // unit)), limit)
     return met
 
 
@@ -133,24 +154,60 @@ def left_over(counts: Mapping[int, int], group_size: int) -> int:
 
 def _oldest(sizes: Sequence[int], total: int) -> list[int] | None:
     """The oldest subset with that total in the shortest prefix that has one."""
-    within = (2 << total) - 1
-    reach = 1
-    reach_before: list[int] = []  # what the groups before each one can sum to
-    for size in sizes:
-        if reach >> total & 1:
-            break
-        reach_before.append(reach)
-        if size > 0:
-            reach |= (reach << size) & within
-    if not reach >> total & 1:
+    places = [place for place, size in enumerate(sizes) if 0 < size <= total]
+    prefixes = _Prefixes([sizes[place] for place in places])
+    end = prefixes.shortest(total, len(places))
+    if end is None:
         return None
-
     chosen: list[int] = []
-    for index in range(len(reach_before) - 1, -1, -1):
-        if total and not reach_before[index] >> total & 1:  # the older ones alone can't do it
-            chosen.append(index)
-            total -= sizes[index]
-    return chosen[::-1]
+    while total:  # the newest of the first `end` is needed, and so are all that are newer than one that may be left out
+        stop = prefixes.newest_left_out(total, end)
+        chosen += range(end - 1, stop, -1)
+        total -= prefixes.sums[end] - prefixes.sums[stop + 1]
+        end = prefixes.shortest(total, stop) or 0
+    return [places[index] for index in reversed(chosen)]
+
+
+class _Prefixes:
+    """The first groups of a queue, for every number of them: which totals some of them have."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sums = [0, *accumulate(sizes)]
+        self._places: dict[int, list[int]] = {}
+        for place, size in enumerate(sizes):
+            self._places.setdefault(size, []).append(place)
+
+    def have(self, total: int, end: int) -> bool:
+        """Whether some of the first `end` have that total together; that is, whether the others have the rest."""
+        rest = self.sums[end] - total
+        if total < 0 or rest < 0:
+            return False
+        least = min(total, rest)
+        counts = {size: bisect_left(places, end) for size, places in self._places.items() if size <= least}
+        return bool(_totals(counts, least) >> least & 1)
+
+    def shortest(self, total: int, end: int) -> int | None:
+        """How many of the first `end` it takes to have that total; None if all of them don't."""
+        low, step = bisect_left(self.sums, total, 0, end + 1), 1
+        high = low
+        while high < end and not self.have(total, high):
+            low, high, step = high + 1, min(high + step, end), 2 * step
+        if high > end or not self.have(total, high):
+            return None
+        return low + bisect_left(range(low, high), True, key=lambda at: self.have(total, at))
+
+    def newest_left_out(self, total: int, end: int) -> int:
+        """The newest of the first `end` that can be left out while all that are newer are taken; -1 if none can.
+
+        Of groups of one size, the newer one can always be, if the older can.
+        """
+        newest = sorted(
+            (places[count - 1] for places in self._places.values() if (count := bisect_left(places, end))), reverse=True
+        )
+        for place in newest:
+            if self.have(total - (self.sums[end] - self.sums[place + 1]), place):
+                return place
+        return -1
 
 
 def _oldest_that_fits(
@@ -190,41 +247,42 @@ def _heads(sizes: Sequence[int], envs: Sequence[str], minimums: Mapping[str, int
     return heads
 
 
-def _taken(chosen: Sequence[int], sizes: Sequence[int], envs: Sequence[str], env: str) -> int:
-    return sum(sizes[index] for index in chosen if envs[index] == env)
-
-
 def _exact(sizes: Sequence[int], envs: Sequence[str], batch_size: int, minimums: Mapping[str, int]) -> list[int] | None:
     """A batch that meets the minimums if there is one: first how much of each environment, then its oldest groups."""
+    unit = math.gcd(*(size for size in sizes if 0 < size <= batch_size))
+    if unit == 0 or batch_size % unit:
+        return None
+    rest = batch_size // unit
     lanes: dict[str, list[int]] = {env: [] for env in (OTHERS, *minimums)}
     for index, env in enumerate(envs):
-        lanes[env if env in minimums else OTHERS].append(index)
+        if 0 < sizes[index] <= batch_size:
+            lanes[env if env in minimums else OTHERS].append(index)
     reach = 1
     reach_before, allowed = {}, {}
     for env, lane in lanes.items():
         reach_before[env] = reach
-        totals = _totals_of_counts([(sizes[index], 1) for index in lane], batch_size)
-        allowed[env] = _at_least(totals, minimums.get(env, 0))
-        reach = _sums(reach, allowed[env], batch_size)
-    if not reach >> batch_size & 1:
+        totals = _totals(Counter(sizes[index] // unit for index in lane), rest)
+        allowed[env] = _at_least(totals, -(-minimums.get(env, 0) // unit))
+        reach = _sums(reach, allowed[env], rest)
+    if not reach >> rest & 1:
         return None
 
     chosen: list[int] = []
-    rest = batch_size
     for env, lane in reversed(lanes.items()):
-        share = min(total for total in _bits(allowed[env]) if total <= rest and reach_before[env] >> rest - total & 1)
-        chosen += [lane[place] for place in _oldest([sizes[index] for index in lane], share) or ()]
+        shares = allowed[env] & _complements(reach_before[env], rest)
+        share = (shares & -shares).bit_length() - 1
+        chosen += [lane[place] for place in _oldest([sizes[index] // unit for index in lane], share) or ()]
         rest -= share
     return sorted(chosen)
 
 
-def _totals_of_counts(counts: Iterable[tuple[int, int]], limit: int) -> int:
-    """Totals up to `limit` of (size, number of groups). Powers of two of a number add up to every smaller number."""
+def _totals(counts: Mapping[int, int], limit: int, reach: int = 1) -> int:
+    """Totals up to `limit` of any of `counts[size]` groups of each size, added to those in `reach`.
+
+    Powers of two of a number add up to every smaller number.
+    """
     within = (2 << limit) - 1
-    reach = 1
-    for size, count in counts:
-        if size < 1:
-            continue
+    for size, count in counts.items():
         left, part = min(count, limit // size), 1
         while left > 0:
             reach |= (reach << size * min(part, left)) & within
@@ -234,12 +292,38 @@ def _totals_of_counts(counts: Iterable[tuple[int, int]], limit: int) -> int:
 
 
 def _sums(some: int, others: int, limit: int) -> int:
-    """Totals up to `limit` of one of `some` and one of `others`."""
+    """Totals up to `limit` of one of `some` and one of `others`.
+
+    The number of ways to make each total is a convolution: exact, because it is rounded to less than half.
+    """
     few, many = sorted((some, others), key=int.bit_count)
-    reach = 0
-    for total in _bits(few):
-        reach |= many << total
-    return reach & (2 << limit) - 1
+    if few.bit_count() <= FEW:
+        reach = 0
+        for total in _bits(few):
+            reach |= many << total
+        return reach & (2 << limit) - 1
+    length = 2 << limit.bit_length()
+    spectrum = np.fft.rfft(_flags(few, limit), length) * np.fft.rfft(_flags(many, limit), length)
+    ways = np.fft.irfft(spectrum, length)[: limit + 1]
+    return int.from_bytes(np.packbits(ways > 0.5, bitorder="little").tobytes(), "little")
+
+
+def _flags(totals: int, limit: int) -> np.ndarray:
+    """Of each total from 0 to `limit`: 1 if it is among them."""
+    data = np.frombuffer(totals.to_bytes(limit // 8 + 1, "little"), np.uint8)
+    return np.unpackbits(data, count=limit + 1, bitorder="little")
+
+
+def _complements(totals: int, whole: int) -> int:
+    """What is missing to `whole` of each of the totals up to it."""
+    return int(f"{totals & (2 << whole) - 1:0{whole + 1}b}"[::-1], 2)
+
+
+def _sum(counts: Iterable[Mapping[int, int]]) -> Counter[int]:
+    together: Counter[int] = Counter()
+    for each in counts:
+        together.update(each)
+    return together
 
 
 def _total(counts: Mapping[int, int]) -> int:

@@ -22,7 +22,7 @@ from lachesis.broker.lua import Scripts
 from lachesis.broker.members import Members
 from lachesis.broker.parties import Parties
 from lachesis.broker.pools import Pools
-from lachesis.broker.queue import Queue
+from lachesis.broker.queue import AGAIN, Queue
 from lachesis.broker.server import check_server
 from lachesis.broker.tokens import Tokens
 from lachesis.broker.weights import Weights
@@ -124,11 +124,12 @@ class Broker:
         gids.update(letter.entry.gid for letter in await self.dead.accepted())
         for policy in policies:
             gids.update([gid async for entry in self.queue.ledger(policy) for gid in entry.gids])
-        groups = [key for gid in gids for key in (self.keys.blob(gid), self.keys.seen(gid))]
+        posts = gids | {gid.partition(AGAIN)[0] for gid in gids}
+        groups = [*map(self.keys.blob, gids), *map(self.keys.seen, posts)]
         for start in range(0, len(groups), RESET_SLICE):
             await self.scripts.reset(keys=groups[start : start + RESET_SLICE])
         keys = self.keys
-        named = [keys.groups, keys.batches, keys.dead, keys.skipped, keys.state, keys.envs, keys.trainers]
+        named = [keys.groups, keys.batches, keys.dead, keys.skipped, keys.trained, keys.state, keys.envs, keys.trainers]
         for of_policy in (keys.ledger, keys.replicas, keys.members, keys.beats, keys.meeting, keys.work):
             named += map(of_policy, policies)
         await self.scripts.reset(keys=named)

@@ -134,9 +134,10 @@ def read_status(state: Mapping[bytes, bytes]) -> QueueStatus:
         dead=counter(b"dead"),
         purged=counter(b"purged"),
         untrainable=counter(b"untrainable"),
-        dropped={
-            name.removeprefix(b"dropped:").decode(): int(count)
-            for name, count in state.items()
-            if name.startswith(b"dropped:")
-        },
+        dropped=_counters(state, b"dropped:"),
+        duplicates=_counters(state, b"duplicates:"),
     )
+
+
+def _counters(state: Mapping[bytes, bytes], prefix: bytes) -> dict[str, int]:
+    return {name.removeprefix(prefix).decode(): int(count) for name, count in state.items() if name.startswith(prefix)}

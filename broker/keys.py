@@ -65,6 +65,11 @@ class Keys:
         return self._key("seen", gid)
 
     @property
+    def trained(self) -> str:
+        """Groups that were trained and are still kept, and in which step."""
+        return self._key("trained")
+
+    @property
     def lineage(self) -> str:
         return self._key("lineage")
 

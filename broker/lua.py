@@ -18,7 +18,7 @@ from lachesis.broker.connection import Redis
 from lachesis.broker.wire import Command, Wire
 
 NAMES = (
-    "arrive", "put", "record", "bury", "form", "drop", "lease", "deliver", "renew", "commit", "retire", "cover", "leave", "requeue",
+    "arrive", "put", "lengths", "record", "bury", "form", "drop", "lease", "deliver", "renew", "commit", "retire", "cover", "leave", "requeue",
     "purge", "subscribe", "acquire", "adopt", "register_env", "publish", "steer", "take_turn", "note", "append", "reset",
     "found", "join", "beat", "evict", "meet", "heal", "open", "claim", "vote",
 )  # fmt: skip
@@ -73,6 +73,7 @@ class Scripts:
 
     arrive: WireScript
     put: WireScript
+    lengths: Script
     record: WireScript
     bury: Script
     form: Script

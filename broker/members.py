@@ -194,7 +194,7 @@ class Members:
         reply = await self._scripts.vote(
             keys=[
                 *(*self._team(me), keys.work(policy), keys.batches, keys.ledger(policy)),
-                *(keys.state, keys.writer(policy), keys.refused),
+                *(keys.state, keys.writer(policy), keys.refused, keys.trained),
             ],
             args=[me.id, me.generation, me.epoch, step, digest, policy, REFUSED_KEPT, len(untrainable), *fields],
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncIterator, Sequence
+from itertools import count
 from typing import NamedTuple
 
+import msgspec
 from msgspec import structs
 from redis.exceptions import ResponseError
 
@@ -18,6 +21,7 @@ from lachesis.broker.keys import ARCHIVE, Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.packing import CODEC, from_blob, pack, to_arrays, to_blob
 from lachesis.broker.records import (
+    DUPLICATE_WINDOW_S,
     MAX_DELIVERIES,
     BatchEntry,
     DeadEntry,
@@ -29,14 +33,16 @@ from lachesis.broker.records import (
     Limits,
     QueueStatus,
     ScoredGroup,
+    TrainerConfig,
 )
 from lachesis.broker.retention import Retention
 from lachesis.broker.shadows import Rule, Shadows
 from lachesis.broker.staleness import Staleness
 
 BLOB_TTL_S = 600  # a blob not yet in the queue expires after this
-SEEN_TTL_S = 24 * 3600  # how long a repeated POST is recognised
-SLICE_BYTES = 8 << 20  # blobs are fetched in replies of about this size
+AGAIN = "~"  # between a post's id and what tells its groups apart, where one is still kept and the next is accepted
+SLICE_BYTES = 8 << 20  # blobs are fetched in replies of at most this size, or one by one
+SLICE_GROUPS = 10_000  # and of so many
 REFUSED_KEPT = 10_000  # refused posts, approximately
 REFUSED_TTL_S = 7 * 24 * 3600
 
@@ -57,6 +63,7 @@ class Queue:
     def __init__(self, redis: Redis, blocking: Redis, heartbeats: Redis, scripts: Scripts, keys: Keys) -> None:
         self._redis, self._blocking, self._heartbeats = redis, blocking, heartbeats
         self._scripts, self._keys = scripts, keys
+        self._caller, self._calls = os.urandom(6).hex(), count()
         self.staleness = Staleness(redis, scripts, keys)
         self.shadows = Shadows(redis, keys)
         self.retention = Retention(redis, scripts, keys, self.shadows)
@@ -74,38 +81,58 @@ class Queue:
         limits: Limits = NO_LIMITS,
         packed: bytes = b"",
         believed: Believed | None = None,
+        digest: str = "",
+        window_s: int = DUPLICATE_WINDOW_S,
     ) -> str:
-        """Store a valid group durably. Returns "stored" or "duplicate"; or, and then nothing is stored, what it is over:
-        "late" (max_lag), "full" (a quota of the queue), "env_full" (a quota of its environment); or "changed": what is
-        `believed` of the run is not so.
+        """Store a valid group durably, once. Returns "stored"; or, and then nothing is stored, "duplicate"; or what it is
+        over: "late" (max_lag), "full" (a quota of the queue), "env_full" (a quota of its environment); or "changed": what
+        is `believed` of the run is not so.
+
+        A group of the same `gid` is a duplicate for `window_s` after the first was accepted, and for as long as that one
+        is neither trained nor given up. After that it is a group of its own, with another id where the first is still
+        kept. Where the id is not made of the body, `digest` is: another body under a known id is a "conflict".
 
         `packed` is the group's packed form where the caller has it already: it is stored as it is.
         """
         if isinstance(group, ScoredGroup):
             group = to_arrays(group)
-        blob = to_blob(
-            packed or pack(group),
-            gid,
-            v_min=v_min,
-            v_max=v_max,
-            versions=group.versions,
-            sampled_logprobs=group.sampled_logprobs,
-        )
-        entry = queue_entry(structs.replace(group, gid=gid, v_min=v_min, v_max=v_max), len(blob))
-        names = self._keys
-        keys = [names.groups, names.blob(gid), names.seen(gid), names.state, names.trainers]
-        keys += [names.weights(believed.policy if believed else "main"), names.pools]
-        keys += [names.lineage, names.old_lineage]
+        packed = packed or pack(group)
+        names, post, call = self._keys, gid, f"{self._caller}{next(self._calls):x}"
         quotas = [limits.bytes, limits.sequences, limits.env_bytes, limits.env_sequences]
         lag = ["" if limits.max_lag is None else limits.max_lag, limits.policy]
-        fields = [text for pair in to_entry(entry).items() for text in pair]
         belief = [1, believed.registration, believed.newest] if believed else [0, "", ""]
-        args = [SEEN_TTL_S, *quotas, *lag, *belief, entry.env, entry.n, entry.bytes, *fields]
-        store = ("SET", self._keys.blob(gid), blob, "NX", "EX", BLOB_TTL_S)
         while True:
-            reply = await self._scripts.put(keys=keys, args=args, after=store)
-            if reply != b"noblob":  # the blob's TTL ran out in between: set it again
-                return bytes(reply).decode()
+            blob = to_blob(
+                packed,
+                gid,
+                v_min=v_min,
+                v_max=v_max,
+                versions=group.versions,
+                sampled_logprobs=group.sampled_logprobs,
+            )
+            entry = queue_entry(structs.replace(group, gid=gid, v_min=v_min, v_max=v_max), len(blob))
+            keys = [names.groups, names.blob(gid), names.seen(post), names.state, names.trainers]
+            keys += [names.weights(believed.policy if believed else "main"), names.pools]
+            keys += [names.lineage, names.old_lineage, names.trained]
+            fields = [text for pair in to_entry(entry).items() for text in pair]
+            memory = [window_s, call, digest, post]
+            args = [*memory, *quotas, *lag, *belief, entry.env, entry.n, entry.bytes, *fields]
+            store = ("SET", names.blob(gid), blob, "NX", "EX", BLOB_TTL_S)
+            reply = bytes(await self._scripts.put(keys=keys, args=args, after=store)).decode()
+            if reply.startswith("trained "):
+                gid = reply.removeprefix("trained ")
+            elif reply == "unfinished":
+                return "duplicate" if not digest or await self._holds(gid, group) else "conflict"
+            elif reply != "noblob":  # the blob's TTL ran out in between: set it again
+                return reply
+
+    async def _holds(self, gid: str, group: Group) -> bool:
+        """Whether the stored group `gid` is what was posted as `group`; yes if it was freed just now."""
+        try:
+            (stored,) = await self.fetch([gid])
+        except LookupError:
+            return True
+        return pack(structs.replace(stored, versions=None)) == pack(structs.replace(group, versions=None))
 
     async def bury(self, gid: str, body: bytes, reason: str, detail: str) -> None:
         """Keep what was refused for triage: stream `refused`, the body as its blob for a week."""
@@ -124,10 +151,15 @@ class Queue:
         """
         return await self._forming.form(batch_size)
 
-    async def batch_waits(self, batch_size: int) -> bool:
-        """Whether a trainer that asks now gets a batch that none has had yet. From the counters."""
-        status = await self.status()
-        return status.formed > status.delivered or allot.attainable(status.waiting, {}, batch_size) is not None
+    async def starves(self) -> bool:
+        """Whether the registered trainer would get no batch now: then no limit holds a group back, it may be the missing one.
+
+        No where none has registered, and nobody knows what a batch is. From the counters.
+        """
+        raw = await self._redis.hget(self._keys.trainers, "config")
+        if raw is None:
+            return False
+        return not makes_batch(await self.status(), msgspec.json.decode(raw, type=TrainerConfig).batch_size)
 
     async def queued(self, count: int | None = None) -> list[tuple[str, GroupEntry]]:
         """(entry id, entry) of queued groups, oldest first."""
@@ -231,19 +263,29 @@ class Queue:
 
     async def blobs(self, gids: Sequence[str]) -> list[bytes]:
         """The groups as they are stored, in order: `packing.from_blob` reads one. The same LookupError."""
-        if not gids:
-            return []
-        size = int(await self._redis.strlen(self._keys.blob(gids[0]))) if len(gids) > 1 else 0
-        step = max(1, SLICE_BYTES // max(1, size))
         blobs: list[bytes] = []
-        for start in range(0, len(gids), step):
-            part = gids[start : start + step]
+        async for part in self._slices(gids):
             found = await self._redis.mget([self._keys.blob(gid) for gid in part])
             for gid, blob in zip(part, found, strict=True):
                 if blob is None:
                     raise LookupError(f"group {gid} has no blob: it was retired, or its run was reset")
             blobs += found
         return blobs
+
+    async def _slices(self, gids: Sequence[str]) -> AsyncIterator[Sequence[str]]:
+        """Groups that are next to each other and have about SLICE_BYTES together, by what each one has."""
+        if len(gids) == 1:
+            yield gids
+            return
+        for start in range(0, len(gids), SLICE_GROUPS):
+            part, first, size = gids[start : start + SLICE_GROUPS], 0, 0
+            lengths = await self._scripts.lengths(keys=[self._keys.blob(gid) for gid in part])
+            for place, length in enumerate(lengths):
+                if size and size + length > SLICE_BYTES:
+                    yield part[first:place]
+                    first, size = place, 0
+                size += length
+            yield part[first:]
 
     async def commit(
         self,
@@ -265,7 +307,7 @@ class Queue:
         fields = [text for record in (*untrainable, entry) for pair in to_entry(record).items() for text in pair]
         keys = self._keys
         reply = await self._scripts.commit(
-            keys=[keys.batches, keys.ledger(policy), keys.state, keys.writer(policy), keys.refused],
+            keys=[keys.batches, keys.ledger(policy), keys.state, keys.writer(policy), keys.refused, keys.trained],
             args=[policy, lease.consumer, step, token, REFUSED_KEPT, len(untrainable), *fields],
         )
         if reply not in (b"committed", b"already"):
@@ -332,6 +374,11 @@ class Queue:
         counts = dict((await self.status()).waiting.get(str(env.env_id), {}))
         counts.pop(env.config.group_size, None)
         return allot.left_over(counts, env.config.group_size)
+
+
+def makes_batch(status: QueueStatus, batch_size: int) -> bool:
+    """Whether a trainer that asks now gets a batch that none has had yet."""
+    return status.formed > status.delivered or allot.attainable(status.waiting, {}, batch_size) is not None
 
 
 def queue_entry(group: Group, stored_bytes: int) -> GroupEntry:

@@ -13,6 +13,9 @@ import numpy as np
 from msgspec import Struct, field
 
 Spans: TypeAlias = tuple[tuple[int, int, int], ...]  # (version, start, end): tokens start to end - 1, in order
+DUPLICATE_WINDOW_S = (
+    900  # for so long a repeated post is a retry: atroposlib's third and last begins some 630 s after the first
+)
 MAX_DELIVERIES = 10  # a batch lent more often than this without being committed is given up
 
 
@@ -291,6 +294,9 @@ class QueueStatus(Struct, frozen=True):
     purged: int = 0  # dead letters given up, ever
     untrainable: int = 0  # sequences that their groups were trained without, ever
     dropped: dict[str, int] = field(default_factory=dict)  # groups that ever became dead letters, by reason
+    duplicates: dict[str, int] = field(
+        default_factory=dict
+    )  # posts ever dropped as repeats, by environment ("-": none)
 
 
 class Lineage(Struct, frozen=True, omit_defaults=True):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
-from msgspec import Struct
+from msgspec import Struct, field
 from redis.exceptions import OutOfMemoryError
 
 from lachesis.broker.archive import Archive
 from lachesis.broker.client import Broker
-from lachesis.broker.codec import from_entry
+from lachesis.broker.codec import from_entry, gid_of
 from lachesis.broker.errors import ArchiveUnreadable
 from lachesis.broker.packing import CODEC, from_blob
 from lachesis.broker.records import BatchEntry, Group, GroupEntry, Limits
 
 WAIT_S = 0.25
+DUPLICATE_WINDOW_S = 24 * 3600  # a replay that was interrupted is started again by somebody, not by a client that waits
 WAITING = {"full": "the queue is full", "late": "as much is queued as its trainer takes in time"}
 
 
@@ -99,6 +101,12 @@ class Replayed(Struct):
     tokens: int = 0
     stored: int = 0  # groups that the run did not have
     waiting: str = ""  # why it waits now
+    times: Counter[str] = field(default_factory=Counter)  # how often each group came
+
+    def next_id(self, gid: str) -> str:
+        """The id to store a group under: its own, or, where a post was repeated and trained again, another each time."""
+        self.times[gid] += 1
+        return gid if self.times[gid] == 1 else gid_of(f"{gid}[{self.times[gid]}]".encode())
 
     def count(self, part: Part) -> None:
         self.batches += bool(part.step and part.groups)
@@ -126,13 +134,19 @@ async def store(
     for group in part.groups:
         v_min, v_max = (group.v_min, group.v_max) if keep_versions else (version, version)
         group.versions = group.versions if keep_versions else None
+        gid, limits = done.next_id(group.gid), Limits(bytes=quota)
         while True:
             try:
-                reply = await target.queue.put(group.gid, group, v_min=v_min, v_max=v_max, limits=Limits(bytes=quota))
+                reply = await target.queue.put(
+                    gid, group, v_min=v_min, v_max=v_max, limits=limits, window_s=DUPLICATE_WINDOW_S
+                )
             except OutOfMemoryError:
                 reply = "Redis is full"
             if reply in ("stored", "duplicate"):
                 break
+            if reply in WAITING and await target.queue.starves():
+                limits = Limits()
+                continue
             done.waiting = WAITING.get(reply, reply)
             tell()
             await asyncio.sleep(WAIT_S)

@@ -77,7 +77,8 @@ class Retention:
         while found := await self._redis.xrange(names.batches, start, f"{limit}-0", count=SLICE):
             for id_, fields in found:
                 batch = from_entry(BatchEntry, fields)
-                keys = [names.batches, names.state, names.settings, names.skipped, *map(names.blob, batch.gids)]
+                keys = [names.batches, names.state, names.settings, names.skipped, names.trained]
+                keys += map(names.blob, batch.gids)
                 reply = await self._scripts.retire(keys=keys, args=[batch.step])
                 if reply == b"kept":
                     return freed

@@ -200,10 +200,10 @@ async def _post_again(broker: Broker, letter: Letter, body: bytes, policy: str) 
     from lachesis.broker.records import Limits
     from lachesis.shim.errors import Malformed
     from lachesis.shim.groups_in import GroupsIn
-    from lachesis.shim.pressure import Hold
+    from lachesis.shim.pressure import Hold, Pressure
     from lachesis.shim.versions import Versions
 
-    hold = Hold(broker, Limits(), lambda: False)
+    hold = Hold(Pressure(broker, Limits()))
     groups = GroupsIn(broker, Versions(broker, policy), lambda: hold, ANY_SIZE)
     try:
         await groups.accept(letter.entry.gid.removeprefix("refused-"), body, hold, packed=is_packed(body))

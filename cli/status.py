@@ -104,6 +104,8 @@ def _show(snapshot: dict[str, Any]) -> None:
         table.add_row("server", f"{server.server}  {state}  version {server.version}  {server.last_error}".rstrip())
     for env in snapshot["environments"]:
         state = "" if env.connected else "  disconnected"
+        if repeated := queue.duplicates.get(str(env.env_id)):
+            state += f"  {repeated} posts dropped as repeats"
         table.add_row("environment", f"{env.env_id}  {env.name}  groups of {env.config.group_size}{state}")
     console.print(table)
 

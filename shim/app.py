@@ -22,7 +22,7 @@ from lachesis.shim.errors import HANDLERS
 from lachesis.shim.groups_in import GroupsIn
 from lachesis.shim.openapi import openapi
 from lachesis.shim.parties import PartyRoutes
-from lachesis.shim.pressure import HOLD_S, Hold
+from lachesis.shim.pressure import HOLD_S, Hold, Pressure
 from lachesis.shim.runs import Runs
 from lachesis.shim.settings import ShimSettings
 from lachesis.shim.status import StatusRoutes
@@ -58,7 +58,8 @@ def _routes(
     limit = settings.max_body_bytes
     versions = Versions(broker, settings.policy)
     trainers = HttpTrainers(broker, versions, settings)
-    groups = GroupsIn(broker, versions, lambda: Hold(broker, settings.limits, draining, hold_s), limit)
+    pressure = Pressure(broker, settings.limits, draining, hold_s)
+    groups = GroupsIn(broker, versions, lambda: Hold(pressure), limit, settings.duplicate_window_s)
     parties = PartyRoutes(broker, trainers, limit)
     access = Access(broker, required=settings.require_tokens)
 

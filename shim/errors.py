@@ -36,14 +36,14 @@ class InvalidGzip(Exception):
     """A body that says it is gzip, and is not or is cut short."""
 
 
-def detail(kind: str, location: Location, value: object, rule: str, **more: Any) -> dict[str, Any]:
-    """One entry of a 422 answer; its `msg` names field, value and rule. `location` is relative to the body."""
+def detail(kind: str, location: Location, value: object, rule: str, *, of: str = "body", **more: Any) -> dict[str, Any]:
+    """One entry of a 422 answer; its `msg` names field, value and rule. `location` is relative to the body, or to `of`."""
     text = repr(value)
     text = text if len(text) <= SHOWN_IN_TEXT else f"{text[:SHOWN_IN_TEXT]}…"
     found = "" if kind == "missing" else f" = {text}"
     return {
         "type": kind,
-        "loc": ["body", *location],
+        "loc": [of, *location],
         "msg": f"{path(location)}{found}: {rule}",
         "input": shown(value),
         **more,

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import orjson
@@ -15,36 +15,60 @@ from starlette.responses import JSONResponse, Response
 
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.codec import gid_of
-from lachesis.broker.packing import PACKED_TYPE, REST, pack, to_arrays, to_scored, unpack, unpacked_bytes
-from lachesis.broker.records import Group, ScoredGroup
+from lachesis.broker.packing import PACKED_TYPE, REST, pack, to_arrays, to_blob, to_scored, unpack, unpacked_bytes
+from lachesis.broker.records import DUPLICATE_WINDOW_S, Group, ScoredGroup
 from lachesis.broker.validation import check_group
 from lachesis.shim.bodies import check_messages, decode_group, decode_groups, non_finite, read_body, too_large
-from lachesis.shim.errors import Malformed, path, refusal
-from lachesis.shim.pressure import Hold
+from lachesis.shim.errors import Malformed, detail, path, refusal
+from lachesis.shim.pressure import Hold, Size
 from lachesis.shim.status import buffered
 from lachesis.shim.versions import Arrival, Versions
+
+
+class Post(NamedTuple):
+    """What a post is known by: the id of its group, and where that is made of a key of the client's, key and body's digest."""
+
+    gid: str
+    key: str | None = None
+    digest: str = ""
+
+
+class Accepted(NamedTuple):
+    """What became of a valid group: a repeat is not stored; `waiting` sequences wait with one of an odd size."""
+
+    duplicate: bool
+    waiting: int | None
 
 
 class GroupsIn:
     """Decodes, checks and stores posted groups, and keeps those that can't be trained for triage."""
 
-    def __init__(self, broker: Broker, versions: Versions, hold: Callable[[], Hold], max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        versions: Versions,
+        hold: Callable[[], Hold],
+        max_body_bytes: int,
+        window_s: int = DUPLICATE_WINDOW_S,
+    ) -> None:
         self.counts: Counter[str] = Counter(stored=0, duplicate=0, refused=0)
         self._broker, self._versions, self._hold = broker, versions, hold
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._window_s = max_body_bytes, window_s
 
     async def scored_data(self, request: Request) -> Response:
         hold = self._hold()
         await hold.room()
         body = await read_body(request, self._max_body_bytes)
-        gid = _gid(request, body)
+        post = _post(request, body)
         try:
-            waiting = await self.accept(gid, body, hold, packed=_is_packed(request))
+            accepted = await self.accept(post.gid, body, hold, packed=_is_packed(request), key=post)
         except InvalidGroup as error:
-            await self._bury(gid, body, error)
+            await self._bury(post.gid, body, error)
             raise
-        if waiting is not None:
-            return JSONResponse({"status": "buffered", "buffer_size": waiting})
+        if accepted.duplicate:
+            return JSONResponse({"status": "duplicate", "detail": self._repeated(post)})
+        if accepted.waiting is not None:
+            return JSONResponse({"status": "buffered", "buffer_size": accepted.waiting})
         return Response(b'{"status":"received"}', media_type="application/json")
 
     async def scored_data_list(self, request: Request) -> Response:
@@ -52,13 +76,15 @@ class GroupsIn:
         await hold.room()
         body = await read_body(request, self._max_body_bytes)
         groups, lax = decode_groups(body)
-        post = _gid(request, body)
-        refused, odd = [], []
+        post = _post(request, body)
+        refused, odd, duplicates = [], [], 0
         for index, group in enumerate(groups):
-            gid = gid_of(f"{post}[{index}]".encode())  # equal groups of one list are different groups
+            gid = gid_of(f"{post.gid}[{index}]".encode())  # equal groups of one list are different groups
             try:
-                if (waiting := await self._accept(gid, group, hold, lax=lax)) is not None:
-                    odd.append(waiting)
+                accepted = await self._accept(gid, group, hold, lax=lax, key=post)
+                duplicates += accepted.duplicate
+                if accepted.waiting is not None:
+                    odd.append(accepted.waiting)
             except InvalidGroup as error:
                 scored = to_scored(group) if isinstance(group, Group) else group
                 await self._bury(gid, json.dumps(msgspec.to_builtins(scored)).encode(), error)
@@ -67,39 +93,53 @@ class GroupsIn:
             raise Malformed(refused)
         more: dict[str, Any] = {"buffered": len(odd), "last_buffer_size": odd[-1]} if odd else {}
         more |= {"refused": len(refused), "detail": refused} if refused else {}
-        return JSONResponse({"status": "received", "groups_processed": len(groups), **more})
+        more |= {"duplicates": duplicates} if duplicates else {}
+        status = "duplicate" if groups and duplicates == len(groups) else "received"
+        return JSONResponse({"status": status, "groups_processed": len(groups), **more})
 
-    async def accept(self, gid: str, body: bytes, hold: Hold, *, packed: bool) -> int | None:
-        """Store the group that a body holds, as JSON or packed; the sequences that wait with it if its size is odd.
+    async def accept(self, gid: str, body: bytes, hold: Hold, *, packed: bool, key: Post | None = None) -> Accepted:
+        """Store the group that a body holds, as JSON or packed.
 
-        Raises Malformed; InvalidGroup if it can't be trained.
+        Raises Malformed, also where `key` was used for another body; InvalidGroup if the group can't be trained.
         """
         if packed:
-            return await self._accept(gid, self._unpack(body), hold, packed=body)
+            return await self._accept(gid, self._unpack(body), hold, packed=body, key=key)
         groups, lax = decode_group(body)
-        return await self._accept(gid, groups[0], hold, lax=lax)
+        return await self._accept(gid, groups[0], hold, lax=lax, key=key)
 
     async def _accept(
-        self, gid: str, group: Group | ScoredGroup, hold: Hold, *, lax: bool = False, packed: bytes = b""
-    ) -> int | None:
+        self,
+        gid: str,
+        group: Group | ScoredGroup,
+        hold: Hold,
+        *,
+        lax: bool = False,
+        packed: bytes = b"",
+        key: Post | None = None,
+    ) -> Accepted:
         _check_depth(group)
         if lax and (found := non_finite(msgspec.to_builtins(group))):
             raise InvalidGroup(path(found[0]), found[1], "must be finite")
         arrays = to_arrays(group) if isinstance(group, ScoredGroup) else group
         arrival = await self._versions.arrival(arrays)
         try:
-            reply = await self._store(gid, arrays, arrival, hold, packed)
+            reply = await self._store(gid, arrays, arrival, hold, packed, key)
         except InvalidGroup:
             if not arrival.believed:
                 raise
             reply = "changed"  # perhaps
         if reply == "changed":
             arrival = await self._versions.arrival(arrays, ask=True)
-            reply = await self._store(gid, arrays, arrival, hold, packed)
+            reply = await self._store(gid, arrays, arrival, hold, packed, key)
+        if reply == "conflict":
+            rule = "was used for another body; use a new key for each post, and the same one to repeat it"
+            raise Malformed([detail("value_error", ["Idempotency-Key"], key and key.key, rule, of="header")])
         self.counts[reply] += 1
-        return await buffered(self._broker, arrays.env, len(arrays.tokens))
+        return Accepted(reply == "duplicate", await buffered(self._broker, arrays.env, len(arrays.tokens)))
 
-    async def _store(self, gid: str, arrays: Group, arrival: Arrival, hold: Hold, packed: bytes) -> str:
+    async def _store(
+        self, gid: str, arrays: Group, arrival: Arrival, hold: Hold, packed: bytes, key: Post | None
+    ) -> str:
         """Check the group against what the run knew at its arrival, and PUT it. Returns what PUT replies."""
         config = arrival.trainer
         limits = {"max_token_len": config.max_token_len, "batch_size": config.batch_size} if config else {}
@@ -110,9 +150,17 @@ class GroupsIn:
             raise _unstorable(arrays) from None
         told = self._versions.stamp(arrival, arrays)
         put = partial(
-            self._broker.queue.put, gid, arrays, v_min=arrays.v_min, v_max=arrays.v_max, packed=packed, believed=arrival.believed
-        )  # fmt: skip
-        reply = await hold.store(lambda limits: put(limits=limits))
+            self._broker.queue.put,
+            gid,
+            arrays,
+            v_min=arrays.v_min,
+            v_max=arrays.v_max,
+            packed=packed,
+            believed=arrival.believed,
+            digest=key.digest if key else "",
+            window_s=self._window_s,
+        )
+        reply = await hold.store(lambda limits: put(limits=limits), partial(_size, gid, arrays, packed))
         if reply == "stored":
             self._versions.counts.update(told)
         return reply
@@ -126,16 +174,36 @@ class GroupsIn:
             check_messages(group)
         return group
 
+    def _repeated(self, post: Post) -> str:
+        what = "this body" if post.key is None else f"the Idempotency-Key {post.key!r}"
+        return (
+            f"not stored again: {what} was accepted within the last {self._window_s} s (duplicate_window_s), or its group is "
+            "not trained yet; to have equal groups trained, give each post an Idempotency-Key of its own"
+        )
+
     async def _bury(self, gid: str, body: bytes, error: InvalidGroup) -> None:
         """Keep it under another id: the same post may be fine for the next trainer."""
         self.counts["refused"] += 1
         await self._broker.queue.bury(f"refused-{gid}", body, "invalid", str(error)[:1000])
 
 
-def _gid(request: Request, body: bytes) -> str:
+def _post(request: Request, body: bytes) -> Post:
     """What makes a repeated post the same post: the client's Idempotency-Key, else its decompressed body."""
-    key = request.headers.get("idempotency-key")
-    return gid_of(body) if key is None else gid_of(b"Idempotency-Key: " + key.encode())
+    key, digest = request.headers.get("idempotency-key"), gid_of(body)
+    return Post(digest) if key is None else Post(gid_of(b"Idempotency-Key: " + key.encode()), key, digest)
+
+
+def _size(gid: str, group: Group, packed: bytes) -> Size:
+    """What the group adds to the queue once it is stored."""
+    blob = to_blob(
+        packed,
+        gid,
+        v_min=group.v_min,
+        v_max=group.v_max,
+        versions=group.versions,
+        sampled_logprobs=group.sampled_logprobs,
+    )
+    return Size("-" if group.env is None else str(group.env), len(group.tokens), len(blob))
 
 
 def _is_packed(request: Request) -> bool:

@@ -97,18 +97,24 @@ class Received(Struct):
     status: Literal["received"]
 
 
+class Duplicate(Struct):
+    status: Literal["duplicate"]
+    detail: str  # by what it is known
+
+
 class Buffered(Struct):
     status: Literal["buffered"]
     buffer_size: int  # sequences that wait with this group, whose size is not its environment's
 
 
 class ListReceived(Struct):
-    status: Literal["received"]
+    status: Literal["received", "duplicate"]  # duplicate: all of them
     groups_processed: int
     buffered: int | UnsetType = UNSET  # groups of other sizes than their environment's
     last_buffer_size: int | UnsetType = UNSET
     refused: int | UnsetType = UNSET  # well-formed groups that can't be trained, and why
     detail: list[ValidationError] | UnsetType = UNSET
+    duplicates: int | UnsetType = UNSET  # repeated groups, which are not stored again
 
 
 StoredGroup = msgspec.defstruct(
@@ -143,6 +149,7 @@ class Health(Struct):
     lineage: dict[str, int]
     dead: int | UnsetType = UNSET  # of the run, as is dropped: not known without Redis
     dropped: dict[str, int] | UnsetType = UNSET
+    duplicates: dict[str, int] | UnsetType = UNSET  # likewise; posts dropped as repeats, by environment
 
 
 class Route(NamedTuple):
@@ -199,7 +206,7 @@ TABLE = (
     Route("GET", "/status", "Step and queue", {200: (RunStatus,)}),
     Route("GET", "/status-env", "The queue as one environment sees it", {200: (EnvStatus,), **BAD_BODY}, EnvIdentifier),
     Route(
-        "POST", "/scored_data", "One group", {200: (Received, Buffered), **BAD_BODY}, ScoredGroup, ("Idempotency-Key",),
+        "POST", "/scored_data", "One group", {200: (Received, Duplicate, Buffered), **BAD_BODY}, ScoredGroup, ("Idempotency-Key",),
     ),
     Route(
         "POST", "/scored_data_list", "A list of groups", {200: (ListReceived,), **BAD_BODY}, list[ScoredGroup],

@@ -7,22 +7,32 @@ sooner than after.
 
 Nothing waits for a trainer that has nothing to take: while no batch can be made of what is queued, the next group may
 be just the one that is missing.
+
+The posts of a run that wait here wait together: one task looks at the run's counters, and lets those try again, oldest
+first, that have room. PUT decides.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
+import msgspec
 from redis.exceptions import OutOfMemoryError
 from starlette.exceptions import HTTPException
 
 from lachesis.broker import Broker
-from lachesis.broker.records import Limits
+from lachesis.broker.forming import read_status
+from lachesis.broker.queue import makes_batch
+from lachesis.broker.records import Limits, TrainerConfig
 
 HOLD_S = 240.0
-LOOK_EVERY_S = 0.25
+LOOK_EVERY_S = 0.05
 
+FULL_REDIS = "Redis is full"
 WHY = {  # by what PUT replies
     "late": "a group that came now would be trained more than max_lag steps late",
     "full": "the queue is over its quota",
@@ -30,59 +40,210 @@ WHY = {  # by what PUT replies
 }
 
 
+@dataclass(frozen=True)
+class Size:
+    """What a group adds to the queue; of a post whose body is not read, nothing is known."""
+
+    env: str | None = None
+    sequences: int = 0
+    bytes: int = 0
+
+
+UNREAD = Size()
+
+
+@dataclass
+class Room:
+    """What the queue holds, by its counters, and by what was admitted since they were read."""
+
+    limits: Limits
+    counters: Counter[str]
+    batch_size: int  # of the registered trainer; 0: none, and nobody knows
+    starves: bool = False  # no batch can be made of what is queued
+
+    def refusal(self, size: Size) -> str:
+        """Why PUT would not store a group of that size now; empty if it would. As in put.lua."""
+        limits, waiting = self.limits, self.counters["sequences"] + self.counters["undelivered"] * self.batch_size
+        if limits.max_lag and self.batch_size and waiting >= limits.max_lag * self.batch_size:
+            return WHY["late"]
+        if self._over("bytes", size.bytes, limits.bytes) or self._over("sequences", size.sequences, limits.sequences):
+            return WHY["full"]
+        if self._over(f"env_bytes:{size.env}", size.bytes, limits.env_bytes) or self._over(
+            f"env_sequences:{size.env}", size.sequences, limits.env_sequences
+        ):
+            return WHY["env_full"]
+        return ""
+
+    def admit(self, size: Size) -> None:
+        """Count a group that will be put; one that is not read as the average of what is queued."""
+        groups = max(1, self.counters["groups"])
+        sequences = size.sequences or -(-self.counters["sequences"] // groups)
+        stored = size.bytes or -(-self.counters["bytes"] // groups)
+        added = {"groups": 1, "sequences": sequences, "bytes": stored}
+        self.counters.update({**added, f"env_sequences:{size.env}": sequences, f"env_bytes:{size.env}": stored})
+
+    def _over(self, name: str, added: int, limit: int) -> bool:
+        held = self.counters[name]
+        return limit > 0 and held > 0 and held + max(1, added) > limit
+
+
+@dataclass(eq=False)
+class _Waiter:
+    """A post that waits; `go` is set when it may try again, or raises what it is to be answered with."""
+
+    since: float
+    size: Size
+    why: str
+    tries: int
+    go: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Pressure:
+    """What the posts of one run wait for, and those that wait."""
+
+    def __init__(
+        self, broker: Broker, limits: Limits, draining: Callable[[], bool] = lambda: False, hold_s: float = HOLD_S
+    ) -> None:
+        self._broker, self.limits, self._draining, self.hold_s = broker, limits, draining, hold_s
+        self._waiting: set[_Waiter] = set()
+        self._watch: asyncio.Task[None] | None = None
+        self._stored = asyncio.Event()  # a group that had waited
+
+    def __len__(self) -> int:
+        """How many posts wait."""
+        return len(self._waiting)
+
+    async def over(self) -> str:
+        """Which limit the queue as a whole has reached, in words; empty if none."""
+        limits, redis, keys = self.limits, self._broker.redis, self._broker.keys
+        if not (limits.bytes or limits.sequences or limits.max_lag):
+            return ""
+        held = await redis.hmget(keys.state, ["bytes", "sequences", "formed", "delivered"])
+        config = await redis.hget(keys.trainers, "config") if limits.max_lag else None
+        stored, sequences, formed, delivered = (int(value or 0) for value in held)
+        counters = Counter(bytes=stored, sequences=sequences, undelivered=formed - delivered)
+        return Room(limits, counters, _batch_size(config)).refusal(UNREAD)
+
+    async def look(self) -> Room:
+        """The run's counters now, in one trip."""
+        keys = self._broker.keys
+        async with self._broker.redis.pipeline(transaction=False) as pipe:
+            pipe.hgetall(keys.state)
+            pipe.hget(keys.trainers, "config")
+            state, raw = await pipe.execute()
+        status = read_status(state)
+        batch_size = _batch_size(raw)
+        names = (b"bytes", b"sequences", b"groups")
+        counters = Counter({name.decode(): int(state.get(name, 0)) for name in names})
+        counters["undelivered"] = status.formed - status.delivered
+        counters.update({
+            name.decode(): int(value)
+            for name, value in state.items()
+            if name.startswith((b"env_bytes:", b"env_sequences:"))
+        })  # fmt: skip
+        return Room(self.limits, counters, batch_size, bool(raw) and not makes_batch(status, batch_size))
+
+    async def wait(self, since: float, size: Size, why: str, tries: int) -> None:
+        """Return when a post that came at `since` may try (again). HTTPException 503 if that takes longer than `hold_s`."""
+        waiter = _Waiter(since, size, why, tries)
+        self._waiting.add(waiter)
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._let_go())
+        try:
+            async with asyncio.timeout_at(since + self.hold_s):
+                await waiter.go
+        except TimeoutError:
+            raise HTTPException(
+                503, f"{why} for {self.hold_s:.0f} s: is a trainer running?", headers={"Retry-After": "10"}
+            ) from None
+        finally:
+            self._waiting.discard(waiter)
+            if not self._waiting and self._watch:
+                self._watch.cancel()
+                self._watch = None
+
+    def stored(self) -> None:
+        """A group that waited is stored: what waits for the next look may be let go sooner."""
+        self._stored.set()
+
+    async def _let_go(self) -> None:
+        """Look again and again while posts wait; the first time a little later, they have just looked themselves."""
+        while self._waiting:
+            self._stored.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self._stored.wait()
+            try:
+                room = await self.look()
+            except Exception as error:
+                self._answer(error)
+                return
+            if self._draining():
+                self._answer(None)
+                return
+            for waiter in self._admitted(room):
+                self._waiting.discard(waiter)
+                if not waiter.go.done():
+                    waiter.go.set_result(None)
+
+    def _admitted(self, room: Room) -> list[_Waiter]:
+        """Those that may try, oldest first. Where no counter says how many have room, one: what becomes of it shows."""
+        waiting = sorted(self._waiting, key=lambda waiter: waiter.since)
+        if room.starves:
+            return waiting[:1]
+        refused = [waiter for waiter in waiting if waiter.why == FULL_REDIS]
+        probe = min(refused, key=lambda waiter: waiter.tries, default=None)  # another one next time: it may be smaller
+        admitted = []
+        for waiter in waiting:
+            if (waiter is probe or waiter.why != FULL_REDIS) and not room.refusal(waiter.size):
+                room.admit(waiter.size)
+                admitted.append(waiter)
+        return admitted
+
+    def _answer(self, error: Exception | None) -> None:
+        """End the wait of all: with what Redis answered, or because this process is stopping."""
+        for waiter in self._waiting:
+            stopping = HTTPException(503, f"{waiter.why}, and this process is stopping", headers={"Retry-After": "1"})
+            if not waiter.go.done():
+                waiter.go.set_exception(error or stopping)
+
+
 class Hold:
     """How long one post may wait, from its creation on."""
 
-    def __init__(self, broker: Broker, limits: Limits, draining: Callable[[], bool], hold_s: float = HOLD_S) -> None:
-        self._broker, self._limits, self._draining, self._hold_s = broker, limits, draining, hold_s
-        self._until = asyncio.get_running_loop().time() + hold_s
+    def __init__(self, pressure: Pressure) -> None:
+        self._pressure, self._since, self._tries = pressure, asyncio.get_running_loop().time(), 0
 
     async def room(self) -> None:
         """Return when the queue is below its limits; HTTPException 503 where that takes too long."""
-        while (why := await self._over()) and await self._batch_waits():
-            await self._wait(why)
+        if (why := await self._pressure.over()) and not (await self._pressure.look()).starves:
+            await self._wait(UNREAD, why)
 
-    async def store(self, put: Callable[[Limits], Awaitable[str]]) -> str:
-        """What `put`, given its limits, replies; called again for as long as it finds no room, or Redis full."""
-        limits = self._limits
+    async def store(self, put: Callable[[Limits], Awaitable[str]], size: Callable[[], Size] = lambda: UNREAD) -> str:
+        """What `put`, given its limits, replies; called again for as long as it finds no room, or Redis full.
+
+        `size` is asked for when the group has to wait.
+        """
+        limits = self._pressure.limits
         while True:
             try:
                 reply = await put(limits)
             except OutOfMemoryError:
-                await self._wait("Redis is full")
+                await self._wait(size(), FULL_REDIS)
                 continue
             if reply not in WHY:
+                if self._tries:
+                    self._pressure.stored()
                 return reply
-            if await self._batch_waits():
-                await self._wait(WHY[reply])
-            else:
+            if (await self._pressure.look()).starves:
                 limits = Limits(policy=limits.policy)
+            else:
+                await self._wait(size(), WHY[reply])
 
-    async def _over(self) -> str:
-        """Which limit the queue as a whole has reached, in words; empty if none. PUT looks again, and exactly."""
-        limits = self._limits
-        if not (limits.bytes or limits.sequences or limits.max_lag):
-            return ""
-        redis, keys = self._broker.redis, self._broker.keys
-        held = await redis.hmget(keys.state, ["bytes", "sequences", "formed", "delivered"])
-        stored, sequences, formed, delivered = (int(value or 0) for value in held)
-        if 0 < limits.bytes <= stored or 0 < limits.sequences <= sequences:
-            return WHY["full"]
-        if limits.max_lag and (config := await self._broker.parties.trainer_config()):
-            waiting = sequences + (formed - delivered) * config.batch_size
-            return WHY["late"] if waiting >= limits.max_lag * config.batch_size else ""
-        return ""
+    async def _wait(self, size: Size, why: str) -> None:
+        self._tries += 1
+        await self._pressure.wait(self._since, size, why, self._tries)
 
-    async def _batch_waits(self) -> bool:
-        """Whether a trainer would get a batch now; yes where none has registered and nobody knows."""
-        config = await self._broker.parties.trainer_config()
-        return config is None or await self._broker.queue.batch_waits(config.batch_size)
 
-    async def _wait(self, why: str) -> None:
-        if self._draining():
-            raise HTTPException(503, f"{why}, and this process is stopping", headers={"Retry-After": "1"})
-        if asyncio.get_running_loop().time() > self._until:
-            raise HTTPException(
-                503, f"{why} for {self._hold_s:.0f} s: is a trainer running?", headers={"Retry-After": "10"}
-            )
-        await asyncio.sleep(LOOK_EVERY_S)
+def _batch_size(registration: bytes | None) -> int:
+    return msgspec.json.decode(registration, type=TrainerConfig).batch_size if registration else 0

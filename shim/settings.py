@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lachesis.broker.records import MAX_DELIVERIES, Limits
+from lachesis.broker.records import DUPLICATE_WINDOW_S, MAX_DELIVERIES, Limits
 from lachesis.broker.settings import RedisSettings
 
 
@@ -46,6 +46,11 @@ class ShimSettings(RedisSettings):
         ge=0,
         description="steps that a group may be late for: posts wait while max_lag batches are queued, and groups more "
         "than max_lag versions old are not trained (0: no limit)",
+    )
+    duplicate_window_s: int = Field(
+        DUPLICATE_WINDOW_S,
+        ge=0,
+        description="seconds for which a repeated post is taken for a retry and not stored again (0: only while its group is not trained)",
     )
     max_deliveries: int = Field(
         MAX_DELIVERIES,

@@ -115,4 +115,6 @@ class StatusRoutes:
             queue = await asyncio.wait_for(self._broker.queue.status(), REDIS_S)
         except (TimeoutError, RedisError, OSError):
             return JSONResponse({"status": "no redis", **told}, 503)
-        return JSONResponse({"status": "ok", **told, "dead": queue.dead, "dropped": queue.dropped})
+        return JSONResponse(
+            {"status": "ok", **told, "dead": queue.dead, "dropped": queue.dropped, "duplicates": queue.duplicates}
+        )

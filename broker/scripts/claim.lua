@@ -33,7 +33,8 @@ if mine > tonumber(ARGV[6]) then return claimed(read(mine, '0')[1][2], 0) end
 local new = read(ARGV[5], '>')
 if new then return claimed(new[1][2], #new[1][2]) end
 if not orphaned then return {'done'} end
-local ids = {}
-for _, entry in ipairs(redis.call('XPENDING', KEYS[3], 'trainers', '-', '+', ARGV[5], orphaned)) do ids[#ids + 1] = entry[1] end
-local taken = redis.call('XCLAIM', KEYS[3], 'trainers', ARGV[1], 0, unpack(ids))
+local taken = {}
+for _, entry in ipairs(redis.call('XPENDING', KEYS[3], 'trainers', '-', '+', ARGV[5], orphaned)) do
+  taken[#taken + 1] = redis.call('XCLAIM', KEYS[3], 'trainers', ARGV[1], 0, entry[1])[1]
+end
 return claimed(taken, #taken)

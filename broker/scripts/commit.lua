@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- COMMIT: the batch has been trained: acknowledge it and write the ledger, once, and only for who holds it.
 -- KEYS  1 batches (stream)  2 ledger:<policy> (stream)  3 state (hash)  4 writer:<policy> (string)  5 refused (stream)
+--       6 trained (hash)
 -- ARGV  1 policy (consumer group)  2 consumer  3 step  4 writer token, '' for a consumer without one
 --       5 letters to keep, approximately  6 number k of sequences that could not be trained  7…6+8k a letter each (4 fields and values)
 --       then the ledger entry's fields and values
@@ -31,6 +32,12 @@ end
 local k = tonumber(ARGV[6])
 redis.call('XADD', ledger, entry, unpack(ARGV, 7 + 8 * k))
 redis.call('XACK', batches, policy, id)
+local batch = redis.call('XRANGE', batches, id, id)[1]
+for i = 1, batch and #batch[2] or 0, 2 do
+  if batch[2][i] == 'gids' then
+    for gid in string.gmatch(batch[2][i + 1], '%S+') do redis.call('HSET', KEYS[6], gid, step) end
+  end
+end
 for i = 0, k - 1 do
   redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[5], '*', unpack(ARGV, 7 + 8 * i, 14 + 8 * i))
 end

@@ -24,6 +24,15 @@ local function deliver(step)  -- the same as DELIVER
   redis.call('HINCRBY', KEYS[2], 'undelivered_sequences', string.format('%.0f', -sequences))
 end
 
+local function lapsed()  -- one call looks at ten pending batches: however many living leases stand before it
+  local cursor = '0-0'
+  repeat
+    local reply = redis.call('XAUTOCLAIM', stream, policy, consumer, ARGV[3], cursor, 'COUNT', 1)
+    if reply[2][1] then return reply[2][1] end
+    cursor = reply[1]
+  until cursor == '0-0'
+end
+
 local function lend(id, fields, deliveries)
   if ARGV[5] == '1' then deliver(tonumber(string.match(id, '^%d+'))) end
   return {id, fields, deliveries}
@@ -83,7 +92,7 @@ while true do
   if own and #own[1][2] > 0 then
     again = own[1][2][1]
   else
-    again = redis.call('XAUTOCLAIM', stream, policy, consumer, ARGV[3], '0', 'COUNT', 1)[2][1]
+    again = lapsed()
   end
   if not again then break end
   local deliveries = redis.call('XPENDING', stream, policy, again[1], again[1], 1)[1][4]

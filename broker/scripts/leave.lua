@@ -6,5 +6,6 @@
 local left = 0
 if redis.call('EXISTS', KEYS[1]) == 1 then left = redis.call('XGROUP', 'DESTROY', KEYS[1], ARGV[1]) end
 redis.call('HDEL', KEYS[3], 'shadow:' .. ARGV[1])
-redis.call('HDEL', KEYS[2], 'covered:' .. ARGV[1], 'unseen:' .. ARGV[1], 'joined:' .. ARGV[1], unpack(ARGV, 2))
+redis.call('HDEL', KEYS[2], 'covered:' .. ARGV[1], 'unseen:' .. ARGV[1], 'joined:' .. ARGV[1])
+for i = 2, #ARGV do redis.call('HDEL', KEYS[2], ARGV[i]) end
 return left

@@ -3,4 +3,6 @@
 -- KEYS  1 any hash
 -- ARGV  field, value, …
 -- reply number of fields that are new
-return redis.call('HSET', KEYS[1], unpack(ARGV))
+local new = 0
+for i = 1, #ARGV, 2 do new = new + redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+return new

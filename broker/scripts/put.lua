@@ -1,27 +1,56 @@
 #!lua
 -- PUT: make a stored blob part of the queue, once, if there is room for it.
--- KEYS  1 groups (stream)  2 blob:<gid> (string)  3 seen:<gid> (string)  4 state (hash)  5 trainers (hash)
---       6 weights:<policy> (stream)  7 pools (hash)  8 lineage (hash)  9 lineage:old (hash): only read where ARGV 8 says so
--- ARGV  1 seconds to remember the gid
---       2 bytes and 3 sequences that may be queued  4 bytes and 5 sequences of one environment (each 0: no limit)
---       6 steps that a group may be late, 0 for any, '' to leave it as it is  7 policy whose steps they are
---       8 1 if the sender has not asked, but believes that there are no servers and no lineages, and that the trainer's
---       registration and the newest version's entry id are 9 and 10 ('' for none)
---       11 env  12 n  13 bytes  14… the entry's fields and values
--- reply "stored" | "duplicate" | "noblob" (it expired: set it again) | "changed" (the sender believes what is not so)
+-- KEYS  1 groups (stream)  2 blob:<gid> (string)  3 seen:<post> (string)  4 state (hash)  5 trainers (hash)
+--       6 weights:<policy> (stream)  7 pools (hash)  8 lineage (hash)  9 lineage:old (hash): only read where ARGV 11 says so
+--       10 trained (hash)
+-- ARGV  1 seconds for which the post is remembered (0: while its group is unfinished)  2 a word of this call's own
+--       3 digest of the body, where another body may come under the same id; else ''  4 post: the gid, unless that says otherwise
+--       5 bytes and 6 sequences that may be queued  7 bytes and 8 sequences of one environment (each 0: no limit)
+--       9 steps that a group may be late, 0 for any, '' to leave it as it is  10 policy whose steps they are
+--       11 1 if the sender has not asked, but believes that there are no servers and no lineages, and that the trainer's
+--       registration and the newest version's entry id are 12 and 13 ('' for none)
+--       14 env  15 n  16 bytes  17… the entry's fields and values, gid first
+-- reply "stored" (now, or by a call whose reply was lost) | "duplicate" (the post was stored of late)
+--       | "conflict" (with another body) | "unfinished" (its group is still somewhere, however old)
+--       | "trained <gid>" (its group is still kept, but trained: the next one is to have this gid)
+--       | "noblob" (it expired: set it again) | "changed" (the sender believes what is not so)
 --       | "late" (it would be trained too late) | "full" | "env_full" (over a quota of the queue, of its environment)
--- The blob arrives with a TTL, so that a crash before this script leaves nothing behind; here it loses it.
+-- The blob arrives with a TTL, so that a crash before this script leaves nothing behind; here it loses it. So a blob
+-- without one is that of a group which was accepted and is not freed.
 -- What waits alone always fits. The newest max_lag is kept for FORM's sake: every former knows it, whoever it is.
-if redis.call('EXISTS', KEYS[3]) == 1 then return 'duplicate' end
-if redis.call('EXISTS', KEYS[2]) == 0 then return 'noblob' end
-if ARGV[8] == '1' then
+local max_lag, env, n, bytes = ARGV[9], ARGV[14], tonumber(ARGV[15]), tonumber(ARGV[16])
+local memory = ARGV[2] .. ' ' .. ARGV[3]
+local seen, known = redis.call('GET', KEYS[3]), nil
+if seen == memory then return 'stored' end
+if seen then
+  local digest = string.match(seen, ' (.+)$')
+  if digest and ARGV[3] ~= '' and digest ~= ARGV[3] then return 'conflict' end
+  known = 'duplicate'
+else
+  local ttl = redis.call('PTTL', KEYS[2])
+  if ttl == -2 then return 'noblob' end
+  if ttl == -1 then
+    local step, last, gid = redis.call('HGET', KEYS[10], ARGV[4]), 0, ARGV[4]
+    while step and tonumber(step) > last do -- from each group of the post that is kept to the one that came after it
+      gid, last = ARGV[4] .. '~' .. step, tonumber(step)
+      step = redis.call('HGET', KEYS[10], gid)
+    end
+    if step then gid = gid .. '~' .. ARGV[2] end -- the ids of a replay, of other steps
+    if gid ~= ARGV[18] then return 'trained ' .. gid end
+    known = 'unfinished'
+  end
+end
+if known then
+  redis.call('HINCRBY', KEYS[4], 'duplicates:' .. env, 1)
+  return known
+end
+if ARGV[11] == '1' then
   local newest = redis.call('XREVRANGE', KEYS[6], '+', '-', 'COUNT', '1')[1]
-  if redis.call('EXISTS', KEYS[7], KEYS[8], KEYS[9]) > 0 or (redis.call('HGET', KEYS[5], 'config') or '') ~= ARGV[9]
-      or (newest and newest[1] or '') ~= ARGV[10] then
+  if redis.call('EXISTS', KEYS[7], KEYS[8], KEYS[9]) > 0 or (redis.call('HGET', KEYS[5], 'config') or '') ~= ARGV[12]
+      or (newest and newest[1] or '') ~= ARGV[13] then
     return 'changed'
   end
 end
-local max_lag, env, n, bytes = ARGV[6], ARGV[11], tonumber(ARGV[12]), tonumber(ARGV[13])
 local function counter(name) return tonumber(redis.call('HGET', KEYS[4], name) or '0') end
 local function over(name, added, limit)
   local held = counter(name)
@@ -34,20 +63,20 @@ if config then
   local waiting = counter('sequences') + (counter('formed') - counter('delivered')) * batch_size
   if waiting >= max_lag * batch_size then return 'late' end
 end
-if over('bytes', bytes, tonumber(ARGV[2])) or over('sequences', n, tonumber(ARGV[3])) then return 'full' end
-if over('env_bytes:' .. env, bytes, tonumber(ARGV[4])) or over('env_sequences:' .. env, n, tonumber(ARGV[5])) then
+if over('bytes', bytes, tonumber(ARGV[5])) or over('sequences', n, tonumber(ARGV[6])) then return 'full' end
+if over('env_bytes:' .. env, bytes, tonumber(ARGV[7])) or over('env_sequences:' .. env, n, tonumber(ARGV[8])) then
   return 'env_full'
 end
 
-redis.call('SET', KEYS[3], '1', 'EX', ARGV[1])
+if ARGV[1] ~= '0' then redis.call('SET', KEYS[3], memory, 'EX', ARGV[1]) end
 redis.call('PERSIST', KEYS[2])
-redis.call('XADD', KEYS[1], '*', unpack(ARGV, 14))
+redis.call('XADD', KEYS[1], '*', unpack(ARGV, 17))
 redis.call('HINCRBY', KEYS[4], 'accepted', 1)
 redis.call('HINCRBY', KEYS[4], 'groups', 1)
 redis.call('HINCRBY', KEYS[4], 'sequences', n)
-redis.call('HINCRBY', KEYS[4], 'bytes', ARGV[13])
+redis.call('HINCRBY', KEYS[4], 'bytes', ARGV[16])
 redis.call('HINCRBY', KEYS[4], 'env_sequences:' .. env, n)
-redis.call('HINCRBY', KEYS[4], 'env_bytes:' .. env, ARGV[13])
+redis.call('HINCRBY', KEYS[4], 'env_bytes:' .. env, ARGV[16])
 redis.call('HINCRBY', KEYS[4], 'waiting:' .. env .. ':' .. n, 1)
-if max_lag ~= '' then redis.call('HSET', KEYS[4], 'max_lag', max_lag, 'lag_of', ARGV[7]) end
+if max_lag ~= '' then redis.call('HSET', KEYS[4], 'max_lag', max_lag, 'lag_of', ARGV[10]) end
 return 'stored'

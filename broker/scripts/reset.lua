@@ -2,4 +2,6 @@
 -- RESET: forget a run's queue, batches, ledgers, registrations and counters.
 -- KEYS  1… every key to delete; blobs of queued and batched groups among them
 -- reply number of keys deleted
-return redis.call('UNLINK', unpack(KEYS))
+local deleted = 0
+for _, key in ipairs(KEYS) do deleted = deleted + redis.call('UNLINK', key) end
+return deleted

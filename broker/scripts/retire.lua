@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- RETIRE: free a batch that every reader covers, if the batches kept are more than the run is to keep.
--- KEYS  1 batches (stream)  2 state (hash)  3 settings (hash)  4 skipped (hash)  5… blob:<gid> of its groups (strings)
+-- KEYS  1 batches (stream)  2 state (hash)  3 settings (hash)  4 skipped (hash)  5 trained (hash)
+--       6… blob:<gid> of its groups (strings)
 -- ARGV  1 step
 -- reply "freed" | "gone" (freed before) | "wanted" (some reader does not cover it, or it still counts as queued) | "kept" (within `keep_bytes`)
 -- A lossy shadow wants what it has read, and not what it would skip: that is skipped here and now.
@@ -31,14 +32,15 @@ local keep = tonumber(redis.call('HGET', KEYS[3], 'keep_bytes') or '0')
 local kept = tonumber(redis.call('HGET', KEYS[2], 'kept_bytes') or '0')
 if keep > 0 and kept <= keep then return 'kept' end
 
-redis.call('UNLINK', unpack(KEYS, 5))
+for i = 6, #KEYS do redis.call('UNLINK', KEYS[i]) end -- one by one: Lua hands over 8,000 values at most
 redis.call('XDEL', KEYS[1], step .. '-0')
 for i = 1, #found[1][2], 2 do
   if found[1][2][i] == 'bytes' and tonumber(found[1][2][i + 1]) > 0 then
     redis.call('HINCRBY', KEYS[2], 'kept_bytes', '-' .. found[1][2][i + 1])
   end
-  for _, name in ipairs(lossy) do
-    if found[1][2][i] == 'gids' then redis.call('HSET', KEYS[4], name .. ':' .. step, found[1][2][i + 1]) end
+  if found[1][2][i] == 'gids' then
+    for gid in string.gmatch(found[1][2][i + 1], '%S+') do redis.call('HDEL', KEYS[5], gid) end
+    for _, name in ipairs(lossy) do redis.call('HSET', KEYS[4], name .. ':' .. step, found[1][2][i + 1]) end
   end
 end
 return 'freed'

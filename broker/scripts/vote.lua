@@ -3,6 +3,7 @@
 -- ledger, and go on to the next step, all at once.
 -- KEYS  1 replicas:<policy> (hash)  2 members:<policy> (sorted set)  3 work:<policy> (stream)  4 batches (stream)
 --       5 ledger:<policy> (stream)  6 state (hash)  7 writer:<policy> (string)  8 refused (stream)
+--       9 trained (hash)
 -- ARGV  1 id  2 generation  3 epoch  4 step  5 digest of the gradients  6 policy (consumer group)
 --       7 letters to keep, approximately  8 number k of sequences that could not be trained  9…8+8k a letter each (4 fields and values)
 --       then the ledger entry's fields and values; the last voter's are written
@@ -46,6 +47,12 @@ end
 
 redis.call('XADD', KEYS[5], id, unpack(ARGV, 9 + 8 * k))
 redis.call('XACK', KEYS[4], ARGV[6], id)
+local batch = redis.call('XRANGE', KEYS[4], id, id)[1]
+for i = 1, batch and #batch[2] or 0, 2 do
+  if batch[2][i] == 'gids' then
+    for gid in string.gmatch(batch[2][i + 1], '%S+') do redis.call('HSET', KEYS[9], gid, step) end
+  end
+end
 for i = 0, k - 1 do
   redis.call('XADD', KEYS[8], 'MAXLEN', '~', ARGV[7], '*', unpack(ARGV, 9 + 8 * i, 16 + 8 * i))
 end

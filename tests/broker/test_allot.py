@@ -250,6 +250,103 @@ def test_no_group_waits_for_ever(groups: Groups, least: dict[str, int]) -> None:
             assert choose_with_minimums(sizes, envs, 12 - size, still) is None, f"group {number} waits for ever"
 
 
+# -- many ---------------------------------------------------------------------------------------------------------
+
+
+def one_by_one(sizes: Sequence[int], total: int) -> list[int] | None:
+    """The definition of `choose`, group by group and total by total: quadratic, and beyond doubt."""
+    reach, reach_before = {0}, []
+    for size in sizes:
+        if total in reach:
+            break
+        reach_before.append(reach)
+        reach = reach | {before + size for before in reach if before + size <= total}
+    if total not in reach:
+        return None
+    chosen = []
+    for index in range(len(reach_before) - 1, -1, -1):
+        if total and total not in reach_before[index]:
+            chosen.append(index)
+            total -= sizes[index]
+    return chosen[::-1]
+
+
+def attainable_one_by_one(groups: Groups, least: dict[str, int], batch_size: int) -> dict[str, int] | None:
+    """The definition of `attainable`: sums of each environment's totals, one environment after the other."""
+
+    def totals(sizes: list[int]) -> set[int]:
+        reach = {0}
+        for size in sizes:
+            reach |= {before + size for before in reach if before + size <= batch_size}
+        return reach
+
+    def sums(some: set[int], others: set[int]) -> set[int]:
+        return {one + other for one in some for other in others if one + other <= batch_size}
+
+    of = {env: totals([size for name, size in groups if name == env]) for env in least}
+    before, met = totals([size for env, size in groups if env not in least]), {}
+    for env, minimum in least.items():
+        rest = before
+        for later in [name for name in least if name not in met and name != env]:
+            rest = sums(rest, of[later])
+        possible = [total for total in of[env] if batch_size - total in rest]
+        if not possible:
+            return None
+        met[env] = min(minimum, max(possible))
+        before = sums(before, {total for total in of[env] if total >= met[env]})
+    return met if batch_size in before else None
+
+
+pools = st.sampled_from(((1,), (4,), (1, 2), (2, 4, 8), (3, 5), (6, 10, 15), (2, 7, 30), (8, 16, 17), (1, 9, 100)))
+
+
+@given(pools, st.data(), st.integers(1, 150))
+@settings(max_examples=200, deadline=None)
+def test_the_choice_among_many_is_what_its_definition_says(
+    pool: tuple[int, ...], data: st.DataObject, batch_size: int
+) -> None:
+    sizes = data.draw(st.lists(st.sampled_from(pool), max_size=120))
+    assert choose(sizes, batch_size) == one_by_one(sizes, batch_size)
+
+
+@given(pools, st.data(), promises, st.integers(1, 150))
+@settings(max_examples=200, deadline=None)
+def test_what_many_attain_is_what_its_definition_says(
+    pool: tuple[int, ...], data: st.DataObject, least: dict[str, int], batch_size: int
+) -> None:
+    groups = data.draw(st.lists(st.tuples(env_names, st.sampled_from(pool)), max_size=80))
+    least = {env: minimum * data.draw(st.integers(1, 10)) for env, minimum in least.items()}
+    assert attainable(counted(groups), least, batch_size) == attainable_one_by_one(groups, least, batch_size)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 2), (3, 4, 5)])
+def test_the_largest_batch_there_may_be_is_made(sizes: tuple[int, ...]) -> None:
+    """What is not linear in it takes hours, or all memory."""
+    batch_size = 1 << 20
+    waiting = {env: dict.fromkeys(sizes, batch_size) for env in "012"}
+    least = {"0": batch_size // 2, "1": batch_size // 3}
+    assert attainable(waiting, least, batch_size) == least
+    assert attainable({"0": {2: batch_size}}, least, batch_size - 1) is None
+    queue = [sizes[place % len(sizes)] for place in range(batch_size)]
+    chosen = choose(queue, batch_size)
+    assert chosen is not None
+    assert sum(queue[index] for index in chosen) == batch_size
+    assert len(chosen) > len(range(chosen[-1])) - max(sizes) ** 2, "of the oldest few are left out"
+
+
+@pytest.mark.parametrize("step", [1, TURN_EVERY])
+def test_a_large_batch_with_minimums_is_made(step: int) -> None:
+    batch_size = 1 << 16
+    groups = [("012"[place * place % 3], 1 + place % 2) for place in range(batch_size)]
+    least = {"0": batch_size // 3, "1": batch_size // 2}
+    met = attainable(counted(groups), least, batch_size)
+    assert met == least
+    chosen = batch_of(groups, batch_size, least, step)
+    assert chosen is not None
+    assert sum(groups[index][1] for index in chosen) == batch_size
+    assert all(taken(groups, chosen, env) >= minimum for env, minimum in least.items())
+
+
 # -- odd sizes ----------------------------------------------------------------------------------------------------
 
 

@@ -106,6 +106,12 @@ async def put(run: Run) -> None:
     assert await run.direct.redis.ttl(run.direct.keys.blob("g1")) == -1
 
 
+async def lengths(run: Run) -> None:
+    await run.filled()
+    run.lose("lengths")
+    assert [group.gid for group in await run.broker.queue.fetch(["g1", "g0"])] == ["g1", "g0"]
+
+
 async def form(run: Run) -> None:
     await run.filled()
     run.lose("form")
@@ -359,7 +365,7 @@ async def vote(run: Run) -> None:
 
 
 SCRIPTS = {case.__name__: case for case in (
-    arrive, put, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, adopt,
+    arrive, put, lengths, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, adopt,
     register_env,
     publish, steer, take_turn, append, note, found, join, beat, evict, meet, heal, open, claim, vote,
 )}  # fmt: skip

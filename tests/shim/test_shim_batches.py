@@ -248,7 +248,8 @@ async def test_any_replica_goes_on_where_another_ended(registered: httpx.AsyncCl
         clients = (registered, second)
         for number in range(8):
             await post(clients[number % 2], number)
-            await post(clients[1 - number % 2], number)  # sent again, to the other replica
+            again = await clients[1 - number % 2].post("/scored_data", json=group(number, 4))  # to the other replica
+            assert again.json()["status"] == "duplicate"
         for number in range(8):
             assert await take(clients[number % 3 % 2]) == [number]
         assert await take(second) is None

@@ -16,6 +16,7 @@ import pytest
 from trajectories import ENV, TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
+from lachesis.broker.audit import audit
 from lachesis.broker.codec import tokens_digest
 from lachesis.broker.records import Lineage, ServerStatus, TrainerConfig, WeightsEntry
 from lachesis.shim.app import build_app
@@ -35,24 +36,82 @@ async def dead(broker: Broker) -> list[dict[str, str]]:
 
 async def test_the_same_post_in_other_gzip_bytes_is_stored_once(registered: httpx.AsyncClient) -> None:
     body = json.dumps(group(1)).encode()
-    for compressed in (gzip.compress(body, 1, mtime=0), gzip.compress(body, 9, mtime=1)):
-        assert (await registered.post("/scored_data", content=compressed, headers=GZIP)).json() == {
-            "status": "received"
-        }
-    assert (await registered.post("/scored_data", content=body)).json() == {"status": "received"}
+    for compressed, status in ((gzip.compress(body, 1, mtime=0), "received"), (gzip.compress(body, 9), "duplicate")):
+        answer = await registered.post("/scored_data", content=compressed, headers=GZIP)
+        assert answer.json()["status"] == status
+    assert (await registered.post("/scored_data", content=body)).json()["status"] == "duplicate"
     assert (await registered.get("/status")).json()["queue_size"] == 1
 
 
 async def test_a_client_may_say_what_is_the_same_post(registered: httpx.AsyncClient) -> None:
-    for number, key in ((1, "a"), (2, "a"), (1, "b")):
-        await registered.post("/scored_data", json=group(number), headers={"Idempotency-Key": key})
+    for number, key, status in ((1, "a", "received"), (1, "a", "duplicate"), (1, "b", "received")):
+        answer = await registered.post("/scored_data", json=group(number), headers={"Idempotency-Key": key})
+        assert answer.json()["status"] == status
     assert (await registered.get("/status")).json()["queue_size"] == 2
+
+
+@pytest.mark.parametrize("path", ["/scored_data", "/scored_data_list"])
+async def test_a_known_idempotency_key_with_another_body_is_refused(
+    registered: httpx.AsyncClient, broker: Broker, path: str
+) -> None:
+    def body(number: int) -> Any:
+        return [group(number)] if path.endswith("list") else group(number)
+
+    async def post(number: int) -> httpx.Response:
+        return await registered.post(path, json=body(number), headers={"Idempotency-Key": "static"})
+
+    assert (await post(1)).json()["status"] == "received"
+    for aged in (False, True):
+        if aged:
+            (entry,) = [entry for _, entry in await broker.queue.queued()]
+            assert await broker.redis.delete(broker.keys.seen(entry.gid))
+        assert (await post(1)).json()["status"] == "duplicate"
+        answer = await post(2)
+        assert answer.status_code == 422
+        (detail,) = answer.json()["detail"]
+        assert detail["loc"] == ["header", "Idempotency-Key"]
+        assert detail["msg"] == (
+            "Idempotency-Key = 'static': was used for another body; use a new key for each post, and the same one to repeat it"
+        )
+    assert (await registered.get("/status")).json()["queue_size"] == 1
+
+
+async def test_a_repeat_is_told_and_counted_by_environment(registered: httpx.AsyncClient, broker: Broker) -> None:
+    for _ in range(2):
+        await registered.post("/register-env", json=ENV)
+    for env_id in (0, 1, 1):
+        answers = [(await registered.post("/scored_data", json=group(env_id, env_id=env_id))).json() for _ in range(2)]
+    assert answers[-1] == {
+        "status": "duplicate",
+        "detail": "not stored again: this body was accepted within the last 900 s (duplicate_window_s), or its group is not "
+        "trained yet; to have equal groups trained, give each post an Idempotency-Key of its own",
+    }
+    assert (await registered.get("/healthz")).json()["duplicates"] == {"0": 1, "1": 3}
+    assert (await broker.queue.status()).duplicates == {"0": 1, "1": 3}
+
+
+@pytest.mark.parametrize("window_s", [0, 1])
+async def test_each_epoch_is_trained_as_soon_as_the_window_lets_it(broker: Broker, window_s: int) -> None:
+    app = build_app(broker, ShimSettings(duplicate_window_s=window_s))
+    async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
+        await client.post("/register", json=TRAINER)
+        for _ in range(3):
+            assert [(await client.post("/scored_data", json=group(number))).json()["status"] for number in (1, 2, 2)] == [
+                "received", "received", "duplicate"
+            ]  # fmt: skip
+            assert [number_of(item) for item in (await client.get("/batch")).json()["batch"]] == [1, 2]
+            assert (await client.get("/batch")).json() == {"batch": None}  # acknowledges
+            for key in await broker.redis.keys(broker.keys.seen("*")):
+                await broker.redis.delete(key)  # as its time to live does
+    report = await audit(broker)
+    assert (report.findings, report.trained) == ([], 6)
 
 
 async def test_equal_groups_of_one_list_are_different_and_a_repeated_list_is_not(registered: httpx.AsyncClient) -> None:
     for _ in range(2):
         answer = await registered.post("/scored_data_list", json=[group(1), group(1), group(2)])
-        assert answer.json() == {"status": "received", "groups_processed": 3}
+        assert answer.json()["groups_processed"] == 3
+    assert (answer.json()["status"], answer.json()["duplicates"]) == ("duplicate", 3)
     assert (await registered.get("/status")).json()["queue_size"] == 3
     empty = await registered.post("/scored_data_list", json=[])
     assert empty.json() == {"status": "received", "groups_processed": 0}
@@ -69,7 +128,7 @@ async def test_groups_of_odd_sizes_are_called_buffered_and_wait_in_the_open(regi
 
     assert await post(1, 3, env_id=0) == {"status": "received"}
     assert await post(2, 2, env_id=0) == {"status": "buffered", "buffer_size": 2}
-    assert await post(2, 2, env_id=0) == {"status": "buffered", "buffer_size": 2}, "posted again"
+    assert (await post(2, 2, env_id=0))["status"] == "duplicate"
     for other in (None, 1, -1):
         assert await post(3, 2, env_id=other) == {"status": "received"}
     assert await post(4, 1, env_id=0) == {"status": "buffered", "buffer_size": 0}

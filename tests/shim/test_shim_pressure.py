@@ -13,15 +13,19 @@ from typing import Any
 import httpx
 import pytest
 from redis.exceptions import OutOfMemoryError
+from scored import group as scored
 from trajectories import TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
-from lachesis.broker.records import LedgerEntry, WeightsEntry
+from lachesis.broker.packing import pack, to_arrays, to_blob
+from lachesis.broker.records import LedgerEntry, Limits, TrainerConfig, WeightsEntry
 from lachesis.shim.app import build_app
+from lachesis.shim.pressure import LOOK_EVERY_S, WHY, Hold, Pressure, Size
 from lachesis.shim.settings import ShimSettings
 
 pytestmark = pytest.mark.anyio
+SCORED = scored(1)
 
 
 @asynccontextmanager
@@ -83,6 +87,92 @@ async def test_posts_are_paced_by_the_lag_they_would_have(broker: Broker) -> Non
         assert await held(fifth)
         assert (await client.get("/batch")).json()["batch"]
         assert await fifth == 200
+
+
+# -- together -----------------------------------------------------------------------------------------------------
+
+
+async def commands(broker: Broker) -> int:
+    return int((await broker.redis.info("stats"))["total_commands_processed"])
+
+
+async def test_held_posts_look_together_and_go_on_as_far_as_there_is_room(broker: Broker) -> None:
+    async with shim(broker, queue_quota_sequences=4) as client, asyncio.TaskGroup() as tasks:
+        await client.post("/register", json=TRAINER)
+        assert [await post(client, number) for number in range(2)] == [200, 200]
+        posts = [tasks.create_task(post(client, number)) for number in range(2, 62)]
+        await asyncio.wait(posts, timeout=1.0)  # until all of them are held
+        before, since = await commands(broker), time.monotonic()
+        await asyncio.wait(posts, timeout=0.5)
+        looks = (time.monotonic() - since) / LOOK_EVERY_S + 1
+        assert await commands(broker) - before <= 2 * looks + 2, "each look is one for all"
+        trained: list[int] = []
+        while len(trained) < 62:
+            assert (await broker.queue.status()).sequences <= 4
+            trained += map(number_of, (await client.get("/batch")).json()["batch"] or ())
+        assert sorted(trained) == list(range(62))
+        assert [await each for each in posts] == [200] * 60
+
+
+async def test_a_cancelled_post_leaves_nothing_behind(broker: Broker) -> None:
+    await broker.queue.put("g", SCORED, v_min=0, v_max=0)
+    pressure = Pressure(broker, Limits(sequences=1))
+    others = asyncio.all_tasks()
+    held_up = [asyncio.create_task(Hold(pressure).room()) for _ in range(3)]
+
+    async def full(_: Limits) -> str:
+        return "full"
+
+    held_up.append(asyncio.create_task(Hold(pressure).store(full)))  # type: ignore[arg-type]
+    while len(pressure) < 4:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    for task in held_up:
+        task.cancel()
+    await asyncio.wait(held_up)
+    assert len(pressure) == 0
+    while asyncio.all_tasks() - others:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["by PUT", "by Redis"])
+async def test_who_finds_no_room_tries_no_more_often_than_it_looks(broker: Broker, refused: bool) -> None:
+    """Though the counters tell of room: others are faster, or it is memory that lacks."""
+    tries, enough = 0, 5
+
+    async def put(_: Limits) -> str:
+        nonlocal tries
+        tries += 1
+        if tries > enough:
+            return "stored"
+        if refused:
+            raise OutOfMemoryError
+        return "full"
+
+    since = time.monotonic()
+    assert await Hold(Pressure(broker, Limits())).store(put) == "stored"
+    assert tries - 1 <= (time.monotonic() - since) / LOOK_EVERY_S
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [Limits(bytes=600), Limits(sequences=9), Limits(env_bytes=400), Limits(env_sequences=6), Limits(max_lag=2)],
+)
+async def test_who_is_let_go_is_who_put_would_store(broker: Broker, limits: Limits) -> None:
+    rng, replies, pressure = random.Random(1), set(), Pressure(broker, limits)
+    await broker.parties.register_trainer(TrainerConfig("g", "p", 4, 16, "", 1, 0, 1))
+    await broker.queue.subscribe("main")
+    for number in range(60):
+        size, env = rng.choice((1, 2, 4)), rng.choice((None, 0, 1))
+        arrays = to_arrays(scored(number, size, env))
+        stored = len(to_blob(pack(arrays), f"g{number}", v_min=0, v_max=0))
+        room = await pressure.look()
+        expected = room.refusal(Size("-" if env is None else str(env), size, stored))
+        reply = await broker.queue.put(f"g{number}", arrays, v_min=0, v_max=0, limits=limits)
+        assert WHY.get(reply, "") == expected
+        replies.add(reply)
+        if rng.random() < 0.2:
+            await broker.queue.lease_or_form("main", f"t{number}", 4, lapse_s=60)
+    assert len(replies) == 2
 
 
 async def test_what_grew_stale_is_dropped_and_told(broker: Broker) -> None:

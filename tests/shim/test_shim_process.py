@@ -50,7 +50,7 @@ def test_a_shim_killed_between_requests_loses_nothing_it_accepted(
         waiting.join()
         assert answers[0].json() == {"current_step": 1, "queue_size": 2}
         assert httpx.request("GET", f"{address}/status-env", json={"env_id": 0}).json()["queue_size"] == 2
-        assert httpx.post(f"{address}/scored_data", json=group(3)).json() == {"status": "received"}
+        assert httpx.post(f"{address}/scored_data", json=group(3)).json()["status"] == "duplicate"
         assert [number_of(item) for item in httpx.get(f"{address}/batch").json()["batch"]] == [2, 3]
         assert httpx.get(f"{address}/batch").json() == {"batch": None}
         second.send_signal(signal.SIGTERM)

@@ -240,7 +240,7 @@ async def test_health(registered: httpx.AsyncClient, run_name: str) -> None:
     await registered.post("/scored_data", json=group(1))
     assert (await registered.get("/healthz")).json() == {
         "status": "ok", "run": run_name, "groups": {"stored": 1, "duplicate": 1, "refused": 0},
-        "lineage": {"joined": 0, "unknown": 2, "mismatched": 0, "sent": 0}, "dead": 0, "dropped": {},
+        "lineage": {"joined": 0, "unknown": 2, "mismatched": 0, "sent": 0}, "dead": 0, "dropped": {}, "duplicates": {"-": 1},
     }  # fmt: skip
 
 
