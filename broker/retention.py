@@ -6,11 +6,10 @@ the newest step it no longer needs (`covered:<reader>`); what all have marked ma
 
 from __future__ import annotations
 
-import msgspec
 from msgspec import Struct
 from redis.exceptions import ResponseError
 
-from lachesis.broker.codec import from_entry
+from lachesis.broker.codec import read_entries, read_json
 from lachesis.broker.connection import Redis
 from lachesis.broker.crash import crash_point
 from lachesis.broker.keys import Keys
@@ -65,7 +64,7 @@ class Retention:
     async def archiver(self) -> ArchiverStatus | None:
         """The last heartbeat of the run's archiver; None if the run is not archived."""
         raw = await self._redis.hget(self._keys.state, ARCHIVER)
-        return msgspec.json.decode(raw, type=ArchiverStatus) if raw else None
+        return read_json(ArchiverStatus, raw)
 
     async def free(self) -> int:
         """Free what no reader needs and `keep_bytes` has no room for, oldest first. Returns the number of batches."""
@@ -75,15 +74,14 @@ class Retention:
         limit, freed, start = min((strict or marks).values(), default=0), 0, "-"
         names = self._keys
         while found := await self._redis.xrange(names.batches, start, f"{limit}-0", count=SLICE):
-            for id_, fields in found:
-                batch = from_entry(BatchEntry, fields)
+            for _, batch in read_entries(BatchEntry, found):
                 keys = [names.batches, names.state, names.settings, names.skipped, *map(names.blob, batch.gids)]
                 reply = await self._scripts.retire(keys=keys, args=[batch.step])
                 if reply == b"kept":
                     return freed
                 freed += reply == b"freed"
                 crash_point("retired", batch.step)
-                start = f"({id_.decode()}"  # a lossy shadow may want a few, and none after them
+            start = f"({found[-1][0].decode()}"  # a lossy shadow may want a few, and none after them
         return freed
 
     async def kept(self) -> Kept:

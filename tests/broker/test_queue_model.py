@@ -165,6 +165,9 @@ class QueueModel(RuleBasedStateMachine):
                 break
         if not own and not others:
             if reader.delivered == self.formed:
+                oversized = [gid for gid in self.waiting if self.size[gid] > BATCH]
+                self.waiting = [gid for gid in self.waiting if gid not in oversized]
+                self.dead += oversized
                 chosen = self.choose()
                 while chosen and self.drop_stale([self.waiting[index] for index in chosen]):
                     chosen = self.choose()
