@@ -26,6 +26,7 @@ from lachesis.broker.crash import crash_point
 from lachesis.broker.errors import Conflict, LachesisError, LeaseLost
 from lachesis.broker.keys import ARCHIVE
 from lachesis.broker.packing import CODEC
+from lachesis.broker.queue import read_ledger
 from lachesis.broker.records import ArchiverStatus, BatchEntry, LedgerEntry
 from lachesis.broker.retention import ARCHIVER
 
@@ -192,8 +193,7 @@ class Archiver:
         while len(found) < wanted and (
             entries := await self._broker.redis.xrange(self._broker.keys.ledger(self._policy), cursor, count=1000)
         ):
-            read = [entry for _, entry in read_entries(LedgerEntry, entries)]
-            found |= {entry.step: entry for entry in read if first <= entry.step <= last}
+            found |= {entry.step: entry for entry in read_ledger(entries) if first <= entry.step <= last}
             cursor = f"({entries[-1][0].decode()}"
         return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from msgspec import structs
@@ -311,15 +311,23 @@ class Queue:
         """All trained steps, oldest first, read in slices."""
         start = "-"
         while found := await self._redis.xrange(self._keys.ledger(policy), start, "+", count=1000):
-            for _, entry in read_entries(LedgerEntry, found):
-                yield entry
+            for id_, fields in found:
+                if entry := await self._trained(id_, fields):
+                    yield entry
             start = f"({found[-1][0].decode()}"
+
+    async def _trained(self, id_: bytes, fields: Mapping[bytes, bytes]) -> LedgerEntry | None:
+        """A step of a ledger. Where its entry does not tell the groups, the batch may: until a checkpoint covers it, it is kept."""
+        if readable := read_ledger([(id_, fields)]):
+            return readable[0]
+        batch = await self.batch(int(id_.partition(b"-")[0]))
+        return None if batch is None else LedgerEntry(batch.step, batch.gids, batch.n, batch.tok, v_min=batch.v_min)
 
     async def newest_committed(self, policy: str) -> LedgerEntry | None:
         end = "+"
         while found := await self._redis.xrevrange(self._keys.ledger(policy), end, count=1):
-            if readable := read_entries(LedgerEntry, found):
-                return readable[0][1]
+            if readable := read_ledger(found):
+                return readable[0]
             end = f"({found[0][0].decode()}"
         return None
 
@@ -357,3 +365,9 @@ class Queue:
         counts = dict((await self.status()).waiting.get(str(env.env_id), {}))
         counts.pop(env.config.group_size, None)
         return allot.left_over(counts, env.config.group_size)
+
+
+def read_ledger(found: Iterable[tuple[bytes, Mapping[bytes, bytes]]]) -> list[LedgerEntry]:
+    """Entries of a ledger. The step is in their ids, too; only of one that was finished late it is another."""
+    whole = [(id_, {b"step": id_.partition(b"-")[0], **fields}) for id_, fields in found]
+    return [entry for _, entry in read_entries(LedgerEntry, whole)]

@@ -123,20 +123,20 @@ class Lease(Struct, frozen=True):
 
 
 class LedgerEntry(Struct, frozen=True):
-    """One trained step (stream `ledger:<policy>`): what went in, what came out."""
+    """One trained step (stream `ledger:<policy>`): what went in, what came out. A trainer replays it by its groups alone."""
 
     step: int
     gids: tuple[str, ...]
-    n: int
-    tok: int
-    v_before: int
-    v_after: int
-    v_min: int
-    lag: int  # versions from v_min to the weights trained: v_before - v_min, and of a shadow's see trainer/lag.py
-    replica: str
-    reward: float
-    loss: float
-    seconds: float
+    n: int = 0
+    tok: int = 0
+    v_before: int = -1
+    v_after: int = -1
+    v_min: int = -1
+    lag: int = 0  # versions from v_min to the weights trained: v_before - v_min, and of a shadow's see trainer/lag.py
+    replica: str = ""
+    reward: float = 0.0
+    loss: float = 0.0
+    seconds: float = 0.0
     at: float = 0.0
 
 

@@ -22,7 +22,7 @@ from lachesis.broker.errors import Conflict
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.packing import from_blob, queue_entry
-from lachesis.broker.records import BatchEntry, GroupEntry, TrainerConfig
+from lachesis.broker.records import BatchEntry, Group, GroupEntry, TrainerConfig
 
 ATTEMPTS = 10  # while others register
 SLICE = 500  # entries read at a time
@@ -117,6 +117,11 @@ class Refit:
             pipe.hget(self._keys.state, "fitted")
             raw, fitted = await pipe.execute()
         return raw or b"", sizes_of(raw), fitted_to({b"fitted": fitted or b""})
+
+    async def why_not(self, group: Group) -> str:
+        """Why the registered trainer can't train a group; empty if it can, or nobody has registered."""
+        _, sizes, _ = await self._registered()
+        return sizes.why_not(len(group.tokens), max(map(len, group.tokens))) if sizes else ""
 
     # -- batches --------------------------------------------------------------------------------------------------
 

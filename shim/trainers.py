@@ -102,7 +102,8 @@ class HttpTrainers:
     async def acknowledge(self, consumer: str) -> None:
         """Commit the batch that was sent to this trainer last, free it, and forget it."""
         sent = await self._last(consumer)
-        while sent and not sent.whole and time.time() < sent.at + LAST_BYTE_S:
+        until = time.monotonic() + LAST_BYTE_S  # whatever the other replica's clock says
+        while sent and not sent.whole and time.time() < sent.at + LAST_BYTE_S and time.monotonic() < until:
             await asyncio.sleep(0.005)
             sent = await self._last(consumer)
         if sent is None or not sent.whole:
@@ -143,7 +144,7 @@ class HttpTrainers:
             return None
         name = max(seen, key=lambda trainer: seen[trainer])
         ago = time.time() - seen[name]
-        return f"trainer {name.decode()} was here {ago:.0f} s ago" if ago < ACTIVE_S else None
+        return f"trainer {name.decode()} was here {ago:.0f} s ago" if abs(ago) < ACTIVE_S else None
 
     async def _note(self, consumer: str, sent: Sent) -> None:
         await self._broker.scripts.note(

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from queued import put
 from scored import group, trained
@@ -32,6 +32,9 @@ entries = st.sampled_from(ENTRIES)
 fields = st.sampled_from(FIELDS)
 names = st.text("abcdefghij_", min_size=12, max_size=14)  # of no field that there is
 anything = st.binary(max_size=20)
+
+
+whatever_the_load = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def needed(record: msgspec.Struct) -> list[str]:
@@ -64,6 +67,7 @@ def test_groups_and_lineages_that_an_earlier_release_wrote_are_read() -> None:
 # -- any other order, more and fewer fields -----------------------------------------------------------------------
 
 
+@whatever_the_load
 @given(record=entries, more=st.dictionaries(names, anything, max_size=3), seed=st.integers(0, 99))
 def test_an_entry_is_read_in_any_order_and_beside_unknown_fields(
     record: msgspec.Struct, more: dict[str, bytes], seed: int
@@ -74,6 +78,7 @@ def test_an_entry_is_read_in_any_order_and_beside_unknown_fields(
     assert from_entry(type(record), dict(items)) == record
 
 
+@whatever_the_load
 @given(record=entries, data=st.data())
 def test_an_entry_that_lacks_what_is_needed_is_passed_over(record: msgspec.Struct, data: st.DataObject) -> None:
     lacking = {name.encode(): text.encode() for name, text in to_entry(record).items()}
@@ -83,6 +88,7 @@ def test_an_entry_that_lacks_what_is_needed_is_passed_over(record: msgspec.Struc
     assert bool(found) is (missing not in needed(record))
 
 
+@whatever_the_load
 @given(record=entries, data=st.data())
 def test_no_value_of_an_entry_raises_anything_but_unreadable(record: msgspec.Struct, data: st.DataObject) -> None:
     spoilt = {name.encode(): text.encode() for name, text in to_entry(record).items()}
@@ -90,6 +96,7 @@ def test_no_value_of_an_entry_raises_anything_but_unreadable(record: msgspec.Str
     assert len(read_entries(type(record), [(b"1-0", spoilt)])) <= 1
 
 
+@whatever_the_load
 @given(record=fields, more=st.dictionaries(names, st.none() | st.integers() | names, max_size=3), data=st.data())
 def test_a_field_of_a_hash_is_read_likewise(record: msgspec.Struct, more: dict[str, Any], data: st.DataObject) -> None:
     values = {**more, **dict(reversed(msgspec.to_builtins(record).items()))}
@@ -99,6 +106,7 @@ def test_a_field_of_a_hash_is_read_likewise(record: msgspec.Struct, more: dict[s
     assert (read_json(type(record), json.dumps(values).encode()) is None) is (missing in needed(record))
 
 
+@whatever_the_load
 @given(record=fields, raw=anything)
 def test_what_is_no_record_counts_as_none(record: msgspec.Struct, raw: bytes) -> None:
     assert read_json(type(record), raw) is None
@@ -107,6 +115,7 @@ def test_what_is_no_record_counts_as_none(record: msgspec.Struct, raw: bytes) ->
             from_json(type(record), raw)
 
 
+@whatever_the_load
 @given(where=st.integers(0, 10**6), byte=st.integers(0, 255))
 def test_a_spoilt_group_or_lineage_is_told_as_such(where: int, byte: int) -> None:
     blob = bytearray(to_blob(pack(GROUP), "1f", v_min=0, v_max=0))
@@ -214,6 +223,20 @@ async def test_unreadable_records_fail_no_reader(broker: Broker) -> None:
     assert await broker.journal.newest(5, {"step"}) == ("1800000000000-0", [])
     assert (await audit(broker)).steps == 1
     assert await broker.queue.retire("main", 1) == 1
+
+
+@pytest.mark.anyio
+async def test_a_trained_step_without_its_groups_is_told_by_its_batch(broker: Broker) -> None:
+    await broker.queue.subscribe("main")
+    await put(broker, 1, 2)
+    lease = await broker.queue.lease_or_form("main", "a", 4, lapse_s=600)
+    assert lease is not None
+    await broker.queue.commit("main", lease, trained(lease.batch))
+    [(id_, _)] = await broker.redis.xrange(broker.keys.ledger("main"))
+    for fields in ({"loss": "0.5"}, {"gids": "g1 g2"}):
+        await broker.redis.delete(broker.keys.ledger("main"))
+        await broker.redis.xadd(broker.keys.ledger("main"), fields, id=id_)
+        assert [(entry.step, entry.gids) async for entry in broker.queue.ledger("main")] == [(1, ("g1", "g2"))]
 
 
 @pytest.mark.anyio
