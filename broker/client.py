@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar
 import anyio.from_thread
 from anyio.from_thread import BlockingPortal
 
+from lachesis.broker.codec import read_seconds
 from lachesis.broker.connection import HEARTBEATS, open_redis
 from lachesis.broker.dead import DeadLetters
 from lachesis.broker.journal import Journal
@@ -97,7 +98,7 @@ class Broker:
     async def runs(self) -> dict[str, float]:
         """All enlisted runs of this Redis, oldest first, and when they came."""
         raw = await self.redis.hgetall(RUNS)
-        found = {name.decode(): float(since) for name, since in raw.items()}
+        found = {name.decode(errors="replace"): read_seconds(since) for name, since in raw.items()}
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
     async def forget(self) -> None:

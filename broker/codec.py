@@ -111,6 +111,23 @@ def read_json(kind: type[T], raw: bytes | None) -> T | None:
         return None
 
 
+def read_number(value: bytes | None) -> int:
+    """A counter or a mark; 0 if there is none, or what is there is no integer."""
+    try:
+        return int(value or 0)
+    except ValueError:
+        tell_once(f"no integer: {str(value)[:SHOWN]}")
+        return 0
+
+
+def read_seconds(value: bytes) -> float:
+    """A time that is kept, in seconds since 1970; long ago if it can't be read."""
+    try:
+        return float(value)
+    except ValueError:
+        return 0.0
+
+
 def read_entries(kind: type[T], found: Iterable[tuple[bytes, Mapping[bytes, bytes]]]) -> list[tuple[bytes, T]]:
     """(id, record) of stream entries. Those that can't be read are passed over and told."""
     records = []

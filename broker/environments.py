@@ -26,11 +26,20 @@ class Alive:
 
     def __init__(self, envs: Iterable[EnvRecord] = ()) -> None:
         self.shares: dict[int, float] = {}
+        self._total: float | None = 0.0
         self.minimums: dict[str, float] = {}  # of a batch, in the order of ids; without those that have none
         for env in sorted(envs, key=lambda env: env.env_id):
             self.add(env)
 
+    @property
+    def total(self) -> float:
+        """Of all shares."""
+        if self._total is None:
+            self._total = sum(self.shares.values())
+        return self._total
+
     def add(self, env: EnvRecord) -> None:
+        self._total = None
         out_of_order = bool(self.shares) and env.env_id < next(reversed(self.shares))
         self.shares[env.env_id] = share(env)
         if env.config.min_batch_allocation:
@@ -40,6 +49,7 @@ class Alive:
             self.minimums = dict(sorted(self.minimums.items(), key=lambda item: int(item[0])))
 
     def drop(self, env_id: int) -> None:
+        self._total = None
         self.shares.pop(env_id, None)
         self.minimums.pop(str(env_id), None)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from lachesis.broker import allot
-from lachesis.broker.codec import SHOWN, from_entry, tell_once, to_entry
+from lachesis.broker.codec import from_entry, read_number, to_entry
 from lachesis.broker.connection import Redis
 from lachesis.broker.environments import Environments
 from lachesis.broker.errors import Unreadable
@@ -163,10 +163,10 @@ def read_status(state: Mapping[bytes, bytes]) -> QueueStatus:
     waiting: dict[str, dict[int, int]] = {}
     for field in state:
         if field.startswith(b"waiting:") and (found := _WAITING.fullmatch(field)):
-            waiting.setdefault(found[1].decode(), {})[int(found[2])] = _number(state[field])
+            waiting.setdefault(found[1].decode(), {})[int(found[2])] = read_number(state[field])
 
     def counter(name: bytes) -> int:
-        return _number(state.get(name, b"0"))
+        return read_number(state.get(name, b"0"))
 
     return QueueStatus(
         groups=counter(b"groups") + counter(b"undelivered_groups"),
@@ -180,16 +180,8 @@ def read_status(state: Mapping[bytes, bytes]) -> QueueStatus:
         purged=counter(b"purged"),
         untrainable=counter(b"untrainable"),
         dropped={
-            name.removeprefix(b"dropped:").decode(errors="replace"): _number(count)
+            name.removeprefix(b"dropped:").decode(errors="replace"): read_number(count)
             for name, count in state.items()
             if name.startswith(b"dropped:")
         },
     )
-
-
-def _number(value: bytes) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        tell_once(f"a counter that is no number: {value[:SHOWN]!r}")
-        return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from msgspec import Struct
 from redis.exceptions import ResponseError
 
-from lachesis.broker.codec import read_entries, read_json
+from lachesis.broker.codec import read_entries, read_json, read_number
 from lachesis.broker.connection import Redis
 from lachesis.broker.crash import crash_point
 from lachesis.broker.keys import Keys
@@ -59,7 +59,7 @@ class Retention:
         if not names:
             return {}
         marks = await self._redis.hmget(self._keys.state, [f"covered:{name}" for name in names])
-        return {name: int(mark or 0) for name, mark in zip(names, marks, strict=True)}
+        return {name: read_number(mark) for name, mark in zip(names, marks, strict=True)}
 
     async def archiver(self) -> ArchiverStatus | None:
         """The last heartbeat of the run's archiver; None if the run is not archived."""
@@ -94,10 +94,10 @@ class Retention:
             length, first, last, kept, keep = await pipe.execute()
         return Kept(
             batches=length,
-            bytes=int(kept or 0),
+            bytes=read_number(kept),
             first=_step(first),
             last=_step(last),
-            keep_bytes=int(keep or 0),
+            keep_bytes=read_number(keep),
             covered=await self.readers(),
         )
 

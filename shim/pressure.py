@@ -18,6 +18,7 @@ from redis.exceptions import OutOfMemoryError
 from starlette.exceptions import HTTPException
 
 from lachesis.broker import Broker
+from lachesis.broker.codec import read_number
 from lachesis.broker.records import Limits
 
 HOLD_S = 240.0
@@ -65,7 +66,7 @@ class Hold:
             return ""
         redis, keys = self._broker.redis, self._broker.keys
         held = await redis.hmget(keys.state, ["bytes", "sequences", "formed", "delivered"])
-        stored, sequences, formed, delivered = (int(value or 0) for value in held)
+        stored, sequences, formed, delivered = map(read_number, held)
         if 0 < limits.bytes <= stored or 0 < limits.sequences <= sequences:
             return WHY["full"]
         if limits.max_lag and (config := await self._broker.parties.trainer_config()):

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lachesis.broker import Broker
-from lachesis.broker.codec import read_json
+from lachesis.broker.codec import read_json, read_number
 from lachesis.broker.environments import Alive, share
 from lachesis.broker.forming import read_status
 from lachesis.broker.records import EnvRecord, QueueStatus, TrainerConfig
@@ -32,7 +32,7 @@ class EnvIdentifier(Struct):
 async def current_step(broker: Broker, status: QueueStatus | None = None) -> int:
     """Steps delivered, plus those that the registered trainer had behind it when it came to this run."""
     status = status or await broker.queue.status()
-    return status.delivered + int(await broker.redis.hget(broker.keys.trainers, "step_offset") or 0)
+    return status.delivered + read_number(await broker.redis.hget(broker.keys.trainers, "step_offset"))
 
 
 async def buffered(broker: Broker, env_id: int | None, sequences: int) -> int | None:
@@ -76,7 +76,7 @@ def env_status(
 
 
 def _weight(env: EnvRecord | None, alive: Alive) -> float:
-    total = sum(alive.shares.values())
+    total = alive.total
     return max(MIN_ENV_WEIGHT, share(env) / total) if env and total > 0 else 1.0
 
 
@@ -100,7 +100,7 @@ class StatusRoutes:
         queue = read_status(state)
         trainer = read_json(TrainerConfig, config)
         told = env_status(env, env_id, await environments.take(called), queue, trainer)
-        return JSONResponse({"current_step": queue.delivered + int(offset or 0), **told})
+        return JSONResponse({"current_step": queue.delivered + read_number(offset), **told})
 
     async def healthz(self, _: Request) -> Response:
         """200 while Redis answers, else 503; with what the run dropped, and the counts of this process since it started."""

@@ -18,7 +18,7 @@ from redis.exceptions import ResponseError
 from starlette.requests import Request
 
 from lachesis.broker import Broker, LeaseLost
-from lachesis.broker.codec import read_json
+from lachesis.broker.codec import read_json, read_seconds
 from lachesis.broker.keys import check_name
 from lachesis.broker.records import BatchEntry, Lease, LedgerEntry
 from lachesis.shim.runs import TRAINER
@@ -139,7 +139,7 @@ class HttpTrainers:
         if await self._broker.parties.writer(self._policy, ttl_s=1).locked():
             return f"a trainer holds policy {self._policy!r}"
         fields = await self._broker.redis.hgetall(self._broker.keys.trainers)
-        seen = {name: _seconds(at) for name, at in fields.items() if name.startswith(b"http:")}
+        seen = {name: read_seconds(at) for name, at in fields.items() if name.startswith(b"http:")}
         if not seen:
             return None
         name = max(seen, key=lambda trainer: seen[trainer])
@@ -154,11 +154,3 @@ class HttpTrainers:
     async def _last(self, consumer: str) -> Sent | None:
         raw = await self._broker.redis.hget(self._broker.keys.state, self._field(consumer))
         return read_json(Sent, raw)
-
-
-def _seconds(value: bytes) -> float:
-    """A time that is kept; long ago if it can't be read."""
-    try:
-        return float(value)
-    except ValueError:
-        return 0.0

@@ -200,7 +200,8 @@ async def test_unreadable_records_fail_no_reader(broker: Broker) -> None:
         await redis.hset(hash_, "7", '{"written": "by hand"}')
     await redis.hset(keys.trainers, "config", '{"batch_size": 4}')
     await redis.hset(keys.state, mapping={"archiver": "{}", "waiting:0": "1", "dead": "some"})
-    await redis.hset(keys.settings, "shadow:other", "lossless, please")
+    await redis.hset(keys.settings, mapping={"shadow:other": "lossless, please"})
+    await redis.hset(keys.state, mapping={"max_lag": "few", "covered:other": "all"})
 
     assert [entry.step async for entry in broker.queue.ledger("main")] == [1]
     assert (await broker.queue.newest_committed("main")) is not None
@@ -218,6 +219,9 @@ async def test_unreadable_records_fail_no_reader(broker: Broker) -> None:
     assert await broker.parties.servers() == []
     assert [token.revoked_at for token in await broker.tokens.all()] == [0.0]  # the run does not become open
     assert await broker.queue.retention.archiver() is None
+    assert await broker.queue.retention.readers() == {"main": 0}
+    assert (await broker.queue.retention.kept()).keep_bytes == 0
+    assert await broker.queue.staleness.rule() == (0, 0)
     assert (await broker.queue.status()).dead == 0
     assert [reading.policy for reading in await broker.queue.shadows.readings()] == ["main"]
     assert await broker.journal.newest(5, {"step"}) == ("1800000000000-0", [])
