@@ -131,6 +131,11 @@ class HttpTrainers:
             await self._broker.queue.commit(self._policy, Lease(batch, consumer, 1), entry)
         except LeaseLost as error:
             log.warning("batch_lost", trainer=consumer, step=batch.step, reason=str(error))
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            log.warning("batch_lost", trainer=consumer, step=batch.step, reason="all batches were deleted")
+            await self._broker.queue.subscribe(self._policy)
         await self._broker.queue.retire(self._policy, await self._broker.queue.settled(self._policy))
         await self._broker.redis.hdel(self._broker.keys.state, self._field(consumer))
 

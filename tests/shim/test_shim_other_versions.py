@@ -127,6 +127,19 @@ async def test_an_http_trainer_whose_batch_another_has_trained_is_told_in_the_lo
     assert [entry.replica async for entry in broker.queue.ledger("main")] == ["http:fast"]
 
 
+async def test_a_trainer_whose_batches_were_all_deleted_goes_on_with_the_next(
+    registered: httpx.AsyncClient, broker: Broker
+) -> None:
+    for number in (1, 2):
+        await registered.post("/scored_data", json=group(number, 4))
+    assert (await registered.get("/batch")).json()["batch"]
+    await broker.redis.delete(broker.keys.batches)
+    batch = (await registered.get("/batch")).json()["batch"]
+    assert [item["tokens"][0][0] for item in batch] == [2]
+    assert (await registered.get("/batch")).json() == {"batch": None}
+    assert [entry.step async for entry in broker.queue.ledger("main")] == [2]
+
+
 # -- bounds of versions -------------------------------------------------------------------------------------------
 
 
