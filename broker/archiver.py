@@ -21,11 +21,12 @@ from structlog.stdlib import BoundLogger
 
 from lachesis.broker.archive import Archive, Archived, Header
 from lachesis.broker.client import Broker
-from lachesis.broker.codec import from_entry
+from lachesis.broker.codec import read_entries
 from lachesis.broker.crash import crash_point
 from lachesis.broker.errors import Conflict, LachesisError, LeaseLost
 from lachesis.broker.keys import ARCHIVE
 from lachesis.broker.packing import CODEC
+from lachesis.broker.queue import read_ledger
 from lachesis.broker.records import ArchiverStatus, BatchEntry, LedgerEntry
 from lachesis.broker.retention import ARCHIVER
 
@@ -161,7 +162,11 @@ class Archiver:
             if not found:  # freed before this run was archived
                 self._seen = trained
                 return False
-            batch = from_entry(BatchEntry, found[0][1])
+            step = int(found[0][0].partition(b"-")[0])
+            batch = next((entry for _, entry in read_entries(BatchEntry, found)), None)
+            if batch is None or batch.step != step:
+                self._seen = self._newest = step  # it can't be archived, and isn't kept for that
+                continue
             self._seen = self._newest = batch.step
             if batch.step not in ledger:  # the policy gave it up; it is kept for another one
                 continue
@@ -188,8 +193,7 @@ class Archiver:
         while len(found) < wanted and (
             entries := await self._broker.redis.xrange(self._broker.keys.ledger(self._policy), cursor, count=1000)
         ):
-            read = [from_entry(LedgerEntry, fields) for _, fields in entries]
-            found |= {entry.step: entry for entry in read if first <= entry.step <= last}
+            found |= {entry.step: entry for entry in read_ledger(entries) if first <= entry.step <= last}
             cursor = f"({entries[-1][0].decode()}"
         return found
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct, field
 
 from lachesis.broker.client import Broker
-from lachesis.broker.codec import from_entry
+from lachesis.broker.codec import read_entries
 from lachesis.broker.forming import read_status
+from lachesis.broker.queue import read_ledger
 from lachesis.broker.records import BatchEntry, DeadEntry, GroupEntry, LedgerEntry, QueueStatus
 
 SHOWN = 5  # examples named in a finding
@@ -40,9 +41,10 @@ async def audit(broker: Broker, policy: str = "main") -> AuditReport:
     """Check one policy's ledger against what was accepted. Safe on a live run: the moving parts are read at one instant."""
     redis, keys = broker.redis, broker.keys
     # ledger entries never change, so only the tail needs to be read at the same instant as the moving parts
-    ledger, cursor = [], "-"
+    ledger: list[LedgerEntry] = []
+    cursor = "-"
     while found := await redis.xrange(keys.ledger(policy), cursor, count=1000):
-        ledger += [from_entry(LedgerEntry, fields) for _, fields in found]
+        ledger += read_ledger(found)
         cursor = f"({found[-1][0].decode()}"
     async with redis.pipeline(transaction=True) as pipe:
         pipe.xrange(keys.groups)
@@ -52,13 +54,13 @@ async def audit(broker: Broker, policy: str = "main") -> AuditReport:
         pipe.hgetall(keys.skipped)
         pipe.hgetall(keys.state)
         raw_groups, raw_batches, raw_tail, raw_dead, raw_skipped, raw_state = await pipe.execute()
-    ledger += [from_entry(LedgerEntry, fields) for _, fields in raw_tail]
-    queued = [from_entry(GroupEntry, fields) for _, fields in raw_groups]
+    ledger += read_ledger(raw_tail)
+    queued = [entry for _, entry in read_entries(GroupEntry, raw_groups)]
     committed = {entry.step: entry for entry in ledger}
-    batches = [from_entry(BatchEntry, fields) for _, fields in raw_batches]
+    batches = [entry for _, entry in read_entries(BatchEntry, raw_batches)]
     skipped = _steps_of(policy, raw_skipped)
     open_batches = [batch for batch in batches if batch.step not in committed and batch.step not in skipped]
-    dead = [from_entry(DeadEntry, fields).gid for _, fields in raw_dead]
+    dead = [entry.gid for _, entry in read_entries(DeadEntry, raw_dead)]
     without = [gid for gids in skipped.values() for gid in gids]
     purged = int(raw_state.get(b"purged", 0))
     unseen = int(raw_state.get(f"unseen:{policy}".encode(), 0))

@@ -11,8 +11,8 @@ from typing import ParamSpec, TypeVar
 
 import anyio.from_thread
 from anyio.from_thread import BlockingPortal
-from redis.exceptions import ResponseError
 
+from lachesis.broker.codec import read_seconds
 from lachesis.broker.connection import HEARTBEATS, open_redis
 from lachesis.broker.dead import DeadLetters
 from lachesis.broker.journal import Journal
@@ -23,6 +23,7 @@ from lachesis.broker.members import Members
 from lachesis.broker.parties import Parties
 from lachesis.broker.pools import Pools
 from lachesis.broker.queue import AGAIN, Queue
+from lachesis.broker.records import LONGEST_WINDOW_S
 from lachesis.broker.server import check_server
 from lachesis.broker.tokens import Tokens
 from lachesis.broker.weights import Weights
@@ -32,6 +33,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 RESET_SLICE = 1000
+CLOCKS_S = 3600  # by which the clocks of trainers may differ
 
 
 class Connections:
@@ -97,7 +99,7 @@ class Broker:
     async def runs(self) -> dict[str, float]:
         """All enlisted runs of this Redis, oldest first, and when they came."""
         raw = await self.redis.hgetall(RUNS)
-        found = {name.decode(): float(since) for name, since in raw.items()}
+        found = {name.decode(errors="replace"): read_seconds(since) for name, since in raw.items()}
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
     async def forget(self) -> None:
@@ -112,27 +114,16 @@ class Broker:
     async def reset(self) -> None:
         """Forget the run's queue, batches, ledgers, dead letters and registrations; weights, logs, refused posts stay.
 
-        What was posted before may be posted again.
+        What was posted before may be posted again; what is posted meanwhile is forgotten, or comes after. One script does it.
         """
-        try:
-            readers = await self.redis.xinfo_groups(self.keys.batches)
-        except ResponseError:  # no batch was ever formed
-            readers = []
-        policies = [reader["name"].decode() for reader in readers]
-        gids = {entry.gid for _, entry in await self.queue.queued()}
-        gids.update(gid for batch in await self.queue.batches() for gid in batch.gids)
-        gids.update(letter.entry.gid for letter in await self.dead.accepted())
-        for policy in policies:
-            gids.update([gid async for entry in self.queue.ledger(policy) for gid in entry.gids])
-        posts = gids | {gid.partition(AGAIN)[0] for gid in gids}
-        groups = [*map(self.keys.blob, gids), *map(self.keys.seen, posts)]
-        for start in range(0, len(groups), RESET_SLICE):
-            await self.scripts.reset(keys=groups[start : start + RESET_SLICE])
         keys = self.keys
-        named = [keys.groups, keys.batches, keys.dead, keys.skipped, keys.trained, keys.state, keys.envs, keys.trainers]
-        for of_policy in (keys.ledger, keys.replicas, keys.members, keys.beats, keys.meeting, keys.work):
-            named += map(of_policy, policies)
-        await self.scripts.reset(keys=named)
+        prefix = keys.groups.removesuffix("groups")
+        named = [keys.groups, keys.batches, keys.dead, keys.skipped, keys.trained, keys.state, keys.envs, keys.heard]
+        named.append(keys.trainers)
+        of_policy = (keys.ledger, keys.replicas, keys.members, keys.beats, keys.meeting, keys.work)
+        marked_after = int((time.time() - LONGEST_WINDOW_S - CLOCKS_S) * 1000)
+        names = [name("").removeprefix(prefix) for name in of_policy]
+        await self.scripts.reset(keys=named, args=[prefix, AGAIN, marked_after, *names])
         self.parties.forget_envs()
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from functools import cache
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, lru_cache
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+import structlog
 from msgspec import Struct
 
+from lachesis.broker.errors import Unreadable
+
 GID_BYTES = 12
+SHOWN = 300  # characters of a record that are repeated in an error
 _INT32 = np.dtype("<i4")  # to compare with a name takes longer
 
 T = TypeVar("T", bound=Struct)
@@ -63,6 +68,11 @@ def to_entry(record: Struct) -> dict[str, str]:
     return {name: _text(getattr(record, name)) for name in record.__struct_fields__}
 
 
+def flat_entry(record: Struct) -> list[str]:
+    """The same as XADD takes it: fields and values in turn."""
+    return [text for pair in to_entry(record).items() for text in pair]
+
+
 @cache
 def _word_lists(kind: type[Struct]) -> tuple[str, ...]:
     """The fields that are tuples of words; to look that up takes longer than all the rest."""
@@ -70,12 +80,74 @@ def _word_lists(kind: type[Struct]) -> tuple[str, ...]:
 
 
 def from_entry(kind: type[T], fields: Mapping[bytes, bytes], **more: Any) -> T:
-    """The record of a stream entry; `more` adds what the entry's id says."""
-    values: dict[str, Any] = {key.decode(): value.decode() for key, value in fields.items()} | more
-    for name in _word_lists(kind):
-        if isinstance(values.get(name), str):
-            values[name] = tuple(values[name].split())
-    return msgspec.convert(values, kind, strict=False)
+    """The record of a stream entry; `more` adds what the entry's id says.
+
+    Fields of other versions are passed over. Raises Unreadable if one that is needed is missing or malformed.
+    """
+    try:
+        values: dict[str, Any] = {key.decode(): value.decode() for key, value in fields.items()} | more
+        for name in _word_lists(kind):
+            if isinstance(values.get(name), str):
+                values[name] = tuple(values[name].split())
+        return msgspec.convert(values, kind, strict=False)
+    except ValueError as error:  # msgspec's, and that of text that is no UTF-8
+        raise Unreadable(f"{kind.__name__} {str(dict(fields))[:SHOWN]}: {error}") from error
+
+
+def from_json(kind: type[T], raw: bytes) -> T:
+    """The record in a field of a hash. Raises Unreadable as `from_entry` does."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except ValueError as error:
+        raise Unreadable(f"{kind.__name__} {raw[:SHOWN]!s}: {error}") from error
+
+
+def read_json(kind: type[T], raw: bytes | None) -> T | None:
+    """The same where a record may be missing: None, and one that can't be read counts as missing, too, and is told."""
+    try:
+        return from_json(kind, raw) if raw else None
+    except Unreadable as error:
+        tell_once(str(error))
+        return None
+
+
+def read_number(value: bytes | None) -> int:
+    """A counter or a mark; 0 if there is none, or what is there is no integer."""
+    try:
+        return int(value or 0)
+    except ValueError:
+        tell_once(f"no integer: {str(value)[:SHOWN]}")
+        return 0
+
+
+def read_seconds(value: bytes) -> float:
+    """A time that is kept, in seconds since 1970; long ago if it can't be read."""
+    try:
+        return float(value)
+    except ValueError:
+        return 0.0
+
+
+def read_entries(kind: type[T], found: Iterable[tuple[bytes, Mapping[bytes, bytes]]]) -> list[tuple[bytes, T]]:
+    """(id, record) of stream entries. Those that can't be read are passed over and told."""
+    records = []
+    for id_, fields in found:
+        try:
+            records.append((id_, from_entry(kind, fields)))
+        except Unreadable as error:
+            tell_once(f"{id_.decode()}: {error}")
+    return records
+
+
+@lru_cache(maxsize=1000)
+def tell_once(what: str) -> None:
+    """Log what was passed over, not at every look."""
+    warn("unreadable, passed over", record=what)
+
+
+def warn(event: str, **what: object) -> None:
+    """Log to stderr, also where a command has set up no logging."""
+    structlog.wrap_logger(structlog.PrintLogger(sys.stderr)).warning(event, **what)
 
 
 def _text(value: object) -> str:

@@ -7,16 +7,16 @@ were trained without: notes only, whose data goes with the group's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from msgspec import Struct
 
-from lachesis.broker.codec import from_entry, to_entry
+from lachesis.broker.codec import read_entries, to_entry
 from lachesis.broker.connection import Redis
 from lachesis.broker.errors import NotFound
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
-from lachesis.broker.queue import queue_entry
+from lachesis.broker.packing import queue_entry
 from lachesis.broker.records import DeadEntry, Group
 
 SLICE = 1000
@@ -37,7 +37,7 @@ class Letter(Struct, frozen=True):
         if self.entry.reason != UNTRAINABLE:
             return None
         gid, _, row = self.entry.gid.rpartition("/")
-        return gid, int(row)
+        return (gid, int(row)) if row.isdecimal() else None
 
 
 def untrainable(gid: str, row: int, detail: str) -> DeadEntry:
@@ -101,11 +101,11 @@ class DeadLetters:
         letters: list[Letter] = []
         start = "-"
         while found := await self._redis.xrange(key, start, count=SLICE):
-            letters += [read_letter(id_, fields, accepted=accepted) for id_, fields in found]
-            start = f"({letters[-1].id}"
+            letters += [to_letter(id_, entry, accepted=accepted) for id_, entry in read_entries(DeadEntry, found)]
+            start = f"({found[-1][0].decode()}"
         return letters
 
 
-def read_letter(id_: bytes, fields: Mapping[bytes, bytes], *, accepted: bool) -> Letter:
+def to_letter(id_: bytes, entry: DeadEntry, *, accepted: bool) -> Letter:
     id_text = id_.decode()
-    return Letter(id_text, int(id_text.split("-")[0]) / 1000, accepted, from_entry(DeadEntry, fields))
+    return Letter(id_text, int(id_text.split("-")[0]) / 1000, accepted, entry)

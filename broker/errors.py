@@ -24,6 +24,10 @@ class ArchiveUnreadable(LachesisError, ValueError):
     """A segment of an archive is damaged, or of another format."""
 
 
+class Unreadable(LachesisError, ValueError):
+    """A record in Redis lacks what this version needs of it: another version wrote it, or somebody by hand."""
+
+
 class LeaseLost(LachesisError, RuntimeError):
     """The batch is no longer ours to commit: its lease lapsed or another writer took the policy over."""
 

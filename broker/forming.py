@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 
 from lachesis.broker import allot
-from lachesis.broker.codec import to_entry
+from lachesis.broker.codec import from_entry, read_number, to_entry
 from lachesis.broker.connection import Redis
+from lachesis.broker.environments import Environments
+from lachesis.broker.errors import Unreadable
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
-from lachesis.broker.parties import is_alive, read_envs
-from lachesis.broker.records import BatchEntry, QueueStatus
+from lachesis.broker.records import BatchEntry, GroupEntry, QueueStatus
+from lachesis.broker.refit import Refit, fitted_to, sizes_of
 from lachesis.broker.staleness import Staleness
 
 PATIENCE_S = 30.0  # a batch waits this long for a living environment with a minimum that has nothing queued
 MAX_SLICE = 1024  # entries read at a time
+ATTEMPTS = 100  # while other replicas are faster
+
+_WAITING = re.compile(rb"waiting:([\w-]+):(\d+)")
 
 Entry = tuple[bytes, Mapping[bytes, bytes]]  # a queued group's id and fields, as Redis replies them
 
@@ -23,43 +29,66 @@ Entry = tuple[bytes, Mapping[bytes, bytes]]  # a queued group's id and fields, a
 class Forming:
     """Forms batches of one run, together with every other replica that does."""
 
-    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys, staleness: Staleness) -> None:
-        self._redis, self._scripts, self._keys, self._staleness = redis, scripts, keys, staleness
+    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys, staleness: Staleness, refit: Refit) -> None:
+        self._redis, self._scripts, self._keys = redis, scripts, keys
+        self._staleness, self._refit = staleness, refit
+        self._environments = Environments(redis, keys)
 
-    async def form(self, batch_size: int) -> int | None:
+    async def form(self, batch_size: int, policy: str) -> int | None:
         """Form the next batch; its step, or None if the queue can't make one yet.
 
-        Groups that are too stale are not put into it, but dropped.
+        Groups that are too stale are not put into it, but dropped; those too large for it are moved out of the queue.
         Where it can't, the counters say so in constant time; where it can, about as many groups are read as are taken.
+        Counters that contradict the queue are made anew.
         """
-        while True:
+        refitted, conflicts = False, 0
+        while conflicts < ATTEMPTS:
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.hgetall(self._keys.state)
-                pipe.hgetall(self._keys.envs)
-                state, envs = await pipe.execute()
-            status, now = read_status(state), time.time()
-            alive = [env for env in read_envs(envs) if is_alive(env, now)]
-            minimums = allot.minimums(
-                {str(env.env_id): env.config.min_batch_allocation or 0.0 for env in alive}, batch_size
-            )
+                pipe.hget(self._keys.trainers, "config")
+                self._environments.ask(pipe)
+                state, registered, *called = await pipe.execute()
+            status, now, sizes = read_status(state), time.time(), sizes_of(registered)
+            if sizes and not refitted and (str(sizes) != fitted_to(state) or _any_larger(status, sizes.batch_size)):
+                await self._refit(policy)
+                refitted = True
+                continue
+            alive = await self._environments.take(called)
+            minimums = allot.minimums(alive.minimums, batch_size)
             attainable = allot.attainable(status.waiting, minimums, batch_size)
             if attainable is None or await self._is_worth_waiting(minimums, status, state, now):
                 return None
-            chosen = await self._choose(status, batch_size, attainable)
+            try:
+                chosen = await self._choose(status, batch_size, attainable)
+            except Unreadable:
+                chosen = None
+            if chosen and sizes and not refitted and _any_longer(chosen, sizes.max_token_len):
+                await self._refit(policy)
+                refitted = True
+                continue
             if chosen and await self._staleness.drop([(id_, int(fields[b"v_min"])) for id_, fields in chosen]):
                 continue
             if chosen:
                 reply = await self._commit(status.formed + 1, batch_size, chosen)
+                conflicts += 1
                 if reply != b"conflict":
                     return None if reply == b"held" else status.formed + 1
             if not chosen and int(await self._redis.hget(self._keys.state, "formed") or 0) == status.formed:
-                return None  # nobody was faster: the run was reset meanwhile
+                if refitted:
+                    return None
+                await self._refit(policy)  # nobody was faster: the counters are of groups that are not there
+                refitted = True
+        return None
 
     async def _is_worth_waiting(
         self, minimums: Mapping[str, int], status: QueueStatus, state: Mapping[bytes, bytes], now: float
     ) -> bool:
         """Whether to wait for an environment with a minimum that has nothing queued. FORM unmarks it when it has."""
         absent = {env: state.get(f"missing:{env}".encode()) for env in minimums if env not in status.waiting}
+        if gone := [
+            name for name in state if name.startswith(b"missing:") and name[8:].decode(errors="replace") not in minimums
+        ]:
+            await self._redis.hdel(self._keys.state, *gone)  # it has gone, and nobody waits for it any more
         if new := [f"missing:{env}" for env, since in absent.items() if since is None]:
             marks = [
                 text for field in new for text in (field, str(now))
@@ -68,7 +97,10 @@ class Forming:
         return any(since is None or 0 <= now - float(since) < PATIENCE_S for since in absent.values())
 
     async def _choose(self, status: QueueStatus, batch_size: int, minimums: Mapping[str, int]) -> list[Entry] | None:
-        """The groups of the batch, from the oldest part of the queue that has one; None if another replica took them."""
+        """The groups of the batch, from the oldest part of the queue that has one; None if another replica took them.
+
+        Raises Unreadable if an entry on the way is.
+        """
         counts = [item for sizes in status.waiting.values() for item in sizes.items()]
         groups, sequences = sum(count for _, count in counts), sum(size * count for size, count in counts)
         wanted = batch_size * groups // sequences + 8  # what a batch takes on average, and some more; then ever twice
@@ -80,13 +112,18 @@ class Forming:
             count = min(wanted - len(found), MAX_SLICE)
             slice_ = await self._redis.xrange(self._keys.groups, after, count=count)
             found += slice_
-            sizes += [int(fields[b"n"]) for _, fields in slice_]
-            envs += [fields[b"env"].decode() for _, fields in slice_]
+            try:
+                sizes += [int(fields[b"n"]) for _, fields in slice_]
+                envs += [fields[b"env"].decode() for _, fields in slice_]
+            except (KeyError, ValueError) as error:
+                raise Unreadable(f"an entry of the queue has no {error}") from error
             at_end = len(slice_) < count
             if len(found) < wanted and not at_end:
                 continue
             chosen = allot.next_batch(sizes, envs, batch_size, minimums, status.waiting, status.formed + 1)
             if chosen is not None:
+                for index in chosen:
+                    from_entry(GroupEntry, found[index][1])  # what is made of them below can be read
                 return [found[index] for index in chosen]
             if at_end:
                 return None
@@ -112,16 +149,24 @@ class Forming:
         )
 
 
+def _any_larger(status: QueueStatus, batch_size: int) -> bool:
+    """Whether a queued group has more sequences than a batch, posted while other settings were registered."""
+    return any(size > batch_size for sizes in status.waiting.values() for size in sizes)
+
+
+def _any_longer(chosen: Sequence[Entry], max_token_len: int) -> bool:
+    return any(int(fields.get(b"longest", 0)) > max_token_len for _, fields in chosen)
+
+
 def read_status(state: Mapping[bytes, bytes]) -> QueueStatus:
-    """The counters of the hash `state`. Formed but undelivered batches count as queued."""
+    """The counters of the hash `state`. Formed but undelivered batches count as queued. What is no number counts as 0."""
     waiting: dict[str, dict[int, int]] = {}
-    for field, count in state.items():
-        if field.startswith(b"waiting:"):
-            _, env, size = field.decode().split(":")
-            waiting.setdefault(env, {})[int(size)] = int(count)
+    for field in state:
+        if field.startswith(b"waiting:") and (found := _WAITING.fullmatch(field)):
+            waiting.setdefault(found[1].decode(), {})[int(found[2])] = read_number(state[field])
 
     def counter(name: bytes) -> int:
-        return int(state.get(name, 0))
+        return read_number(state.get(name, b"0"))
 
     return QueueStatus(
         groups=counter(b"groups") + counter(b"undelivered_groups"),
@@ -140,4 +185,8 @@ def read_status(state: Mapping[bytes, bytes]) -> QueueStatus:
 
 
 def _counters(state: Mapping[bytes, bytes], prefix: bytes) -> dict[str, int]:
-    return {name.removeprefix(prefix).decode(): int(count) for name, count in state.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix).decode(errors="replace"): read_number(count)
+        for name, count in state.items()
+        if name.startswith(prefix)
+    }

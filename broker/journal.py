@@ -41,7 +41,9 @@ class Journal:
         while len(found) < count or not end:
             entries = await self._redis.xrevrange(self._keys.metrics, start, count=SLICE)
             end = end or (entries[0][0].decode() if entries else "0-0")
-            found += [_text(fields) for _, fields in entries if fields[b"kind"].decode() in kinds]
+            found += [
+                _text(fields) for _, fields in entries if fields.get(b"kind", b"").decode(errors="replace") in kinds
+            ]
             if len(entries) < SLICE:
                 break
             start = f"({entries[-1][0].decode()}"
@@ -56,4 +58,4 @@ class Journal:
 
 
 def _text(fields: Mapping[bytes, bytes]) -> dict[str, str]:
-    return {name.decode(): value.decode() for name, value in fields.items()}
+    return {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}

@@ -123,8 +123,18 @@ class Keys:
         return self._key("envs")
 
     @property
+    def heard(self) -> str:
+        """When each environment called last."""
+        return self._key("heard")
+
+    @property
     def trainers(self) -> str:
         return self._key("trainers")
+
+    @property
+    def served(self) -> str:
+        """Until when each version was served, of late."""
+        return self._key("served")
 
     @property
     def tokens(self) -> str:

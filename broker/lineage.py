@@ -11,14 +11,13 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import structs
 
+from lachesis.broker.codec import read_json
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.records import Lineage
 
 TTL_S = 7200  # a record is kept for between half of this and all of it
 MAX_BYTES = 256 << 20
-
-_decoder = msgspec.json.Decoder(Lineage)
 
 
 class LineageStore:
@@ -38,9 +37,10 @@ class LineageStore:
     async def look_up(self, digests: Sequence[str]) -> list[Lineage | None]:
         keys = self._keys
         found = await self._scripts.arrive(
-            keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage], args=digests
+            keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage, keys.served],
+            args=digests,
         )
-        return [from_record(raw) if raw else None for raw in found[-1]]
+        return [from_record(raw) if raw else None for raw in found[4]]
 
 
 def to_record(lineage: Lineage) -> bytes:
@@ -50,7 +50,8 @@ def to_record(lineage: Lineage) -> bytes:
     return b"\n".join((msgspec.json.encode(structs.replace(lineage, log_probs=b"")), lineage.log_probs))
 
 
-def from_record(raw: bytes) -> Lineage:
+def from_record(raw: bytes) -> Lineage | None:
+    """None where it can't be read: then it is not known which versions made the generation."""
     head, _, log_probs = raw.partition(b"\n")
-    lineage = _decoder.decode(head)
-    return structs.replace(lineage, log_probs=log_probs) if log_probs else lineage
+    lineage = read_json(Lineage, head)
+    return structs.replace(lineage, log_probs=log_probs) if lineage and log_probs else lineage

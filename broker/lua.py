@@ -19,7 +19,7 @@ from lachesis.broker.wire import Command, Wire
 
 NAMES = (
     "arrive", "put", "lengths", "record", "bury", "form", "drop", "lease", "deliver", "renew", "commit", "retire", "cover", "leave", "requeue",
-    "purge", "subscribe", "acquire", "adopt", "register_env", "publish", "steer", "take_turn", "note", "append", "reset",
+    "refit", "purge", "subscribe", "acquire", "adopt", "register_env", "update_env", "hear", "report", "publish", "steer", "take_turn", "note", "append", "reset",
     "found", "join", "beat", "evict", "meet", "heal", "open", "claim", "vote",
 )  # fmt: skip
 
@@ -84,6 +84,7 @@ class Scripts:
     commit: Script
     retire: Script
     requeue: Script
+    refit: Script
     purge: Script
     subscribe: Script
     acquire: Script
@@ -91,7 +92,10 @@ class Scripts:
     cover: Script
     leave: Script
     register_env: Script
+    update_env: Script
+    hear: Script
     publish: Script
+    report: Script
     steer: Script
     take_turn: Script
     note: Script

@@ -9,6 +9,7 @@ every value is exactly a float32 (as those from an inference server are) and 8 w
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -18,7 +19,7 @@ from msgspec import Struct
 
 from lachesis.broker.codec import narrowed
 from lachesis.broker.errors import InvalidGroup
-from lachesis.broker.records import Group, ScoredGroup, Spans
+from lachesis.broker.records import Group, GroupEntry, ScoredGroup, Spans
 
 CODEC = "mp2z"
 PACKED_TYPE = "application/vnd.lachesis.group"  # media type of a packed group
@@ -187,14 +188,44 @@ def to_blob(
 
 
 def from_blob(blob: bytes) -> Group:
-    """A stored group."""
-    found = _blob_decoder.decode(blob)
+    """A stored group. Raises InvalidGroup if the bytes are none."""
+    try:
+        found = _blob_decoder.decode(blob)
+        sampled = _unpack_floats(found.sampled_logprobs)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise _not_packed(f"must be a stored group ({error})") from None
     group = unpack(found.packed)
     group.gid, group.v_min, group.v_max = found.gid, found.v_min, found.v_max
-    group.sampled_logprobs = _unpack_floats(found.sampled_logprobs)
+    group.sampled_logprobs = sampled
     if found.versions is not None:
         group.versions = found.versions
     return group
+
+
+def queue_entry(group: Group, stored_bytes: int) -> GroupEntry:
+    """The entry of a stored group, as PUT made it."""
+    mean, deviation = _spread(group.scores.tolist())
+    return GroupEntry(
+        gid=group.gid,
+        env="-" if group.env is None else str(group.env),
+        n=len(group.tokens),
+        tok=sum(map(len, group.tokens)),
+        score_mean=mean,
+        score_std=deviation,
+        v_min=group.v_min,
+        v_max=group.v_max,
+        bytes=stored_bytes,
+        codec=CODEC,
+        longest=max(map(len, group.tokens)),
+    )
+
+
+def _spread(scores: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; scaled, so that no square of a large score overflows."""
+    scale = max(map(abs, scores)) or 1.0
+    mean = sum(score / scale for score in scores) / len(scores)
+    deviation = (sum((score / scale - mean) ** 2 for score in scores) / len(scores)) ** 0.5
+    return mean * scale, deviation * scale
 
 
 def _not_packed(rule: str) -> InvalidGroup:

@@ -10,13 +10,17 @@ from msgspec import structs
 from redis.asyncio.lock import Lock
 from redis.exceptions import LockNotOwnedError
 
+from lachesis.broker.codec import read_json
 from lachesis.broker.connection import Redis
+from lachesis.broker.environments import Environments, read_env
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.records import EnvConfig, EnvRecord, ServerStatus, TrainerConfig
 
-ALIVE_S = 60.0  # an environment silent for longer counts for nothing; environments call ten times a second
 HEARD_EVERY_S = 5.0  # that an environment called is noted at most so often
+MOST_HEARD = 10_000  # environments that a process remembers to have noted
+REMEMBERED_S = 300.0  # a version that a server replaced so long ago may have begun a generation
+ONCE_S = 300  # a registration is not sent again after so long
 
 
 class WriterLock(Lock):
@@ -41,7 +45,8 @@ class Parties:
 
     def __init__(self, redis: Redis, heartbeats: Redis, scripts: Scripts, keys: Keys) -> None:
         self._redis, self._heartbeats, self._scripts, self._keys = redis, heartbeats, scripts, keys
-        self._heard: dict[int, EnvRecord] = {}
+        self.environments = Environments(redis, keys)
+        self._heard: dict[int, tuple[float, EnvRecord]] = {}  # when it was noted, by our clock
 
     # -- trainer --------------------------------------------------------------------------------------------------
 
@@ -49,15 +54,17 @@ class Parties:
         """Set the run's registration. Who may replace whose is the caller's to decide."""
         await self._scripts.note(keys=[self._keys.trainers], args=["config", msgspec.json.encode(config)])
 
-    async def adopt(self, earlier: TrainerConfig | None, config: TrainerConfig, *, step_offset: int) -> bool:
-        """Register `config` if `earlier` is still the registration; False if another took its place meanwhile."""
-        judged = "" if earlier is None else msgspec.json.encode(earlier)
-        args = [judged, msgspec.json.encode(config), step_offset]
+    async def adopt(self, judged: bytes | None, config: TrainerConfig, *, step_offset: int) -> bool:
+        """Register `config` if the registration is still the one `judged`, as it is kept; False if another took its place."""
+        args = [judged or b"", msgspec.json.encode(config), step_offset]
         return bool(await self._scripts.adopt(keys=[self._keys.trainers], args=args))
 
+    async def registration(self) -> bytes:
+        """The trainer's registration as it is kept; empty if there is none."""
+        return bytes(await self._redis.hget(self._keys.trainers, "config") or b"")
+
     async def trainer_config(self) -> TrainerConfig | None:
-        raw = await self._redis.hget(self._keys.trainers, "config")
-        return msgspec.json.decode(raw, type=TrainerConfig) if raw else None
+        return read_json(TrainerConfig, await self.registration())
 
     async def start(self) -> None:
         """A trainer has asked for its first batch: environments may begin."""
@@ -80,7 +87,8 @@ class Parties:
         """Give the environment an id. The same `nonce` gets the same id, so a resent request registers once."""
         record = EnvRecord(env_id=-1, name="", config=config, registered_at=time.time())
         env_id = await self._scripts.register_env(
-            keys=[self._keys.envs], args=[nonce, config.desired_name, msgspec.json.encode(record)]
+            keys=[self._keys.envs, self._keys.heard, self._keys.once(nonce)],
+            args=[ONCE_S, config.desired_name, msgspec.json.encode(record)],
         )
         self._heard.pop(int(env_id), None)
         found = await self.env(int(env_id))
@@ -89,26 +97,34 @@ class Parties:
         return found
 
     async def env(self, env_id: int) -> EnvRecord | None:
-        values = await self._redis.hmget(self._keys.envs, [str(env_id), f"heard:{env_id}"])
-        return _env(*values) if values[0] else None
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.hget(self._keys.envs, str(env_id))
+            pipe.zscore(self._keys.heard, str(env_id))
+            return read_env(*await pipe.execute())
 
     async def envs(self) -> list[EnvRecord]:
-        """All environments ever registered, by id; judge them by `is_alive`."""
-        return read_envs(await self._redis.hgetall(self._keys.envs))
+        """All environments ever registered, by id; judge them by `is_alive`. For people: it takes as long as there were many."""
+        raw: Mapping[bytes, bytes] = await self._redis.hgetall(self._keys.envs)
+        heard = dict(await self._redis.zrange(self._keys.heard, 0, -1, withscores=True))
+        found = [read_env(value, heard.get(key)) for key, value in raw.items() if key.isdigit()]
+        return sorted((env for env in found if env), key=lambda env: env.env_id)
 
     async def hear(self, env_id: int) -> EnvRecord | None:
         """An environment called: note when, and say who it is, as of a few seconds ago; None if it is not registered."""
-        now = time.time()
-        known = self._heard.get(env_id)
-        if known and 0 <= now - known.heard_at < HEARD_EVERY_S:
+        now = time.monotonic()
+        noted, known = self._heard.get(env_id, (-HEARD_EVERY_S, None))
+        if known and now - noted < HEARD_EVERY_S:
             return known
-        if (found := await self.env(env_id)) is not None:
-            await self._scripts.note(keys=[self._keys.envs], args=[f"heard:{env_id}", f"{now:.3f}"])
-            self._heard[env_id] = structs.replace(found, heard_at=now)
+        raw = await self._scripts.hear(keys=[self._keys.envs, self._keys.heard], args=[env_id])
+        if (found := read_json(EnvRecord, raw)) is not None:
+            if len(self._heard) >= MOST_HEARD:
+                self._heard.clear()
+            self._heard[env_id] = now, structs.replace(found, heard_at=time.time())
         return found
 
     async def update_env(self, record: EnvRecord) -> None:
-        await self._scripts.note(keys=[self._keys.envs], args=[str(record.env_id), msgspec.json.encode(record)])
+        args = [record.env_id, msgspec.json.encode(structs.replace(record, heard_at=0.0))]
+        await self._scripts.update_env(keys=[self._keys.envs], args=args)
 
     def forget_envs(self) -> None:
         """The run was reset: ids are given out anew."""
@@ -118,9 +134,8 @@ class Parties:
 
     async def report(self, status: ServerStatus) -> None:
         """Heartbeat of an inference server."""
-        await self._scripts.note(
-            keys=[self._keys.pools], args=[status.server, msgspec.json.encode(status)], client=self._heartbeats
-        )
+        args = [status.server, msgspec.json.encode(status), status.version, int(REMEMBERED_S * 1000)]
+        await self._scripts.report(keys=[self._keys.pools, self._keys.served], args=args, client=self._heartbeats)
 
     async def withdraw(self, server: str) -> None:
         await self._redis.hdel(self._keys.pools, server)
@@ -128,21 +143,5 @@ class Parties:
     async def servers(self, pool: str | None = None) -> list[ServerStatus]:
         """All inference servers ever heard of and not withdrawn; judge them by `heartbeat`."""
         raw = await self._redis.hvals(self._keys.pools)
-        found = [msgspec.json.decode(value, type=ServerStatus) for value in raw]
-        return [status for status in found if pool is None or status.pool == pool]
-
-
-def is_alive(env: EnvRecord, now: float) -> bool:
-    """Whether the environment has a share in weights and batches: it is connected, and called within ALIVE_S."""
-    return env.connected and now - env.heard_at < ALIVE_S
-
-
-def read_envs(raw: Mapping[bytes, bytes]) -> list[EnvRecord]:
-    """The environments in the hash `envs`, by id."""
-    records = [_env(value, raw.get(b"heard:" + key)) for key, value in raw.items() if key.isdigit()]
-    return sorted(records, key=lambda record: record.env_id)
-
-
-def _env(record: bytes, heard: bytes | None) -> EnvRecord:
-    env = msgspec.json.decode(record, type=EnvRecord)
-    return structs.replace(env, heard_at=float(heard) if heard else env.registered_at)
+        found = [read_json(ServerStatus, value) for value in raw]
+        return [status for status in found if status and (pool is None or status.pool == pool)]

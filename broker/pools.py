@@ -10,13 +10,14 @@ import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lachesis.broker.codec import from_entry, to_entry
+from lachesis.broker.codec import read_entries, to_entry
 from lachesis.broker.connection import Redis, wait_for_any
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.records import PoolRule, WeightsEntry
 
 KEEP_RULES = 1000  # entries, approximately
+LOOK_BACK = 3  # entries, should the newest be unreadable
 NONE = "0-0"  # id of the rule of a pool that was never given one
 
 NEWEST = PoolRule("newest")
@@ -28,6 +29,7 @@ class Orders(NamedTuple):
     rule_id: str
     rule: PoolRule
     newest: WeightsEntry | None
+    newest_id: str = NONE  # of the newest entry, which a version that can't be read may be behind
 
 
 class Pools:
@@ -38,7 +40,7 @@ class Pools:
 
     async def rule(self, pool: str) -> tuple[str, PoolRule]:
         """The pool's rule and its id, for `steer`."""
-        found = await self._redis.xrevrange(self._keys.rule(pool), count=1)
+        found = await self._redis.xrevrange(self._keys.rule(pool), count=LOOK_BACK)
         return _rule(found)
 
     async def steer(self, pool: str, rule: PoolRule, judged: str) -> bool:
@@ -49,15 +51,17 @@ class Pools:
     async def orders(self, pool: str, policy: str) -> Orders:
         """The pool's rule and the policy's newest version, as of one moment."""
         async with self._redis.pipeline(transaction=False) as pipeline:
-            pipeline.xrevrange(self._keys.rule(pool), count=1)
-            pipeline.xrevrange(self._keys.weights(policy), count=1)
+            pipeline.xrevrange(self._keys.rule(pool), count=LOOK_BACK)
+            pipeline.xrevrange(self._keys.weights(policy), count=LOOK_BACK)
             rules, versions = await pipeline.execute()
-        return Orders(*_rule(rules), from_entry(WeightsEntry, versions[0][1]) if versions else None)
+        readable = read_entries(WeightsEntry, versions)
+        return Orders(
+            *_rule(rules), readable[0][1] if readable else None, versions[0][0].decode() if versions else NONE
+        )
 
     async def wait_for_orders(self, pool: str, policy: str, known: Orders, timeout_s: float) -> None:
         """Return as soon as there is a rule or a version newer than those known, or after `timeout_s`."""
-        version = f"{known.newest.version}-1" if known.newest else NONE
-        cursors = {self._keys.rule(pool): known.rule_id, self._keys.weights(policy): version}
+        cursors = {self._keys.rule(pool): known.rule_id, self._keys.weights(policy): known.newest_id}
         await wait_for_any(self._blocking, cursors, timeout_s)
 
     async def take_turn(self, pool: str, server: str, at_once: int, ttl_s: float) -> bool:
@@ -83,4 +87,6 @@ def canaries(rule: PoolRule, servers: Iterable[str]) -> set[str]:
 
 
 def _rule(found: list[tuple[bytes, dict[bytes, bytes]]]) -> tuple[str, PoolRule]:
-    return (found[0][0].decode(), from_entry(PoolRule, found[0][1])) if found else (NONE, NEWEST)
+    """The newest rule that can be read, and the id of the newest, by which STEER judges."""
+    readable = read_entries(PoolRule, found)
+    return found[0][0].decode() if found else NONE, readable[0][1] if readable else NEWEST

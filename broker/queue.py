@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from itertools import count
 from typing import NamedTuple
 
-import msgspec
 from msgspec import structs
 from redis.exceptions import ResponseError
 
 from lachesis.broker import allot
-from lachesis.broker.codec import from_entry, to_entry
+from lachesis.broker.codec import from_entry, read_entries, read_json, tell_once, to_entry, warn
 from lachesis.broker.connection import Redis, wait_for_entries
-from lachesis.broker.errors import ConfigurationError, LeaseLost
+from lachesis.broker.errors import ConfigurationError, LeaseLost, Unreadable
 from lachesis.broker.forming import Forming, read_status
 from lachesis.broker.keys import ARCHIVE, Keys
 from lachesis.broker.lua import Scripts
-from lachesis.broker.packing import CODEC, from_blob, pack, to_arrays, to_blob
+from lachesis.broker.packing import from_blob, pack, queue_entry, to_arrays, to_blob
 from lachesis.broker.records import (
     DUPLICATE_WINDOW_S,
     MAX_DELIVERIES,
@@ -35,6 +34,7 @@ from lachesis.broker.records import (
     ScoredGroup,
     TrainerConfig,
 )
+from lachesis.broker.refit import Refit
 from lachesis.broker.retention import Retention
 from lachesis.broker.shadows import Rule, Shadows
 from lachesis.broker.staleness import Staleness
@@ -67,7 +67,8 @@ class Queue:
         self.staleness = Staleness(redis, scripts, keys)
         self.shadows = Shadows(redis, keys)
         self.retention = Retention(redis, scripts, keys, self.shadows)
-        self._forming = Forming(redis, scripts, keys, self.staleness)
+        self.refit = Refit(redis, scripts, keys)
+        self._forming = Forming(redis, scripts, keys, self.staleness, self.refit)
 
     # -- PUT ------------------------------------------------------------------------------------------------------
 
@@ -144,27 +145,26 @@ class Queue:
 
     # -- FORM -----------------------------------------------------------------------------------------------------
 
-    async def form(self, batch_size: int) -> int | None:
+    async def form(self, batch_size: int, policy: str = "main") -> int | None:
         """Form the next batch (see forming.py). Returns its step, or None if the queue can't make one yet.
 
-        Groups that are too stale by now are dropped on the way.
+        Groups that are too stale by now are dropped on the way. Where other settings were registered, all is first made
+        to fit them (see refit.py), on behalf of `policy`.
         """
-        return await self._forming.form(batch_size)
+        return await self._forming.form(batch_size, policy)
 
     async def starves(self) -> bool:
         """Whether the registered trainer would get no batch now: then no limit holds a group back, it may be the missing one.
 
         No where none has registered, and nobody knows what a batch is. From the counters.
         """
-        raw = await self._redis.hget(self._keys.trainers, "config")
-        if raw is None:
-            return False
-        return not makes_batch(await self.status(), msgspec.json.decode(raw, type=TrainerConfig).batch_size)
+        config = read_json(TrainerConfig, await self._redis.hget(self._keys.trainers, "config"))
+        return config is not None and not makes_batch(await self.status(), config.batch_size)
 
     async def queued(self, count: int | None = None) -> list[tuple[str, GroupEntry]]:
         """(entry id, entry) of queued groups, oldest first."""
         found = await self._redis.xrange(self._keys.groups, count=count)
-        return [(id_.decode(), from_entry(GroupEntry, fields)) for id_, fields in found]
+        return [(id_.decode(), entry) for id_, entry in read_entries(GroupEntry, found)]
 
     async def newest_group(self) -> str:
         """Where the queue's stream ends now; what `wait_for_group` counts from."""
@@ -200,21 +200,25 @@ class Queue:
         A batch that was lent `max_deliveries` times (0: any number) and never committed is given up instead. From now
         on it counts as delivered, so that environments make more; unless `delivered` is false: then from `deliver` on.
         """
-        reply = await self._scripts.lease(
-            keys=[
-                self._keys.batches,
-                self._keys.state,
-                self._keys.dead,
-                self._keys.skipped,
-                self._keys.settings,
-            ],
-            args=[policy, consumer, int(lapse_s * 1000), max_deliveries, int(delivered)],
-        )
-        if reply is None:
-            return None
-        _, flat, deliveries = reply
-        batch = from_entry(BatchEntry, dict(zip(flat[::2], flat[1::2], strict=True)))
-        return Lease(batch=batch, consumer=consumer, deliveries=int(deliveries))
+        keys = self._keys
+        while True:
+            gone, *lent = await self._scripts.lease(
+                keys=[keys.batches, keys.state, keys.dead, keys.skipped, keys.settings],
+                args=[policy, consumer, int(lapse_s * 1000), max_deliveries, int(delivered)],
+            )
+            if gone:
+                warn("batches were deleted before they were trained", run=keys.run, policy=policy, batches=gone)
+            if not lent:
+                return None
+            id_, flat, deliveries = lent
+            step = int(id_.partition(b"-")[0])
+            try:
+                batch = from_entry(BatchEntry, dict(zip(flat[::2], flat[1::2], strict=True)), step=step)
+            except Unreadable as error:
+                tell_once(str(error))
+                await self.refit(policy, apart=[step])  # which leaves one batch less
+                continue
+            return Lease(batch=batch, consumer=consumer, deliveries=int(deliveries))
 
     async def upcoming(self, policy: str, after: int) -> BatchEntry | None:
         """What `lease` lends to a reader that has step `after` in work once that is committed, if it is formed already.
@@ -234,17 +238,23 @@ class Queue:
             if rule is not None and rule.kind == "lossy":
                 skipped = int(await self._redis.hget(self._keys.state, "formed") or 0) - rule.max_behind
                 start = f"({max(skipped, int(start[1:].partition('-')[0]))}-0"
-        found = await self._redis.xrange(batches, start, count=1)
-        return from_entry(BatchEntry, found[0][1]) if found else None
+        while found := await self._redis.xrange(batches, start, count=1):
+            if readable := read_entries(BatchEntry, found):
+                return readable[0][1]
+            start = f"({found[0][0].decode()}"
+        return None
 
     async def lease_or_form(
         self, policy: str, consumer: str, batch_size: int, *, lapse_s: float, max_deliveries: int = MAX_DELIVERIES
     ) -> Lease | None:
-        """Like `lease`, forming a batch when none is waiting."""
-        lease = await self.lease(policy, consumer, lapse_s=lapse_s, max_deliveries=max_deliveries)
-        if lease is None and await self.form(batch_size) is not None:
+        """Like `lease`, forming a batch when none is waiting. One of another size is taken apart, and never lent."""
+        while True:
             lease = await self.lease(policy, consumer, lapse_s=lapse_s, max_deliveries=max_deliveries)
-        return lease
+            if lease is None and await self.form(batch_size, policy) is not None:
+                lease = await self.lease(policy, consumer, lapse_s=lapse_s, max_deliveries=max_deliveries)
+            if lease is None or lease.batch.n == batch_size:
+                return lease
+            await self.refit(policy, apart=[lease.batch.step])
 
     async def deliver(self, step: int) -> bool:
         """Batches up to `step` count as delivered from now on. False if they did already."""
@@ -256,6 +266,14 @@ class Queue:
             keys=[self._keys.batches], args=[policy, lease.consumer, lease.batch.step], client=self._heartbeats
         )
         return bool(reply == b"renewed")
+
+    async def lacks(self, gids: Sequence[str]) -> bool:
+        """Whether the data of one of these groups is gone."""
+        for start in range(0, len(gids), 1000):
+            part = [self._keys.blob(gid) for gid in gids[start : start + 1000]]
+            if await self._redis.exists(*part) < len(part):
+                return True
+        return False
 
     async def fetch(self, gids: Sequence[str]) -> list[Group]:
         """The groups themselves, in order. Raises LookupError naming a missing one."""
@@ -323,22 +341,34 @@ class Queue:
     async def batch(self, step: int) -> BatchEntry | None:
         """A formed batch that is still kept."""
         found = await self._redis.xrange(self._keys.batches, f"{step}-0", f"{step}-0")
-        return from_entry(BatchEntry, found[0][1]) if found else None
+        return next((entry for _, entry in read_entries(BatchEntry, found)), None)
 
     async def batches(self) -> list[BatchEntry]:
-        return [from_entry(BatchEntry, fields) for _, fields in await self._redis.xrange(self._keys.batches)]
+        return [entry for _, entry in read_entries(BatchEntry, await self._redis.xrange(self._keys.batches))]
 
     async def ledger(self, policy: str) -> AsyncIterator[LedgerEntry]:
         """All trained steps, oldest first, read in slices."""
         start = "-"
         while found := await self._redis.xrange(self._keys.ledger(policy), start, "+", count=1000):
             for id_, fields in found:
-                yield from_entry(LedgerEntry, fields)
-                start = f"({id_.decode()}"
+                if entry := await self._trained(id_, fields):
+                    yield entry
+            start = f"({found[-1][0].decode()}"
+
+    async def _trained(self, id_: bytes, fields: Mapping[bytes, bytes]) -> LedgerEntry | None:
+        """A step of a ledger. Where its entry does not tell the groups, the batch may: until a checkpoint covers it, it is kept."""
+        if readable := read_ledger([(id_, fields)]):
+            return readable[0]
+        batch = await self.batch(int(id_.partition(b"-")[0]))
+        return None if batch is None else LedgerEntry(batch.step, batch.gids, batch.n, batch.tok, v_min=batch.v_min)
 
     async def newest_committed(self, policy: str) -> LedgerEntry | None:
-        found = await self._redis.xrevrange(self._keys.ledger(policy), count=1)
-        return from_entry(LedgerEntry, found[0][1]) if found else None
+        end = "+"
+        while found := await self._redis.xrevrange(self._keys.ledger(policy), end, count=1):
+            if readable := read_ledger(found):
+                return readable[0]
+            end = f"({found[0][0].decode()}"
+        return None
 
     async def settled(self, policy: str) -> int:
         """The newest step such that it and every earlier one is committed or given up by `policy`; 0 if there is none.
@@ -381,26 +411,7 @@ def makes_batch(status: QueueStatus, batch_size: int) -> bool:
     return status.formed > status.delivered or allot.attainable(status.waiting, {}, batch_size) is not None
 
 
-def queue_entry(group: Group, stored_bytes: int) -> GroupEntry:
-    """The entry of a stored group, as PUT made it."""
-    mean, deviation = _spread(group.scores.tolist())
-    return GroupEntry(
-        gid=group.gid,
-        env="-" if group.env is None else str(group.env),
-        n=len(group.tokens),
-        tok=sum(map(len, group.tokens)),
-        score_mean=mean,
-        score_std=deviation,
-        v_min=group.v_min,
-        v_max=group.v_max,
-        bytes=stored_bytes,
-        codec=CODEC,
-    )
-
-
-def _spread(scores: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; scaled, so that no square of a large score overflows."""
-    scale = max(map(abs, scores)) or 1.0
-    mean = sum(score / scale for score in scores) / len(scores)
-    deviation = (sum((score / scale - mean) ** 2 for score in scores) / len(scores)) ** 0.5
-    return mean * scale, deviation * scale
+def read_ledger(found: Iterable[tuple[bytes, Mapping[bytes, bytes]]]) -> list[LedgerEntry]:
+    """Entries of a ledger. The step is in their ids, too; only of one that was finished late it is another."""
+    whole = [(id_, {b"step": id_.partition(b"-")[0], **fields}) for id_, fields in found]
+    return [entry for _, entry in read_entries(LedgerEntry, whole)]

@@ -1,21 +1,26 @@
 """The records that rooms exchange. No logic: how they become bytes is codec.py, how they move is the rest of the broker.
 
-Records named `…Entry` are stream entries: every field becomes readable text (see codec.to_entry). A sequence is one
+Records named `…Entry` are stream entries: every field becomes readable text (see codec.to_entry). Of what another version
+wrote, fields that are not named here are passed over. A field without a default is needed: a record that lacks it is
+passed over and told once (codec.read_entries, codec.read_json), or raises Unreadable. A sequence is one
 token list; a group is the sequences of one prompt; a step is one optimizer step of a policy, counted from 1; version v
 is the weights after step v, and version 0 the weights training started from.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 
 Spans: TypeAlias = tuple[tuple[int, int, int], ...]  # (version, start, end): tokens start to end - 1, in order
 DUPLICATE_WINDOW_S = (
     900  # for so long a repeated post is a retry: atroposlib's third and last begins some 630 s after the first
 )
+LONGEST_WINDOW_S = 24 * 3600  # that it may be set to; a replay's
+Count: TypeAlias = Annotated[int, Meta(ge=0)]
+Positive: TypeAlias = Annotated[int, Meta(ge=1)]
 MAX_DELIVERIES = 10  # a batch lent more often than this without being committed is given up
 
 
@@ -62,19 +67,20 @@ class Group(Struct, kw_only=True):
     )
 
 
-class GroupEntry(Struct, frozen=True):
-    """One accepted, not yet batched group (stream `groups`)."""
+class GroupEntry(Struct, frozen=True, kw_only=True):
+    """One accepted, not yet batched group (stream `groups`). One that can't be read becomes a dead letter (see refit.py)."""
 
     gid: str
     env: str  # env id, or "-" where the environment did not say
-    n: int  # sequences
-    tok: int  # tokens
-    score_mean: float
-    score_std: float
+    n: Positive  # sequences
+    tok: Count  # tokens
+    score_mean: float = 0.0
+    score_std: float = 0.0
     v_min: int
     v_max: int
-    bytes: int  # of the stored blob
-    codec: str
+    bytes: Count  # of the stored blob
+    codec: str = ""
+    longest: int = 0  # tokens of its longest sequence; 0: not known
 
 
 class Limits(Struct, frozen=True):
@@ -104,7 +110,7 @@ class BatchEntry(Struct, frozen=True):
 
     step: int
     gids: tuple[str, ...]
-    n: int
+    n: Positive
     tok: int
     v_min: int
     v_max: int
@@ -121,20 +127,20 @@ class Lease(Struct, frozen=True):
 
 
 class LedgerEntry(Struct, frozen=True):
-    """One trained step (stream `ledger:<policy>`): what went in, what came out."""
+    """One trained step (stream `ledger:<policy>`): what went in, what came out. A trainer replays it by its groups alone."""
 
     step: int
     gids: tuple[str, ...]
-    n: int
-    tok: int
-    v_before: int
-    v_after: int
-    v_min: int
-    lag: int  # versions from v_min to the weights trained: v_before - v_min, and of a shadow's see trainer/lag.py
-    replica: str
-    reward: float
-    loss: float
-    seconds: float
+    n: int = 0
+    tok: int = 0
+    v_before: int = -1
+    v_after: int = -1
+    v_min: int = -1
+    lag: int = 0  # versions from v_min to the weights trained: v_before - v_min, and of a shadow's see trainer/lag.py
+    replica: str = ""
+    reward: float = 0.0
+    loss: float = 0.0
+    seconds: float = 0.0
     at: float = 0.0
 
 

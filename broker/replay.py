@@ -11,13 +11,15 @@ from redis.exceptions import OutOfMemoryError
 
 from lachesis.broker.archive import Archive
 from lachesis.broker.client import Broker
-from lachesis.broker.codec import from_entry, gid_of
+from lachesis.broker.codec import gid_of, read_entries
 from lachesis.broker.errors import ArchiveUnreadable
 from lachesis.broker.packing import CODEC, from_blob
-from lachesis.broker.records import BatchEntry, Group, GroupEntry, Limits
+from lachesis.broker.records import LONGEST_WINDOW_S, BatchEntry, Group, GroupEntry, Limits
 
 WAIT_S = 0.25
-DUPLICATE_WINDOW_S = 24 * 3600  # a replay that was interrupted is started again by somebody, not by a client that waits
+DUPLICATE_WINDOW_S = (
+    LONGEST_WINDOW_S  # one that was interrupted is started again by somebody, not by a client that waits
+)
 WAITING = {"full": "the queue is full", "late": "as much is queued as its trainer takes in time"}
 
 
@@ -65,7 +67,7 @@ async def from_run(source: Broker, chosen: Selection, note: Callable[[str], None
     """The chosen groups that a run holds now: its kept batches, then, unless steps are chosen, its queue."""
     redis, keys = source.redis, source.keys
     raw_groups = await redis.xrange(keys.groups)  # first: a group goes from the queue into a batch, not back
-    batches = [from_entry(BatchEntry, fields) for _, fields in await redis.xrange(keys.batches)]
+    batches = [entry for _, entry in read_entries(BatchEntry, await redis.xrange(keys.batches))]
     batched = {gid for batch in batches for gid in batch.gids}
     for batch in batches:
         if not chosen.batch(batch.step, batch.formed_at):
@@ -78,10 +80,9 @@ async def from_run(source: Broker, chosen: Selection, note: Callable[[str], None
         yield Part(batch.step, [group for group in groups if chosen.group(group)])
     if chosen.steps != (None, None):
         return
-    for id_, fields in raw_groups:
+    for id_, entry in read_entries(GroupEntry, raw_groups):
         if not within(int(id_.split(b"-")[0]) / 1000, chosen.times):
             continue
-        entry = from_entry(GroupEntry, fields)
         if entry.gid in batched:
             continue
         try:

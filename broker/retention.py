@@ -6,11 +6,10 @@ the newest step it no longer needs (`covered:<reader>`); what all have marked ma
 
 from __future__ import annotations
 
-import msgspec
 from msgspec import Struct
 from redis.exceptions import ResponseError
 
-from lachesis.broker.codec import from_entry
+from lachesis.broker.codec import read_entries, read_json, read_number
 from lachesis.broker.connection import Redis
 from lachesis.broker.crash import crash_point
 from lachesis.broker.keys import Keys
@@ -60,12 +59,12 @@ class Retention:
         if not names:
             return {}
         marks = await self._redis.hmget(self._keys.state, [f"covered:{name}" for name in names])
-        return {name: int(mark or 0) for name, mark in zip(names, marks, strict=True)}
+        return {name: read_number(mark) for name, mark in zip(names, marks, strict=True)}
 
     async def archiver(self) -> ArchiverStatus | None:
         """The last heartbeat of the run's archiver; None if the run is not archived."""
         raw = await self._redis.hget(self._keys.state, ARCHIVER)
-        return msgspec.json.decode(raw, type=ArchiverStatus) if raw else None
+        return read_json(ArchiverStatus, raw)
 
     async def free(self) -> int:
         """Free what no reader needs and `keep_bytes` has no room for, oldest first. Returns the number of batches."""
@@ -75,8 +74,7 @@ class Retention:
         limit, freed, start = min((strict or marks).values(), default=0), 0, "-"
         names = self._keys
         while found := await self._redis.xrange(names.batches, start, f"{limit}-0", count=SLICE):
-            for id_, fields in found:
-                batch = from_entry(BatchEntry, fields)
+            for _, batch in read_entries(BatchEntry, found):
                 keys = [names.batches, names.state, names.settings, names.skipped, names.trained]
                 keys += map(names.blob, batch.gids)
                 reply = await self._scripts.retire(keys=keys, args=[batch.step])
@@ -84,7 +82,7 @@ class Retention:
                     return freed
                 freed += reply == b"freed"
                 crash_point("retired", batch.step)
-                start = f"({id_.decode()}"  # a lossy shadow may want a few, and none after them
+            start = f"({found[-1][0].decode()}"  # a lossy shadow may want a few, and none after them
         return freed
 
     async def kept(self) -> Kept:
@@ -97,10 +95,10 @@ class Retention:
             length, first, last, kept, keep = await pipe.execute()
         return Kept(
             batches=length,
-            bytes=int(kept or 0),
+            bytes=read_number(kept),
             first=_step(first),
             last=_step(last),
-            keep_bytes=int(keep or 0),
+            keep_bytes=read_number(keep),
             covered=await self.readers(),
         )
 

@@ -7,6 +7,7 @@ last checkpoint is kept for it all the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -17,6 +18,7 @@ from lachesis.broker.connection import Redis
 from lachesis.broker.keys import ARCHIVE, Keys
 
 Kind = Literal["lossless", "lossy"]
+_RULE = re.compile(r"(lossless|lossy) (\d+)")
 
 
 class Rule(Struct, frozen=True):
@@ -52,11 +54,9 @@ class Shadows:
         found: Mapping[bytes, bytes] = await self._redis.hgetall(self._keys.settings)
         rules = {}
         for field, value in found.items():
-            if field.startswith(b"shadow:"):
-                kind, _, most = value.decode().partition(" ")
-                rules[field.decode().removeprefix("shadow:")] = Rule(
-                    "lossy" if kind == "lossy" else "lossless", int(most)
-                )
+            if field.startswith(b"shadow:") and (rule := _RULE.fullmatch(value.decode(errors="replace"))):
+                kind: Kind = "lossy" if rule[1] == "lossy" else "lossless"
+                rules[field.decode().removeprefix("shadow:")] = Rule(kind, int(rule[2]))
         return rules
 
     async def readings(self) -> list[Reading]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lachesis.broker.codec import read_number
 from lachesis.broker.connection import Redis
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
@@ -20,10 +21,10 @@ class Staleness:
     async def rule(self) -> tuple[int, int]:
         """(max_lag, newest version of the policy it is about); max_lag 0: groups of any age are trained."""
         max_lag, policy = await self._redis.hmget(self._keys.state, ["max_lag", "lag_of"])
-        if not int(max_lag or 0):
+        if not read_number(max_lag):
             return 0, 0
         newest = await self._redis.xrevrange(self._keys.weights(policy.decode()), count=1)
-        return int(max_lag), int(newest[0][0].split(b"-")[0]) if newest else 0
+        return read_number(max_lag), int(newest[0][0].split(b"-")[0]) if newest else 0
 
     async def drop(self, queued: Sequence[tuple[bytes, int]]) -> int:
         """Make dead letters of the stale ones among queued groups, (entry id, v_min) each. Returns how many were stale."""

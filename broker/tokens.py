@@ -16,6 +16,7 @@ from hashlib import sha256
 import msgspec
 from msgspec import structs
 
+from lachesis.broker.codec import read_json
 from lachesis.broker.connection import Redis
 from lachesis.broker.errors import ConfigurationError, Conflict
 from lachesis.broker.keys import Keys, check_name
@@ -49,14 +50,21 @@ class Tokens:
         return record
 
     async def all(self) -> list[TokenRecord]:
-        """Every token ever made for this run, oldest first, revoked ones included."""
-        raw = await self._redis.hvals(self._keys.tokens)
-        records = [msgspec.json.decode(value, type=TokenRecord) for value in raw]
+        """Every token ever made for this run, oldest first, revoked ones included.
+
+        One that can't be read counts as revoked: the run does not become open to everyone.
+        """
+        raw = await self._redis.hgetall(self._keys.tokens)
+        records = [read_json(TokenRecord, value) or _lost(name) for name, value in raw.items()]
         return sorted(records, key=lambda record: record.created_at)
 
     async def _find(self, name: str) -> TokenRecord | None:
         raw = await self._redis.hget(self._keys.tokens, name)
-        return msgspec.json.decode(raw, type=TokenRecord) if raw else None
+        return read_json(TokenRecord, raw)
+
+
+def _lost(name: bytes) -> TokenRecord:
+    return TokenRecord(name.decode(errors="replace"), "environment", "", created_at=0.0, revoked_at=0.0)
 
 
 def digest(token: bytes) -> str:
@@ -68,6 +76,6 @@ def matching(token: bytes, records: Sequence[TokenRecord]) -> TokenRecord | None
     """The valid record of this token. Compares with all of them, each in constant time."""
     wanted, found = digest(token), None
     for record in records:
-        if hmac.compare_digest(wanted, record.sha256) and record.revoked_at is None:
+        if hmac.compare_digest(wanted.encode(), record.sha256.encode()) and record.revoked_at is None:
             found = record
     return found

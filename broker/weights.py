@@ -6,12 +6,14 @@ an older version can't enter. Followers read with cursors of their own: every se
 
 from __future__ import annotations
 
-from lachesis.broker.codec import from_entry, to_entry
+from lachesis.broker.codec import read_entries, to_entry
 from lachesis.broker.connection import Redis, wait_for_entries
 from lachesis.broker.errors import Conflict
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.records import WeightsEntry
+
+LOOK_BACK = 3  # entries, should the newest be unreadable
 
 
 class Weights:
@@ -33,17 +35,23 @@ class Weights:
 
     async def get(self, policy: str, version: int) -> WeightsEntry | None:
         found = await self._redis.xrange(self._keys.weights(policy), f"{version}-1", f"{version}-1")
-        return from_entry(WeightsEntry, found[0][1]) if found else None
+        return next((entry for _, entry in read_entries(WeightsEntry, found)), None)
 
     async def newest(self, policy: str) -> WeightsEntry | None:
-        found = await self._redis.xrevrange(self._keys.weights(policy), count=1)
-        return from_entry(WeightsEntry, found[0][1]) if found else None
+        """The newest version that can be read."""
+        end = "+"
+        while found := await self._redis.xrevrange(self._keys.weights(policy), end, count=LOOK_BACK):
+            if readable := read_entries(WeightsEntry, found):
+                return readable[0][1]
+            end = f"({found[-1][0].decode()}"
+        return None
 
     async def wait_newer(self, policy: str, than: int, timeout_s: float) -> WeightsEntry | None:
         """The newest version above `than`, waiting up to `timeout_s` for one to appear."""
         newest = await self.newest(policy)
         if newest is None or newest.version <= than:
-            cursor = f"{than}-1" if than >= 0 else "0-0"
+            known = await self._redis.xrevrange(self._keys.weights(policy), count=1)  # perhaps one that can't be read
+            cursor = known[0][0].decode() if known else "0-0"
             if not await wait_for_entries(self._blocking, self._keys.weights(policy), cursor, timeout_s):
                 return None
             newest = await self.newest(policy)

@@ -45,7 +45,10 @@ WHO = "lachesis dead"
 class ListSettings(RedisSettings):
     """Show the dead letters of a run, oldest first."""
 
-    reason: str = Field("", description="only those with this reason: stale, deliveries, invalid, untrainable")
+    reason: str = Field(
+        "",
+        description="only those with this reason: stale, deliveries, oversized, lost, unreadable, invalid, untrainable",
+    )
     json_output: bool = Field(False, alias="json", description="print one JSON array")
 
 
@@ -183,6 +186,8 @@ async def _requeue(broker: Broker, letter: Letter, policy: str) -> str:
             f"version {group.v_min} is {newest - group.v_min} behind, and max_lag is {max_lag}, so it would be dropped "
             "again. Start the shim with a larger --max-lag, and try again after the next post"
         )
+    if why := await broker.queue.refit.why_not(group):
+        return f"{why}, so it would not be trained. Register a trainer that takes it, and try again"
     if not await broker.dead.requeue(letter, group, len(body)):
         return "it is gone: somebody else was faster"
     await broker.journal.control("requeue", WHO, letter.entry.gid)

@@ -15,14 +15,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from lachesis.broker import Broker
-from lachesis.broker.codec import from_entry
+from lachesis.broker import Broker, InvalidGroup
+from lachesis.broker.codec import read_entries
 from lachesis.broker.packing import from_blob
 from lachesis.broker.records import BatchEntry, Group, GroupEntry, ScoredGroup
-from lachesis.shim.connection import Peer, on_cut
+from lachesis.shim.connection import Peer, is_pipelined, on_cut
 from lachesis.shim.trainers import HttpTrainers, consumer_of
 
 TURN_S = 30.0  # a trainer's second call waits this long for its first one to be served
+LOOK_BACK = 3  # entries, should the newest be unreadable
 CHUNK_BYTES = 512 << 10  # of JSON; a millisecond of compression
 COMPRESSED_FROM = 1000  # bytes, as everywhere else (app.py)
 END = b"]}"
@@ -65,6 +66,9 @@ class BatchEndpoint:
         consumer = consumer_of(Request(scope))
         await self._broker.parties.start()
         await self._trainers.saw(consumer)
+        if is_pipelined(scope):  # it acknowledges nothing, and there is no more before that
+            await JSONResponse({"batch": None})(scope, receive, send)
+            return
         turn = self._turns[consumer]
         try:
             async with asyncio.timeout(TURN_S):
@@ -74,23 +78,22 @@ class BatchEndpoint:
             return
         try:
             await self._trainers.acknowledge(consumer)
-            lease = await self._trainers.lease(consumer, config.batch_size)
-            if lease is None:
+            borrowed = await self._borrow(consumer, config.batch_size)
+            if borrowed is None:
                 await JSONResponse({"batch": None})(scope, receive, send)
                 return
-            step = lease.batch.step
-            try:
-                blobs = await self._broker.queue.blobs(lease.batch.gids)
-            except LookupError:
-                if await self._broker.queue.batch(step) is not None:
-                    raise  # a batch that is still to be trained has lost a group
-                # while this process slept the lease lapsed, and another trainer trained the batch
-                await JSONResponse({"batch": None})(scope, receive, send)
-                return
+            step, blobs = borrowed
             on_cut(scope, lambda: self._take_back(consumer, step))
             async with Peer(receive, send) as peer:
                 writer = _Writer(peer, gzip="gzip" in Headers(scope=scope).get("accept-encoding", ""))
-                reward = await writer.groups(blobs)
+                try:
+                    reward = await writer.groups(blobs)
+                except InvalidGroup:
+                    await self._trainers.take_apart(step)
+                    if writer.has_begun:
+                        raise  # the connection ends, and the trainer asks again
+                    await JSONResponse({"batch": None})(scope, receive, send)
+                    return
                 if peer.gone:
                     return
                 end = await writer.end()
@@ -101,6 +104,20 @@ class BatchEndpoint:
                     await self._trainers.not_sent(consumer, step)
         finally:
             turn.release()
+
+    async def _borrow(self, consumer: str, batch_size: int) -> tuple[int, list[bytes]] | None:
+        """The step of the trainer's next batch, and its groups as they are stored; None if there is none now.
+
+        One that has lost a group is taken apart.
+        """
+        while (lease := await self._trainers.lease(consumer, batch_size)) is not None:
+            try:
+                return lease.batch.step, await self._broker.queue.blobs(lease.batch.gids)
+            except LookupError:
+                if await self._broker.queue.batch(lease.batch.step) is None:
+                    break  # while this process slept the lease lapsed, and another trainer trained the batch
+                await self._trainers.take_apart(lease.batch.step)
+        return None
 
     def _take_back(self, consumer: str, step: int) -> None:
         """In the trainer's next turn: it queues here before any later call of the trainer can."""
@@ -134,6 +151,10 @@ class _Writer:
             before = b","
         small = np.ldexp(np.concatenate(scores), -32)  # exact, and no sum of these overflows
         return float(np.ldexp(small.mean(), 32))
+
+    @property
+    def has_begun(self) -> bool:
+        return self._held is None
 
     async def end(self) -> bytes:
         """What is left to write: the batch is whole with it, and not without it."""
@@ -193,7 +214,7 @@ class LatestExample:
         gid = await self._newest()
         try:
             groups = await self._broker.queue.fetch([gid] if gid else [])
-        except LookupError:  # trained and freed just now
+        except (LookupError, InvalidGroup):  # trained and freed just now, or kept by no version of ours
             groups = []
         if not groups:
             return JSONResponse(NO_EXAMPLE)
@@ -201,8 +222,9 @@ class LatestExample:
 
     async def _newest(self) -> str | None:
         redis, keys = self._broker.redis, self._broker.keys
-        if queued := await redis.xrevrange(keys.groups, count=1):
-            return from_entry(GroupEntry, queued[0][1]).gid
-        if formed := await redis.xrevrange(keys.batches, count=1):
-            return from_entry(BatchEntry, formed[0][1]).gids[-1]
+        if queued := read_entries(GroupEntry, await redis.xrevrange(keys.groups, count=LOOK_BACK)):
+            return queued[0][1].gid
+        for _, batch in read_entries(BatchEntry, await redis.xrevrange(keys.batches, count=LOOK_BACK)):
+            if batch.gids:
+                return batch.gids[-1]
         return None

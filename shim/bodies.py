@@ -90,6 +90,7 @@ def decode(kind: type[T], body: bytes) -> T:
     except _NOT_STRICT:
         record = _structs(kind, _validate(kind, _loads(body)))
         _check_finite(record)
+        _check_text(record)
         return record
 
 
@@ -183,6 +184,23 @@ def _validate(kind: Any, value: Any) -> Any:
 def _check_finite(record: Struct) -> None:
     if found := non_finite(msgspec.to_builtins(record)):
         raise Malformed([detail("finite_number", *found, "must be finite")])
+
+
+def _check_text(record: Struct) -> None:
+    """JSON can spell half of a character, a lone surrogate. No text can be kept or answered with it."""
+    for name in record.__struct_fields__:
+        value = getattr(record, name)
+        if isinstance(value, str) and not _is_unicode(value):
+            rule = "must be Unicode text without lone surrogates"
+            raise Malformed([detail("string_unicode", [name], value.encode(errors="replace").decode(), rule)])
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def non_finite(value: object, location: Location = ()) -> tuple[Location, float] | None:

@@ -16,26 +16,34 @@ from typing import cast
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-ON_CUT, IN_WHOLE = "lachesis.on_cut", "lachesis.in_whole"
+ON_CUT, IN_WHOLE, PIPELINED = "lachesis.on_cut", "lachesis.in_whole", "lachesis.pipelined"
 PIECE_BYTES = 1 << 20
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's, plus two ASGI extensions.
+    """uvicorn's, plus three ASGI extensions.
 
     `lachesis.on_cut`: a list of functions to call if the response is cut off. `lachesis.in_whole`: a function after
-    whose call the body comes whole, or in pieces of about PIECE_BYTES.
+    whose call the body comes whole, or in pieces of about PIECE_BYTES. `lachesis.pipelined`: there if the request came
+    before the one before it was answered.
     """
 
-    _on_cut: list[Callable[[], None]]
+    _on_cut: tuple[list[Callable[[], None]], ...] = ()  # of the requests whose responses may not have been read yet
     _parts: list[bytes]
     _in_whole = _cut = False
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._on_cut = []  # the next request on a connection says that the response before it was read
+        pipelined = self.cycle is not None and not self.cycle.response_complete
+        calls: list[Callable[[], None]] = []
+        # the next request on a connection says that the response before it was read, unless that was not there yet
+        self._on_cut = (*self._on_cut, calls) if pipelined else (calls,)
         self._parts, self._in_whole = [], False
-        extensions = {ON_CUT: {"calls": self._on_cut}, IN_WHOLE: {"call": self._gather}}
+        extensions = {
+            ON_CUT: {"calls": calls},
+            IN_WHOLE: {"call": self._gather},
+            **({PIPELINED: {}} if pipelined else {}),
+        }
         self.scope["extensions"] = cast(dict[str, dict[object, object]], extensions)
 
     def _gather(self) -> None:
@@ -66,14 +74,20 @@ class Protocol(HttpToolsProtocol):
         cut = self._cut or exc is not None
         super().connection_lost(exc)
         if cut:
-            for call in getattr(self, "_on_cut", ()):
-                call()
+            for calls in self._on_cut:
+                for call in calls:
+                    call()
 
 
 def on_cut(scope: Scope, call: Callable[[], None]) -> None:
     """Have `call` called if the peer is found to have gone away without reading the whole response."""
     if (extension := scope.get("extensions", {}).get(ON_CUT)) is not None:
         extension["calls"].append(call)
+
+
+def is_pipelined(scope: Scope) -> bool:
+    """Whether the request was sent before the response to the one before it on its connection was there to be read."""
+    return PIPELINED in scope.get("extensions", {})
 
 
 def in_whole(scope: Scope) -> None:

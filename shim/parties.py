@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from lachesis.broker import Broker, Conflict
+from lachesis.broker.codec import read_json
 from lachesis.broker.records import EnvConfig, TrainerConfig
 from lachesis.shim.bodies import decode, read_body
 from lachesis.shim.errors import Malformed, detail
@@ -17,6 +18,7 @@ from lachesis.shim.status import EnvIdentifier, current_step
 from lachesis.shim.trainers import HttpTrainers, consumer_of
 
 MAX_BATCH_SIZE = 1 << 20  # sequences of one step: choosing a batch takes this many bits
+ATTEMPTS = 20  # to register while others do
 MAX_NUMBER = 2**53  # what JSON numbers hold exactly; products and sums of these are finite
 
 
@@ -34,6 +36,7 @@ class PartyRoutes:
             raise Malformed([detail("value_error", ["batch_size"], config.batch_size, rule)])
         consumer = consumer_of(request)
         await self._adopt(config)
+        await self._trainers.refit()
         await self._broker.enlist()
         await self._trainers.saw(consumer)
         await self._broker.journal.control("register", consumer, msgspec.json.encode(config).decode())
@@ -42,16 +45,22 @@ class PartyRoutes:
     async def _adopt(self, config: TrainerConfig) -> None:
         """Make this the run's registration, unless an active trainer has registered other settings."""
         parties = self._broker.parties
-        while (earlier := await parties.trainer_config()) != config:
-            if earlier and (differing := _differing(earlier, config)) and (who := await self._trainers.active()):
+        for _ in range(ATTEMPTS):
+            judged = await parties.registration()
+            earlier = read_json(TrainerConfig, judged)
+            if earlier == config:
+                return
+            differing = _differing(earlier, config) if earlier else "settings that can't be read" if judged else ""
+            if differing and (who := await self._trainers.active()):
                 raise Conflict(
                     f"this run is registered with {differing}, and {who}: register the same settings, use another run, "
                     "or stop that trainer and try again in a minute (GET /reset_data forgets it, and all queued groups)"
                 )
             status = await self._broker.queue.status()
             offset = max(0, config.starting_step - status.delivered)
-            if await parties.adopt(earlier, config, step_offset=offset):
+            if await parties.adopt(judged, config, step_offset=offset):
                 return
+        raise Conflict("other trainers register with this run at this moment: try again, or use another run")
 
     async def register_env(self, request: Request) -> Response:
         config = decode(EnvConfig, await read_body(request, self._max_body_bytes))

@@ -20,11 +20,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-import msgspec
 from redis.exceptions import OutOfMemoryError
 from starlette.exceptions import HTTPException
 
 from lachesis.broker import Broker
+from lachesis.broker.codec import read_json
 from lachesis.broker.forming import read_status
 from lachesis.broker.queue import makes_batch
 from lachesis.broker.records import Limits, TrainerConfig
@@ -246,4 +246,5 @@ class Hold:
 
 
 def _batch_size(registration: bytes | None) -> int:
-    return msgspec.json.decode(registration, type=TrainerConfig).batch_size if registration else 0
+    config = read_json(TrainerConfig, registration)
+    return config.batch_size if config else 0

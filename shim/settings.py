@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lachesis.broker.records import DUPLICATE_WINDOW_S, MAX_DELIVERIES, Limits
+from lachesis.broker.records import DUPLICATE_WINDOW_S, LONGEST_WINDOW_S, MAX_DELIVERIES, Limits
 from lachesis.broker.settings import RedisSettings
 
 
@@ -50,6 +50,7 @@ class ShimSettings(RedisSettings):
     duplicate_window_s: int = Field(
         DUPLICATE_WINDOW_S,
         ge=0,
+        le=LONGEST_WINDOW_S,
         description="seconds for which a repeated post is taken for a retry and not stored again (0: only while its group is not trained)",
     )
     max_deliveries: int = Field(

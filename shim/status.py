@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 from redis.exceptions import RedisError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lachesis.broker import Broker
+from lachesis.broker.codec import read_json, read_number
+from lachesis.broker.environments import Alive, share
 from lachesis.broker.forming import read_status
-from lachesis.broker.parties import is_alive, read_envs
 from lachesis.broker.records import EnvRecord, QueueStatus, TrainerConfig
 from lachesis.shim.bodies import decode, read_body
 
@@ -33,7 +32,7 @@ class EnvIdentifier(Struct):
 async def current_step(broker: Broker, status: QueueStatus | None = None) -> int:
     """Steps delivered, plus those that the registered trainer had behind it when it came to this run."""
     status = status or await broker.queue.status()
-    return status.delivered + int(await broker.redis.hget(broker.keys.trainers, "step_offset") or 0)
+    return status.delivered + read_number(await broker.redis.hget(broker.keys.trainers, "step_offset"))
 
 
 async def buffered(broker: Broker, env_id: int | None, sequences: int) -> int | None:
@@ -46,16 +45,14 @@ async def buffered(broker: Broker, env_id: int | None, sequences: int) -> int | 
 
 
 def env_status(
-    env_id: int, envs: Sequence[EnvRecord], queue: QueueStatus, config: TrainerConfig | None, now: float
+    env: EnvRecord | None, env_id: int, alive: Alive, queue: QueueStatus, config: TrainerConfig | None
 ) -> dict[str, Any]:
     """What `/status-env` tells one environment, less `current_step`; sizes in groups of that environment's size.
 
     Upstream's formulas (atroposlib/api/server.py, get_status_env), on counters, and without environments that have
     fallen silent. An environment that is not known, because its run was reset, gets an answer that lets it go on.
     """
-    env = next((env for env in envs if env.env_id == env_id), None)
-    alive = [env for env in envs if is_alive(env, now)]
-    minimums = {str(env.env_id): env.config.min_batch_allocation or 0.0 for env in alive}
+    minimums = alive.minimums
     largest = max((size for sizes in queue.waiting.values() for size in sizes), default=1)
     waiting = {
         name: sum(size * count for size, count in sizes.items()) for name, sizes in queue.waiting.items()
@@ -78,11 +75,8 @@ def env_status(
     }
 
 
-def _weight(env: EnvRecord | None, alive: Sequence[EnvRecord]) -> float:
-    def share(env: EnvRecord) -> float:
-        return env.config.max_token_length * max(0.0, env.config.weight)
-
-    total = sum(map(share, alive))
+def _weight(env: EnvRecord | None, alive: Alive) -> float:
+    total = alive.total
     return max(MIN_ENV_WEIGHT, share(env) / total) if env and total > 0 else 1.0
 
 
@@ -96,17 +90,17 @@ class StatusRoutes:
 
     async def status_env(self, request: Request) -> Response:
         env_id = decode(EnvIdentifier, await read_body(request, self._max_body_bytes)).env_id
-        await self._broker.parties.hear(env_id)
-        keys = self._broker.keys
+        env = await self._broker.parties.hear(env_id)
+        keys, environments = self._broker.keys, self._broker.parties.environments
         async with self._broker.redis.pipeline(transaction=False) as pipe:  # every environment asks ten times a second
             pipe.hgetall(keys.state)
-            pipe.hgetall(keys.envs)
             pipe.hmget(keys.trainers, ["config", "step_offset"])
-            state, envs, (config, offset) = await pipe.execute()
+            environments.ask(pipe)
+            state, (config, offset), *called = await pipe.execute()
         queue = read_status(state)
-        trainer = msgspec.json.decode(config, type=TrainerConfig) if config else None
-        told = env_status(env_id, read_envs(envs), queue, trainer, time.time())
-        return JSONResponse({"current_step": queue.delivered + int(offset or 0), **told})
+        trainer = read_json(TrainerConfig, config)
+        told = env_status(env, env_id, await environments.take(called), queue, trainer)
+        return JSONResponse({"current_step": queue.delivered + read_number(offset), **told})
 
     async def healthz(self, _: Request) -> Response:
         """200 while Redis answers, else 503; with what the run dropped, and the counts of this process since it started."""

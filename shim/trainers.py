@@ -18,8 +18,9 @@ from redis.exceptions import ResponseError
 from starlette.requests import Request
 
 from lachesis.broker import Broker, LeaseLost
+from lachesis.broker.codec import read_json, read_seconds
 from lachesis.broker.keys import check_name
-from lachesis.broker.records import Lease, LedgerEntry
+from lachesis.broker.records import BatchEntry, Lease, LedgerEntry
 from lachesis.shim.runs import TRAINER
 from lachesis.shim.settings import ShimSettings
 from lachesis.shim.versions import Versions
@@ -73,9 +74,18 @@ class HttpTrainers:
         return await self._lease(consumer, batch_size)
 
     async def _lease(self, consumer: str, batch_size: int) -> Lease | None:
+        await self.refit()
         return await self._broker.queue.lease_or_form(
             self._policy, consumer, batch_size, lapse_s=self._lease_s, max_deliveries=self._max_deliveries
         )
+
+    async def refit(self) -> None:
+        """Make queue and batches fit the registered settings, where others were registered before."""
+        await self._broker.queue.refit.if_due(self._policy)
+
+    async def take_apart(self, step: int) -> None:
+        """Have the batch of a step, which can't be handed out, taken apart: its other groups are queued again."""
+        await self._broker.queue.refit(self._policy, apart=[step])
 
     async def sending(self, consumer: str, step: int, reward: float) -> None:
         """The last byte follows now. A trainer that has it may call another replica before that one can know."""
@@ -92,32 +102,41 @@ class HttpTrainers:
     async def acknowledge(self, consumer: str) -> None:
         """Commit the batch that was sent to this trainer last, free it, and forget it."""
         sent = await self._last(consumer)
-        while sent and not sent.whole and time.time() < sent.at + LAST_BYTE_S:
+        until = time.monotonic() + LAST_BYTE_S  # whatever the other replica's clock says
+        while sent and not sent.whole and time.time() < sent.at + LAST_BYTE_S and time.monotonic() < until:
             await asyncio.sleep(0.005)
             sent = await self._last(consumer)
         if sent is None or not sent.whole:
             return
-        if (batch := await self._broker.queue.batch(sent.step)) is not None:
-            version = await self._versions.newest()
-            entry = LedgerEntry(
-                step=batch.step,
-                gids=batch.gids,
-                n=batch.n,
-                tok=batch.tok,
-                v_before=version,
-                v_after=version,
-                v_min=batch.v_min,
-                lag=version - batch.v_min,
-                replica=consumer,
-                reward=sent.reward,
-                loss=0.0,  # an HTTP trainer keeps it to itself
-                seconds=time.time() - sent.at,
-            )
-            try:
-                await self._broker.queue.commit(self._policy, Lease(batch, consumer, 1), entry)
-            except LeaseLost as error:
-                log.warning("batch_lost", trainer=consumer, step=batch.step, reason=str(error))
-            await self._broker.queue.retire(self._policy, await self._broker.queue.settled(self._policy))
+        batch = await self._broker.queue.batch(sent.step)
+        batch = batch or BatchEntry(
+            sent.step, (), 1, 0, 0, 0, 0.0
+        )  # it is gone: COMMIT knows whether this trainer trained it
+        version = await self._versions.newest()
+        entry = LedgerEntry(
+            step=batch.step,
+            gids=batch.gids,
+            n=batch.n,
+            tok=batch.tok,
+            v_before=version,
+            v_after=version,
+            v_min=batch.v_min,
+            lag=version - batch.v_min,
+            replica=consumer,
+            reward=sent.reward,
+            loss=0.0,  # an HTTP trainer keeps it to itself
+            seconds=time.time() - sent.at,
+        )
+        try:
+            await self._broker.queue.commit(self._policy, Lease(batch, consumer, 1), entry)
+        except LeaseLost as error:
+            log.warning("batch_lost", trainer=consumer, step=batch.step, reason=str(error))
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            log.warning("batch_lost", trainer=consumer, step=batch.step, reason="all batches were deleted")
+            await self._broker.queue.subscribe(self._policy)
+        await self._broker.queue.retire(self._policy, await self._broker.queue.settled(self._policy))
         await self._broker.redis.hdel(self._broker.keys.state, self._field(consumer))
 
     async def active(self) -> str | None:
@@ -125,12 +144,12 @@ class HttpTrainers:
         if await self._broker.parties.writer(self._policy, ttl_s=1).locked():
             return f"a trainer holds policy {self._policy!r}"
         fields = await self._broker.redis.hgetall(self._broker.keys.trainers)
-        seen = {name: float(at) for name, at in fields.items() if name.startswith(b"http:")}
+        seen = {name: read_seconds(at) for name, at in fields.items() if name.startswith(b"http:")}
         if not seen:
             return None
         name = max(seen, key=lambda trainer: seen[trainer])
         ago = time.time() - seen[name]
-        return f"trainer {name.decode()} was here {ago:.0f} s ago" if ago < ACTIVE_S else None
+        return f"trainer {name.decode()} was here {ago:.0f} s ago" if abs(ago) < ACTIVE_S else None
 
     async def _note(self, consumer: str, sent: Sent) -> None:
         await self._broker.scripts.note(
@@ -139,4 +158,4 @@ class HttpTrainers:
 
     async def _last(self, consumer: str) -> Sent | None:
         raw = await self._broker.redis.hget(self._broker.keys.state, self._field(consumer))
-        return msgspec.json.decode(raw, type=Sent) if raw else None
+        return read_json(Sent, raw)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import Counter
 from itertools import islice
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 
 from lachesis.broker import Broker
-from lachesis.broker.codec import from_entry
+from lachesis.broker.codec import read_json
 from lachesis.broker.lineage import from_record
 from lachesis.broker.queue import Believed
-from lachesis.broker.records import Group, ServerStatus, TrainerConfig, WeightsEntry
+from lachesis.broker.records import Group, ServerStatus, TrainerConfig
 from lachesis.shim.join import UNKNOWN, Joined, Places, covers, digests, join, mismatched, places
 
-HEARTBEAT_S = 60.0  # a server not heard of for longer serves nobody
 FRESH_S = 1.0
-REMEMBERED_S = 60.0  # a generation may have begun on a version that its server has replaced since
+HEARTBEAT_S = 60.0  # a server not heard of for longer serves nobody
 
 
 class Arrival(NamedTuple):
@@ -28,7 +25,8 @@ class Arrival(NamedTuple):
 
     trainer: TrainerConfig | None
     newest: int  # version of the policy
-    servers: list[bytes]  # ServerStatus each, JSON: only needed where a lineage is missing
+    servers: list[bytes]  # ServerStatus each, JSON
+    oldest: int  # version that a server served of late; -1: none did
     places: list[Places]  # per sequence: where generations may end; none where nobody serves this run's weights
     lineages: list[bytes | None]  # of all those ends, in order
     believed: Believed | None = None  # set where Redis was not asked anew
@@ -44,7 +42,6 @@ class Versions:
     def __init__(self, broker: Broker, policy: str) -> None:
         self.counts: Counter[str] = Counter(joined=0, unknown=0, mismatched=0, sent=0)
         self._broker, self._policy = broker, policy
-        self._served: deque[tuple[float, int]] = deque()  # (when seen, oldest version served then)
         self._last: tuple[float, Arrival] | None = None  # while nobody serves: when, and what Redis said
 
     async def arrival(self, group: Group, *, ask: bool = False) -> Arrival:
@@ -56,15 +53,17 @@ class Versions:
         if group.versions is None and self._last and not ask and time.monotonic() - self._last[0] < FRESH_S:
             return self._last[1]
         keys, found = self._broker.keys, places(group)
-        config, newest, servers, recorded, lineages = await self._broker.scripts.arrive(
-            keys=[keys.trainers, keys.weights(self._policy), keys.pools, keys.lineage, keys.old_lineage],
+        config, newest, servers, recorded, lineages, oldest = await self._broker.scripts.arrive(
+            keys=[keys.trainers, keys.weights(self._policy), keys.pools, keys.lineage, keys.old_lineage, keys.served],
             args=digests(group, found) if group.versions is None else (),
         )
-        trainer = msgspec.json.decode(config, type=TrainerConfig) if config else None
-        arrival = Arrival(trainer, _version(newest[0][1]) if newest else 0, servers, found, lineages)
+        trainer = read_json(TrainerConfig, config)
+        arrival = Arrival(
+            trainer, int(newest[0][0].partition(b"-")[0]) if newest else 0, servers, oldest, found, lineages
+        )
         believed = Believed(self._policy, config or b"", newest[0][0] if newest else b"")
         self._last = None
-        if not servers and not recorded:
+        if not servers and not recorded and oldest < 0:
             self._last = time.monotonic(), arrival._replace(places=[], lineages=[], believed=believed)
         return arrival
 
@@ -72,7 +71,7 @@ class Versions:
         """Set a valid group's versions and sampled log-probs. Returns what to add to `counts` when it is stored.
 
         v_min and v_max are exact where the making of every trained token is known. Else bounds are counted in: newest
-        is the policy's newest version, oldest what the slowest server served of late.
+        is the policy's newest version, oldest what the slowest server served of late, as Redis remembers it for all shims.
         """
         told: Counter[str] = Counter()
         if group.versions is not None:
@@ -84,7 +83,7 @@ class Versions:
             joined = self._joined(arrival, group, told)
         versions = [version for each in joined for version, _, _ in each.spans]
         if not versions or not all(each.whole for each in joined):
-            versions += self._bounds(arrival)
+            versions += _bounds(arrival)
         group.v_min, group.v_max = min(versions), max(versions)
         if any(each.spans for each in joined):
             group.versions = [each.spans for each in joined]
@@ -120,20 +119,10 @@ class Versions:
         found = await self._broker.weights.newest(self._policy)
         return found.version if found else 0
 
-    def _bounds(self, arrival: Arrival) -> tuple[int, int]:
-        newest, now = arrival.newest, time.time()
-        servers = [msgspec.json.decode(raw, type=ServerStatus) for raw in arrival.servers]
-        versions = [
-            server.version for server in servers if server.version >= 0 and now - server.heartbeat < HEARTBEAT_S
-        ]
-        if versions:
-            self._served.append((now, min(versions)))
-        while self._served and now - self._served[0][0] > REMEMBERED_S:
-            self._served.popleft()
-        oldest = min((version for _, version in self._served), default=newest)
-        return min(oldest, newest), newest
 
-
-def _version(fields: Sequence[bytes]) -> int:
-    """Of an entry as a script returns it: fields and values in turn."""
-    return from_entry(WeightsEntry, dict(zip(fields[::2], fields[1::2], strict=True))).version
+def _bounds(arrival: Arrival) -> tuple[int, int]:
+    now = time.time()
+    statuses = (read_json(ServerStatus, raw) for raw in arrival.servers)  # also of agents that keep no `served`
+    versions = [each.version for each in statuses if each and abs(now - each.heartbeat) < HEARTBEAT_S]
+    oldest = min((version for version in (arrival.oldest, *versions) if version >= 0), default=arrival.newest)
+    return min(oldest, arrival.newest), arrival.newest

@@ -92,9 +92,11 @@ class Feed:
                 continue
             if lease.batch.step <= after:
                 raise Conflict(f"got step {lease.batch.step} after step {after}: run {self._plan.run!r} was reset")
-            self._tenure.lease = lease
             if lease.batch != ready.entry:
+                if not self._fits(lease.batch):
+                    continue
                 ready = self.load(lease.batch)
+            self._tenure.lease = lease
             self._wanted.clear()
             if self._plan.prefetch and lease.batch.step < self._plan.num_steps:
                 self._ahead = self._worker.submit(self._make_ready, lease.batch.step)
@@ -126,6 +128,9 @@ class Feed:
             with noticing_resets(self._plan.run, self._plan.policy):
                 entry = self._broker.call(self._queue.upcoming, self._plan.policy, after)
             if entry is not None:
+                if not self._fits(entry):
+                    self._wanted.wait(REST_S)
+                    continue
                 try:
                     ready = self.load(entry)
                 except Conflict:
@@ -135,10 +140,24 @@ class Feed:
                     continue
                 crash_point("prefetched", entry.step)
                 return ready
-            if self._plan.shadow or self._broker.call(self._queue.form, self._plan.batch_size) is None:
+            if (
+                self._plan.shadow
+                or self._broker.call(self._queue.form, self._plan.batch_size, self._plan.policy) is None
+            ):
                 self._broker.call(self._queue.wait_for_group, POLL_S, after=newest)
                 self._wanted.wait(REST_S)
         return None
+
+    def _fits(self, entry: BatchEntry) -> bool:
+        """Whether the batch can be trained. One of another size, or with groups that are gone, is taken apart."""
+        fits = self._plan.shadow is not None or entry.n == self._plan.batch_size
+        if not fits or self._broker.call(self._queue.lacks, entry.gids):
+            self._broker.call(self._take_apart, entry.step)
+            return False
+        return True
+
+    async def _take_apart(self, step: int) -> None:
+        await self._queue.refit(self._plan.policy, apart=[step])
 
     def _lease(self) -> Lease | None:
         plan = self._plan

@@ -29,8 +29,13 @@ class Layout:
         if self._forming is not None:
             self._forming.result()
             self._forming = None
-        while (lease := self._lend()) is None:
-            if self._team.shadow or self._broker.call(self._queue.form, self._team.batch_size) is None:
+        while (lease := self._lend()) is None or not self._fits(lease.batch):
+            if lease is not None:
+                self._broker.call(self._take_apart, lease.batch.step)
+            elif (
+                self._team.shadow
+                or self._broker.call(self._queue.form, self._team.batch_size, self._team.policy) is None
+            ):
                 return None
         crash_point("leased", lease.batch.step)
         return lease.batch if self._broker.call(self._broker.broker.members.open, me, lease.batch.step) else None
@@ -38,7 +43,15 @@ class Layout:
     async def _form_after(self, step: int) -> None:
         with noticing_resets(self._broker.broker.keys.run, self._team.policy):
             if await self._queue.upcoming(self._team.policy, step) is None:
-                await self._queue.form(self._team.batch_size)
+                await self._queue.form(self._team.batch_size, self._team.policy)
+
+    def _fits(self, batch: BatchEntry) -> bool:
+        """Whether the batch can be trained: it is of the right size, and its groups are there."""
+        fits = self._team.shadow or batch.n == self._team.batch_size
+        return fits and not self._broker.call(self._queue.lacks, batch.gids)
+
+    async def _take_apart(self, step: int) -> None:
+        await self._queue.refit(self._team.policy, apart=[step])
 
     def _lend(self) -> Lease | None:
         """It counts as delivered when the leader's duties say so."""

@@ -57,6 +57,8 @@ class Upkeep:
             self._broker.call(parties.register_trainer, config)
             self._broker.call(parties.start)
         self._broker.call(self._broker.broker.queue.subscribe, plan.policy, plan.shadow)
+        if plan.shadow is None:
+            self._broker.call(self._broker.broker.queue.refit.if_due, plan.policy)
         as_what = f", a {plan.shadow.kind} shadow" if plan.shadow else ""
         self._broker.call(
             self._broker.broker.journal.control,

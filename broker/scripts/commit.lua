@@ -5,7 +5,7 @@
 -- ARGV  1 policy (consumer group)  2 consumer  3 step  4 writer token, '' for a consumer without one
 --       5 letters to keep, approximately  6 number k of sequences that could not be trained  7…6+8k a letter each (4 fields and values)
 --       then the ledger entry's fields and values
--- reply "committed" | "already" | "fenced" (another writer) | "stolen" (another consumer) | "gone" (nobody holds it)
+-- reply "committed" | "already" (by this consumer: the ledger says whose batch a step was) | "fenced" (another writer) | "stolen" (another consumer) | "gone" (nobody holds it)
 -- XACK alone does not check ownership, so this does. Steps of several HTTP trainers may finish out of order: a late
 -- one gets the id <newest step>-<k>; the field `step` is what counts.
 local batches, ledger, policy, step = KEYS[1], KEYS[2], ARGV[1], tonumber(ARGV[3])
@@ -13,15 +13,23 @@ local id = step .. '-0'
 if ARGV[4] ~= '' and redis.call('GET', KEYS[4]) ~= ARGV[4] then return 'fenced' end
 local pending = redis.call('XPENDING', batches, policy, id, id, 1)
 if #pending == 0 then
-  if #redis.call('XRANGE', ledger, id, id) > 0 then return 'already' end
+  local function whose(fields)
+    local entry = {}
+    for i = 1, #fields, 2 do entry[fields[i]] = fields[i + 1] end
+    if (entry.consumer or entry.replica) == ARGV[2] then return 'already' end
+    return 'stolen'
+  end
+  local found = redis.call('XRANGE', ledger, id, id)[1]
+  if found then return whose(found[2]) end
   for _, late in ipairs(redis.call('XREVRANGE', ledger, '+', id, 'COUNT', 100)) do
     for field = 1, #late[2], 2 do
-      if late[2][field] == 'step' and late[2][field + 1] == ARGV[3] then return 'already' end
+      if late[2][field] == 'step' and late[2][field + 1] == ARGV[3] then return whose(late[2]) end
     end
   end
   return 'gone'
 end
 if pending[1][2] ~= ARGV[2] then return 'stolen' end
+if #redis.call('XREVRANGE', batches, id, id) == 0 then return 'gone' end
 
 local newest = redis.call('XREVRANGE', ledger, '+', '-', 'COUNT', 1)
 local entry = id
@@ -30,7 +38,7 @@ if #newest > 0 then
   if last >= step then entry = last .. '-*' end
 end
 local k = tonumber(ARGV[6])
-redis.call('XADD', ledger, entry, unpack(ARGV, 7 + 8 * k))
+redis.call('XADD', ledger, entry, 'consumer', ARGV[2], unpack(ARGV, 7 + 8 * k))
 redis.call('XACK', batches, policy, id)
 local batch = redis.call('XRANGE', batches, id, id)[1]
 for i = 1, batch and #batch[2] or 0, 2 do

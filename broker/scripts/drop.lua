@@ -23,8 +23,10 @@ for _, entry in ipairs(stale) do
   redis.call('HINCRBY', state, 'bytes', '-' .. entry.bytes)
   local waiting = 'waiting:' .. entry.env .. ':' .. entry.n
   if redis.call('HINCRBY', state, waiting, -1) == 0 then redis.call('HDEL', state, waiting) end
-  redis.call('HINCRBY', state, 'env_sequences:' .. entry.env, '-' .. entry.n)
-  redis.call('HINCRBY', state, 'env_bytes:' .. entry.env, '-' .. entry.bytes)
+  for field, amount in pairs({env_sequences = entry.n, env_bytes = entry.bytes}) do
+    field = field .. ':' .. entry.env
+    if redis.call('HINCRBY', state, field, '-' .. amount) == 0 then redis.call('HDEL', state, field) end
+  end
   redis.call('HINCRBY', state, 'dead', 1)
   redis.call('HINCRBY', state, 'dropped:stale', 1)
 end

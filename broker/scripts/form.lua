@@ -44,7 +44,9 @@ for i = 1, k do redis.call('XDEL', KEYS[1], ARGV[3 + i]) end
 redis.call('HINCRBY', KEYS[3], 'groups', -k)
 redis.call('HINCRBY', KEYS[3], 'sequences', -sequences)
 redis.call('HINCRBY', KEYS[3], 'bytes', string.format('%.0f', -bytes))
-for field, amount in pairs(quotas) do redis.call('HINCRBY', KEYS[3], field, string.format('%.0f', -amount)) end
+for field, amount in pairs(quotas) do
+  if redis.call('HINCRBY', KEYS[3], field, string.format('%.0f', -amount)) == 0 then redis.call('HDEL', KEYS[3], field) end
+end
 for waiting, groups in pairs(taken) do
   if redis.call('HINCRBY', KEYS[3], waiting, -groups) == 0 then redis.call('HDEL', KEYS[3], waiting) end
 end

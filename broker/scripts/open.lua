@@ -10,7 +10,9 @@ local id, gids = ARGV[4] .. '-0', {}
 local pending = redis.call('XPENDING', KEYS[4], ARGV[5], id, id, 1)
 if #pending == 0 or pending[1][2] ~= 'replicas' or tonumber(ARGV[4]) <= tonumber(found[3]) then return 'gone' end
 if found[4] == ARGV[4] then return 'already' end
-local fields = redis.call('XRANGE', KEYS[4], id, id)[1][2]
+local kept = redis.call('XRANGE', KEYS[4], id, id)[1]
+if not kept then return 'gone' end
+local fields = kept[2]
 for i = 1, #fields, 2 do
   if fields[i] == 'gids' then
     for gid in string.gmatch(fields[i + 1], '%S+') do gids[#gids + 1] = gid end

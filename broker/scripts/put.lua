@@ -58,8 +58,9 @@ local function over(name, added, limit)
 end
 
 local config = max_lag ~= '' and max_lag ~= '0' and redis.call('HGET', KEYS[5], 'config')
-if config then
-  local batch_size = cjson.decode(config).batch_size
+local readable, known = pcall(cjson.decode, config or '')
+local batch_size = readable and type(known) == 'table' and tonumber(known.batch_size)
+if batch_size then
   local waiting = counter('sequences') + (counter('formed') - counter('delivered')) * batch_size
   if waiting >= max_lag * batch_size then return 'late' end
 end

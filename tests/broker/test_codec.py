@@ -14,6 +14,7 @@ from lachesis.broker.records import BatchEntry, GroupEntry, LedgerEntry
 
 texts = st.text("abcdef0123456789", min_size=1, max_size=24)
 counts = st.integers(0, 2**53)
+sequences = st.integers(1, 2**53)
 
 
 def test_ids_depend_on_content_alone() -> None:
@@ -25,7 +26,7 @@ def test_ids_depend_on_content_alone() -> None:
 
 @given(
     st.builds(
-        GroupEntry, gid=texts, env=texts, n=counts, tok=counts, score_mean=numbers, score_std=numbers, v_min=counts,
+        GroupEntry, gid=texts, env=texts, n=sequences, tok=counts, score_mean=numbers, score_std=numbers, v_min=counts,
         v_max=counts, bytes=counts, codec=texts,
     )
 )  # fmt: skip
@@ -35,7 +36,7 @@ def test_group_entries_are_text_and_come_back(entry: GroupEntry) -> None:
 
 @given(
     st.builds(
-        BatchEntry, step=counts, gids=st.lists(texts, max_size=3).map(tuple), n=counts, tok=counts, v_min=counts,
+        BatchEntry, step=counts, gids=st.lists(texts, max_size=3).map(tuple), n=sequences, tok=counts, v_min=counts,
         v_max=counts, formed_at=st.floats(0, 2e9),
     )
 )  # fmt: skip

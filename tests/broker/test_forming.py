@@ -12,11 +12,12 @@ import anyio
 import anyio.to_thread
 import pytest
 from scored import group, trained
+from silent import silence
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
+from lachesis.broker.environments import ALIVE_S
 from lachesis.broker.forming import PATIENCE_S
-from lachesis.broker.parties import ALIVE_S
 from lachesis.broker.records import EnvConfig
 
 pytestmark = pytest.mark.anyio
@@ -86,7 +87,7 @@ async def test_nobody_waits_for_what_no_batch_could_use_yet(broker: Broker) -> N
 
 async def test_a_dead_environment_holds_up_nobody_until_it_calls_again(broker: Broker) -> None:
     await register(broker, None, 0.5)
-    await broker.redis.hset(broker.keys.envs, "heard:1", time.time() - ALIVE_S)
+    await silence(broker, 1)
     await put(broker, range(4), 2, env=0)
     assert await formed(broker, 4) == [0, 1]
     await broker.parties.hear(1)
@@ -129,14 +130,13 @@ async def test_a_full_redis_still_forms_with_and_without_patience(redis_server: 
 async def test_that_an_environment_called_is_noted_once_in_a_while(broker: Broker) -> None:
     await register(broker, None)
     assert await broker.parties.hear(7) is None
-    before = await calls(broker, "hset")
+    before = await calls(broker, "zadd")
     for _ in range(50):
         heard = await broker.parties.hear(0)
         assert heard is not None
         assert heard.name == "sums_0"
-    assert await calls(broker, "hset") == before + 1
-    assert set(await broker.redis.hkeys(broker.keys.envs)) >= {b"0", b"heard:0"}
-    assert not await broker.redis.hexists(broker.keys.envs, "heard:7")
+    assert await calls(broker, "zadd") == before + 1
+    assert await broker.redis.zrange(broker.keys.heard, 0, -1) == [b"0"]
     (record,) = await broker.parties.envs()
     assert abs(record.heard_at - time.time()) < ALIVE_S
 
@@ -223,7 +223,7 @@ async def test_replicas_killed_around_form_leave_exact_batches_and_counters(
 ) -> None:
     """Each of three formers is killed while it works, again and again, as groups of all sizes and environments arrive."""
     await register(broker, None, 0.25, 0.25)
-    await broker.redis.hset(broker.keys.envs, "heard:2", 0)  # dead, and nobody waits for it
+    await silence(broker, 2)  # dead, and nobody waits for it
     await broker.queue.subscribe("main")
     chance = random.Random(0)
     put_so_far = 0

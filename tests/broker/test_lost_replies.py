@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 import pytest
+from msgspec import structs
 from replicas import founded, lent, opened
 from reply_dropper import ReplyDropper, dropping_replies
 from scored import group, trained
@@ -81,9 +82,9 @@ async def arrive(run: Run) -> None:
     run.lose("arrive")
     keys = run.broker.keys
     reply = await run.broker.scripts.arrive(
-        keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage], args=["d"]
+        keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage, keys.served], args=["d"]
     )
-    assert reply == [msgspec.json.encode(CONFIG), [], [], 0, [None]]
+    assert reply == [msgspec.json.encode(CONFIG), [], [], 0, [None], -1]
 
 
 async def record(run: Run) -> None:
@@ -207,9 +208,20 @@ async def purge(run: Run) -> None:
 
 async def adopt(run: Run) -> None:
     run.lose("adopt")
-    await run.broker.parties.adopt(None, CONFIG, step_offset=3)
+    await run.broker.parties.adopt(b"", CONFIG, step_offset=3)
     assert await run.direct.parties.trainer_config() == CONFIG
     assert await run.direct.redis.hget(run.direct.keys.trainers, "step_offset") == b"3"
+
+
+async def refit(run: Run) -> None:
+    await run.filled()
+    assert await run.direct.queue.form(4) == 1
+    await run.direct.parties.register_trainer(structs.replace(CONFIG, batch_size=2))
+    run.lose("refit")
+    await run.broker.queue.refit.if_due("main")
+    assert await run.length(run.direct.keys.batches) == 0
+    assert [entry.gid for _, entry in await run.direct.queue.queued()] == [f"g{number}" for number in range(4)]
+    assert (await audit(run.direct)).findings == []
 
 
 async def cover(run: Run) -> None:
@@ -247,10 +259,35 @@ async def register_env(run: Run) -> None:
     assert (await run.direct.parties.register_env(ENV, "other")).env_id == 1
 
 
+async def update_env(run: Run) -> None:
+    record = structs.replace(await run.direct.parties.register_env(ENV, "nonce"), connected=False)
+    run.lose("update_env")
+    await run.broker.parties.update_env(record)
+    assert await run.direct.redis.hget(run.direct.keys.envs, "changes") == b"1"
+    assert await run.direct.parties.envs() == [
+        structs.replace(record, heard_at=(await run.direct.parties.envs())[0].heard_at)
+    ]
+
+
+async def hear(run: Run) -> None:
+    await run.direct.parties.register_env(ENV, "nonce")
+    run.lose("hear")
+    heard = await run.broker.parties.hear(0)
+    assert heard is not None
+    assert await run.direct.redis.zcard(run.direct.keys.heard) == 1
+
+
 async def acquire(run: Run) -> None:
     run.lose("acquire")
     assert await run.broker.parties.writer("main", ttl_s=60).acquire(blocking=False)
     assert not await run.direct.parties.writer("main", ttl_s=60).acquire(blocking=False)
+
+
+async def report(run: Run) -> None:
+    run.lose("report")
+    await run.broker.parties.report(STATUS)
+    assert await run.direct.parties.servers() == [STATUS]
+    assert await run.direct.redis.zrange(run.direct.keys.served, 0, -1) == [b"0"]
 
 
 async def publish(run: Run) -> None:
@@ -280,8 +317,8 @@ async def append(run: Run) -> None:
 
 async def note(run: Run) -> None:
     run.lose("note")
-    await run.broker.parties.report(STATUS)
-    assert await run.direct.parties.servers() == [STATUS]
+    await run.broker.parties.start()
+    assert await run.direct.parties.started()
 
 
 async def found(run: Run) -> None:
@@ -365,9 +402,9 @@ async def vote(run: Run) -> None:
 
 
 SCRIPTS = {case.__name__: case for case in (
-    arrive, put, lengths, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, adopt,
-    register_env,
-    publish, steer, take_turn, append, note, found, join, beat, evict, meet, heal, open, claim, vote,
+    arrive, put, lengths, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, refit, purge, reset, subscribe, acquire, adopt,
+    register_env, update_env, hear,
+    report, publish, steer, take_turn, append, note, found, join, beat, evict, meet, heal, open, claim, vote,
 )}  # fmt: skip
 
 

@@ -53,6 +53,7 @@ class Reader:
     lent: Counter[int] = field(default_factory=Counter)  # step -> how often
     given_up: dict[int, list[str]] = field(default_factory=dict)  # step -> groups done without; none if they died
     committed: list[int] = field(default_factory=list)
+    trainer: dict[int, str] = field(default_factory=dict)  # step -> the consumer that committed it
     covered: int = 0
 
 
@@ -165,6 +166,9 @@ class QueueModel(RuleBasedStateMachine):
                 break
         if not own and not others:
             if reader.delivered == self.formed:
+                oversized = [gid for gid in self.waiting if self.size[gid] > BATCH]
+                self.waiting = [gid for gid in self.waiting if gid not in oversized]
+                self.dead += oversized
                 chosen = self.choose()
                 while chosen and self.drop_stale([self.waiting[index] for index in chosen]):
                     chosen = self.choose()
@@ -229,13 +233,15 @@ class QueueModel(RuleBasedStateMachine):
         try:
             self.call(self.broker.queue.commit, policy, lease, trained(lease.batch, lease.consumer))
         except LeaseLost:
-            assert step in reader.holder or step in reader.given_up
+            assert step in reader.holder or step in reader.given_up or step in reader.committed
             assert not mine
+            assert reader.trainer.get(step) != lease.consumer
         else:
-            assert mine or step in reader.committed
+            assert mine or reader.trainer[step] == lease.consumer
             if mine:
                 del reader.holder[step]
                 reader.committed.append(step)
+                reader.trainer[step] = lease.consumer
 
     def lost(self) -> list[tuple[str, Lease]]:
         return [

@@ -256,6 +256,26 @@ async def test_reset_forgets_dead_letters_of_accepted_groups(broker: Broker) -> 
     assert (await audit(broker)).findings == []
 
 
+async def test_a_group_put_while_the_run_is_reset_is_in_or_out(broker: Broker) -> None:
+    """One script forgets all of it: each group is either gone with its marks, or queued with its data."""
+    await put(broker, *range(60))
+    await lease(broker)
+
+    async def put_more() -> None:
+        for number in range(100, 160):
+            await broker.queue.put(f"g{number}", group(number), v_min=0, v_max=0)
+
+    async with anyio.create_task_group() as tasks:
+        for act in (put_more, broker.reset, put_more, broker.reset, put_more):
+            tasks.start_soon(act)
+    kept = {entry.gid for _, entry in await broker.queue.queued()}
+    for number in (*range(60), *range(100, 160)):
+        gid = f"g{number}"
+        marks = await broker.redis.exists(broker.keys.blob(gid), broker.keys.seen(gid))
+        assert marks == (2 if gid in kept else 0), gid
+    assert (await audit(broker)).findings == []
+
+
 async def test_reset_forgets_the_queue_and_lets_posts_be_repeated(broker: Broker) -> None:
     await put(broker, 1, 2, 3)
     held = await lease(broker)

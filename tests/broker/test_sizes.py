@@ -121,7 +121,7 @@ async def test_many_groups_become_dead_letters_at_once(broker: Broker) -> None:
 
 
 async def test_scripts_take_long_lists_of_anything(broker: Broker) -> None:
-    """NOTE, LEAVE, RESET, RECORD, ARRIVE."""
+    """NOTE, LEAVE, RECORD, ARRIVE."""
     keys, scripts = broker.keys, broker.scripts
     pairs = [text for number in range(MANY) for text in (f"f{number}", "1")]
     for new in (MANY, 0):
@@ -130,16 +130,11 @@ async def test_scripts_take_long_lists_of_anything(broker: Broker) -> None:
     assert await broker.queue.retention.leave("reader", *pairs[::2])
     assert await broker.redis.hlen(keys.state) == 0
 
-    await broker.redis.mset({keys.blob(str(number)): "" for number in range(MANY)})
-    for deleted in (MANY, 0):
-        assert await scripts.reset(keys=[keys.blob(str(number)) for number in range(MANY)]) == deleted
-
     lineage = Lineage(0, 1, ((0, 0, 1),))
     digests = [f"{number:032}" for number in range(MANY)]
     await broker.lineage.record([(digest, lineage) for digest in digests])
-    *_, recorded, found = await scripts.arrive(
-        keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage], args=[*digests, "none"]
-    )
+    named = [keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage, keys.served]
+    *_, recorded, found, _ = await scripts.arrive(keys=named, args=[*digests, "none"])
     assert recorded == 1
     assert found[-1] is None
     assert {from_record(raw) for raw in found[:-1]} == {lineage}

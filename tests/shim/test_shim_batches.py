@@ -135,6 +135,18 @@ async def test_a_call_given_up_before_its_answer_changes_nothing(registered: htt
     assert await committed(broker) == []
 
 
+async def test_a_request_sent_before_the_answer_to_the_one_before_acknowledges_nothing(
+    registered: httpx.AsyncClient, broker: Broker
+) -> None:
+    await post(registered, 1, 2)
+    async with request_batch(registered) as raw:
+        await asyncio.get_running_loop().sock_sendall(raw, b"GET /batch HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+        await until_sent(broker, 1)
+    await until_sent(broker, 0)
+    assert await committed(broker) == []
+    assert [await take(registered), await take(registered)] == [[1], [2]]
+
+
 async def test_a_batch_that_was_read_stays_acknowledged_when_its_connection_ends(
     registered: httpx.AsyncClient, broker: Broker
 ) -> None:
@@ -220,12 +232,17 @@ async def test_a_batch_that_another_trained_meanwhile_is_nobodys(
     assert await take(registered, "slow") == [2]
 
 
-async def test_a_batch_that_lost_a_group_is_not_hidden(registered: httpx.AsyncClient, broker: Broker) -> None:
-    await post(registered, 1)
-    (gid,) = [entry.gid for _, entry in await broker.queue.queued()]
-    await broker.redis.delete(broker.keys.blob(gid))
-    response = await registered.get("/batch")
-    assert response.status_code == 500
+async def test_a_batch_that_lost_a_group_is_taken_apart_and_what_is_gone_is_a_dead_letter(
+    registered: httpx.AsyncClient, broker: Broker
+) -> None:
+    await post(registered, 1, 2, size=2)
+    lost, kept = [entry.gid for _, entry in await broker.queue.queued()]
+    await broker.redis.delete(broker.keys.blob(lost))
+    assert (await registered.get("/batch")).json() == {"batch": None}
+    assert [(letter.entry.gid, letter.entry.reason) for letter in await broker.dead.accepted()] == [(lost, "lost")]
+    assert [entry.gid for _, entry in await broker.queue.queued()] == [kept]
+    await post(registered, 3, size=2)
+    assert await take(registered) == [2, 3]
 
 
 async def test_a_replica_that_dies_before_the_last_byte_has_not_sent_the_batch(

@@ -256,8 +256,10 @@ async def test_versions_are_joined_from_lineage_or_bounded(registered: httpx.Asy
     assert await spans() == [(0, 0), (7, 7)]
 
     now = time.time()
-    for name, version, heartbeat in (("a", 7, now), ("b", 5, now), ("gone", 1, now - 3600), ("new", -1, now)):
-        await broker.parties.report(ServerStatus(name, "main", "http://s", "ready", version, -1, heartbeat))
+    for name, version in (("a", 7), ("b", 5), ("new", -1)):
+        await broker.parties.report(ServerStatus(name, "main", "http://s", "ready", version, -1, now))
+    gone = ServerStatus("gone", "main", "http://s", "ready", 1, -1, now - 3600)  # reported then
+    await broker.redis.hset(broker.keys.pools, "gone", msgspec.json.encode(gone))
     await registered.post("/scored_data", json=group(3))
     first, second = group(4)["tokens"]
     await broker.lineage.record([(tokens_digest(first), made((2, 4))), (tokens_digest(second), made((3, 6)))])

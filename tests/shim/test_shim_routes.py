@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
-import time
 from typing import Any
 
 import httpx
 import pytest
+from silent import silence
 from trajectories import ENV, KEYS, TRAINER, group
 
 from lachesis.broker import Broker
-from lachesis.broker.parties import ALIVE_S
+from lachesis.broker.environments import ALIVE_S, Alive, is_alive
 from lachesis.broker.records import EnvConfig, EnvRecord, QueueStatus, TrainerConfig
 from lachesis.shim.status import env_status
 
@@ -229,7 +229,7 @@ async def test_silent_environments_do_not_dilute_the_others(registered: httpx.As
         return answer["env_weight"], answer["unallocated_fraction"]
 
     assert await told() == (0.5, 0.5)
-    await broker.redis.hset(broker.keys.envs, "heard:1", time.time() - ALIVE_S)
+    await silence(broker, 1)
     assert await told() == (1.0, 1.0)
     await registered.post("/scored_data", json=group(1, env_id=1))
     assert await told() == (0.5, 0.5)
@@ -256,6 +256,11 @@ def environment(
     return EnvRecord(env_id, "e", EnvConfig(100, "e", weight, 4, minimum), connected, heard_at=heard_at)
 
 
+def told_of(envs: list[EnvRecord], status: QueueStatus) -> dict[str, Any]:
+    """What the first of these environments is told."""
+    return env_status(envs[0], 0, Alive(env for env in envs if is_alive(env, NOW)), status, CONFIG)
+
+
 def queue(**sequences: int) -> QueueStatus:
     """Sequences in groups of 4, and one of 8 without an environment."""
     waiting = {name.removeprefix("e"): {4: count // 4} for name, count in sequences.items() if name != "undelivered"}
@@ -267,7 +272,7 @@ CONFIG = TrainerConfig("", "", 32, 64, "", 1, 0, 1)
 
 def test_what_is_reserved_for_others_is_not_queued_for_this_one() -> None:
     envs = [environment(0), environment(1, minimum=0.5), environment(2, minimum=0.25, connected=False)]
-    told = env_status(0, envs, queue(e0=8, e1=20, e2=4), CONFIG, NOW)
+    told = told_of(envs, queue(e0=8, e1=20, e2=4))
     assert told["max_group_size"] == 8
     assert told["queue_size"] == (8 + (24 - 16) + 8 + 8) // 4
     assert told["unallocated_fraction"] == 0.5
@@ -275,7 +280,7 @@ def test_what_is_reserved_for_others_is_not_queued_for_this_one() -> None:
 
 
 def test_batches_formed_and_not_delivered_are_still_queued() -> None:
-    assert env_status(0, [environment(0)], queue(e0=8, undelivered=32), CONFIG, NOW)["queue_size"] == (8 + 32 + 8) // 4
+    assert told_of([environment(0)], queue(e0=8, undelivered=32))["queue_size"] == (8 + 32 + 8) // 4
 
 
 def test_weights_of_nothing_do_not_divide_by_zero() -> None:
@@ -284,12 +289,12 @@ def test_weights_of_nothing_do_not_divide_by_zero() -> None:
         ([environment(0, connected=False)], 1.0),
         ([environment(0, weight=-1.0), environment(1)], 0.01),
     ):
-        assert env_status(0, envs, queue(), CONFIG, NOW)["env_weight"] == weight
+        assert told_of(envs, queue())["env_weight"] == weight
 
 
 def test_the_silent_count_for_nothing() -> None:
     silent = environment(1, minimum=0.5, heard_at=NOW - ALIVE_S)
     quiet = environment(2, minimum=0.25, heard_at=NOW - ALIVE_S + 1)
-    told = env_status(0, [environment(0), silent, quiet], queue(e0=8, e1=16), CONFIG, NOW)
+    told = told_of([environment(0), silent, quiet], queue(e0=8, e1=16))
     assert (told["env_weight"], told["unallocated_fraction"]) == (0.5, 0.75)
     assert told["queue_size"] == (8 + 16 + 8) // 4

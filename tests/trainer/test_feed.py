@@ -160,3 +160,27 @@ def test_groups_that_are_gone_are_told(blocking: BlockingBroker, feed_of: Callab
     entry = BatchEntry(3, ("a",), 1, 1, 0, 0, 0.0)
     with feed_of(plan) as feed, pytest.raises(Conflict, match=r"step 3 can't be trained: group a has no blob"):
         feed.load(entry)
+
+
+def test_a_batch_of_another_size_or_with_groups_that_are_gone_is_made_anew(
+    blocking: BlockingBroker, feed_of: Callable[[Plan], Feed], plan: Plan
+) -> None:
+    """The first was formed for the trainer before, the second has lost its data."""
+    broker = blocking.broker
+    blocking.call(fill, broker, groups=3 * GROUPS)
+    assert blocking.call(broker.queue.form, 2 * BATCH) == 1
+    assert blocking.call(broker.queue.lease, "main", "before", lapse_s=600)
+    with feed_of(plan) as feed:
+        first, _ = take(feed, 0)
+        assert first.batch.step == 2
+        until(lambda: formed(blocking) == 3)
+        until(lambda: feed._ahead and feed._ahead.done())
+    commit(blocking, first)
+    upcoming = blocking.call(broker.queue.batch, 3)
+    assert upcoming is not None
+    blocking.call(broker.redis.unlink, broker.keys.blob(upcoming.gids[0]))
+    with feed_of(plan) as feed:
+        second, ready = take(feed, 2)
+        assert second.batch.step == 4
+        assert upcoming.gids[1] in [group.gid for group in ready.groups]
+    assert [letter.entry.reason for letter in blocking.call(broker.dead.accepted)] == ["lost"]

@@ -1,0 +1,123 @@
+"""The environments that take part now, known to a process without reading all that ever registered.
+
+The sorted set `heard` holds when each environment called last, by Redis's clock. A look reads the part that is newer than
+the look before, and what nobody has said anything of for ALIVE_S falls out. So a look costs as much as there were calls
+since the last one, however many environments there are or were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from msgspec import structs
+
+from lachesis.broker.codec import read_json
+from lachesis.broker.connection import Redis
+from lachesis.broker.keys import Keys
+from lachesis.broker.records import EnvRecord
+
+ALIVE_S = 60.0  # an environment silent for longer counts for nothing; environments call ten times a second
+SLICE = 1000  # records read at a time
+
+
+class Alive:
+    """Environments that have a share in weights and batches: connected ones that called within ALIVE_S."""
+
+    def __init__(self, envs: Iterable[EnvRecord] = ()) -> None:
+        self.shares: dict[int, float] = {}
+        self._total: float | None = 0.0
+        self.minimums: dict[str, float] = {}  # of a batch, in the order of ids; without those that have none
+        for env in sorted(envs, key=lambda env: env.env_id):
+            self.add(env)
+
+    @property
+    def total(self) -> float:
+        """Of all shares."""
+        if self._total is None:
+            self._total = sum(self.shares.values())
+        return self._total
+
+    def add(self, env: EnvRecord) -> None:
+        self._total = None
+        out_of_order = bool(self.shares) and env.env_id < next(reversed(self.shares))
+        self.shares[env.env_id] = share(env)
+        if env.config.min_batch_allocation:
+            self.minimums[str(env.env_id)] = env.config.min_batch_allocation
+        if out_of_order:  # sums are the same whoever came back when
+            self.shares = dict(sorted(self.shares.items()))
+            self.minimums = dict(sorted(self.minimums.items(), key=lambda item: int(item[0])))
+
+    def drop(self, env_id: int) -> None:
+        self._total = None
+        self.shares.pop(env_id, None)
+        self.minimums.pop(str(env_id), None)
+
+
+def share(env: EnvRecord) -> float:
+    """What an environment's weight counts, before it is divided by everybody's."""
+    return env.config.max_token_length * max(0.0, env.config.weight)
+
+
+def is_alive(env: EnvRecord, now: float) -> bool:
+    """Whether the environment has a share in weights and batches: it is connected, and called within ALIVE_S."""
+    return env.connected and now - env.heard_at < ALIVE_S
+
+
+class Environments:
+    """Of one run. `ask` and `take` are one look, beside what else the caller's pipeline reads."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self._redis, self._keys = redis, keys
+        self.alive = Alive()
+        self._heard: dict[
+            int, float
+        ] = {}  # milliseconds; the longest silent one first, of all that called within ALIVE_S
+        self._changes: Any = None
+        self._until = float("inf")  # before the first look, which reads all of the living
+
+    def ask(self, pipe: Any) -> None:
+        """Queue three commands; their replies are for `take`."""
+        pipe.time()
+        pipe.hmget(self._keys.envs, ["life", "changes"])
+        pipe.zrange(self._keys.heard, self._until, "+inf", byscore=True, withscores=True)
+
+    async def take(self, replies: Sequence[Any]) -> Alive:
+        """The living, as of now."""
+        (seconds, microseconds), changes, called = replies
+        first = seconds * 1000 + microseconds / 1000 - 1000 * ALIVE_S
+        if changes != self._changes:
+            called = await self._redis.zrange(self._keys.heard, first, "+inf", byscore=True, withscores=True)
+            self.alive, self._heard, self._changes, self._until = Alive(), {}, changes, first
+        new = [int(id_) for id_, at in called if at > first and int(id_) not in self._heard]
+        records = await self._records(new)
+        for id_, at in called:
+            if at > first and int(id_) not in self._heard and (record := records.get(int(id_))) and record.connected:
+                self.alive.add(record)
+            self._heard[int(id_)] = max(at, self._heard.pop(int(id_), 0.0))
+            self._until = max(self._until, at)
+        while self._heard and self._heard[oldest := next(iter(self._heard))] <= first:
+            del self._heard[oldest]
+            self.alive.drop(oldest)
+        return self.alive
+
+    async def look(self) -> Alive:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            self.ask(pipe)
+            return await self.take(await pipe.execute())
+
+    async def _records(self, ids: Sequence[int]) -> dict[int, EnvRecord]:
+        found: dict[int, EnvRecord] = {}
+        for start in range(0, len(ids), SLICE):
+            part = ids[start : start + SLICE]
+            raw = await self._redis.hmget(self._keys.envs, list(map(str, part)))
+            found |= {
+                id_: record for id_, text in zip(part, raw, strict=True) if (record := read_json(EnvRecord, text))
+            }
+        return found
+
+
+def read_env(record: bytes | None, heard: float | None) -> EnvRecord | None:
+    """An environment as it is kept, and when it was heard of last (milliseconds)."""
+    env = read_json(EnvRecord, record)
+    return env and structs.replace(env, heard_at=heard / 1000 if heard else env.registered_at)
