@@ -11,9 +11,10 @@ from typing import ParamSpec, TypeVar
 
 import anyio.from_thread
 from anyio.from_thread import BlockingPortal
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from lachesis.broker.connection import HEARTBEATS, open_redis
+from lachesis.broker.connection import HEARTBEATS, open_redis, reconnect
 from lachesis.broker.dead import DeadLetters
 from lachesis.broker.journal import Journal
 from lachesis.broker.keys import RUNS, Keys
@@ -32,6 +33,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 RESET_SLICE = 1000
+LEAVE_EVERY_S = 0.1  # commands that are refused together make connections anew once
 
 
 class Connections:
@@ -42,10 +44,20 @@ class Connections:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.commands, self.blocking = open_redis(url), open_redis(url)
-        self.heartbeats = open_redis(url, connections=HEARTBEATS)
+        self.commands, self.blocking = open_redis(url, leave=self.leave), open_redis(url, leave=self.leave)
+        self.heartbeats = open_redis(url, connections=HEARTBEATS, leave=self.leave)
         self.wire = Wire(self.commands)
+        self._left_at = float("-inf")
         self.scripts = Scripts(self.commands, self.wire)
+
+    async def leave(self) -> None:
+        """Make all connections anew: their server is the master no more, and the address may lead to the one that is."""
+        if time.monotonic() - self._left_at < LEAVE_EVERY_S:  # who is told so now is told of those before
+            return
+        self._left_at = time.monotonic()
+        self.wire.drop(RedisConnectionError("the server was demoted"))
+        for connections in (self.commands, self.blocking, self.heartbeats):
+            await reconnect(connections)
 
     async def aclose(self) -> None:
         for connections in (self.wire, self.commands, self.blocking, self.heartbeats):
@@ -88,6 +100,10 @@ class Broker:
 
     async def ping(self) -> bool:
         return bool(await self.redis.ping())
+
+    async def probe(self) -> None:
+        """Raise what Redis answers a write that changes nothing."""
+        await self.redis.execute_command("SETRANGE", self.keys.blob("probe"), 0, "")
 
     async def enlist(self) -> None:
         """Put the run on the list of runs, if it is not there; also when Redis is full, for the trainer that frees it."""

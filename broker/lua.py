@@ -19,7 +19,7 @@ from lachesis.broker.wire import Command, Wire
 
 NAMES = (
     "arrive", "put", "record", "bury", "form", "drop", "lease", "deliver", "renew", "commit", "retire", "cover", "leave", "requeue",
-    "purge", "subscribe", "acquire", "adopt", "register_env", "publish", "steer", "take_turn", "note", "append", "reset",
+    "purge", "subscribe", "acquire", "hold", "adopt", "register_env", "publish", "steer", "take_turn", "note", "append", "reset",
     "found", "join", "beat", "evict", "meet", "heal", "open", "claim", "vote",
 )  # fmt: skip
 
@@ -86,6 +86,7 @@ class Scripts:
     purge: Script
     subscribe: Script
     acquire: Script
+    hold: Script
     adopt: Script
     cover: Script
     leave: Script

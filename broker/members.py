@@ -101,7 +101,7 @@ class Members:
         reply = await self._scripts.beat(
             keys=[
                 *(keys.replicas(policy), keys.members(policy), keys.beats(policy), keys.writer(policy)),
-                keys.batches,
+                *(keys.batches, keys.state),
             ],
             args=[id_, _ms(hold_s), policy],
             client=self._heartbeats,

@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Literal
 
 import msgspec
 from msgspec import structs
 from redis.asyncio.lock import Lock
-from redis.exceptions import LockNotOwnedError
+from redis.exceptions import LockNotOwnedError, RedisError
 
-from lachesis.broker.connection import Redis
+from lachesis.broker.connection import Redis, patience
 from lachesis.broker.keys import Keys
-from lachesis.broker.lua import Scripts
+from lachesis.broker.lua import Script, Scripts
 from lachesis.broker.records import EnvConfig, EnvRecord, ServerStatus, TrainerConfig
+from lachesis.broker.redis_errors import trouble
 
 ALIVE_S = 60.0  # an environment silent for longer counts for nothing; environments call ten times a second
 HEARD_EVERY_S = 5.0  # that an environment called is noted at most so often
 
 
 class WriterLock(Lock):
-    """redis-py's lock, safe where a reply is lost, and to be had while Redis is full."""
+    """redis-py's lock, safe where a reply is lost, and to be had while Redis is full.
 
-    def __init__(self, redis: Redis, scripts: Scripts, name: str, ttl_s: float) -> None:
-        super().__init__(redis, name, timeout=ttl_s, sleep=min(1.0, ttl_s / 5), thread_local=False)
-        self._scripts, self._ttl_ms = scripts, int(ttl_s * 1000)
+    One that lapsed because Redis was away, or refused to keep it, is kept on if nobody has held it since.
+    """
+
+    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys, policy: str, ttl_s: float) -> None:
+        super().__init__(redis, keys.writer(policy), timeout=ttl_s, sleep=min(1.0, ttl_s / 5), thread_local=False)
+        self._scripts, self._ttl_s, self._state, self._field = scripts, ttl_s, keys.state, f"taken:{policy}"
 
     async def do_acquire(self, token: str | bytes) -> bool:
-        return bool(await self._scripts.acquire(keys=[self.name], args=[token, self._ttl_ms], client=self.redis))
+        return await self._call(self._scripts.acquire, token, self._ttl_s)
+
+    async def do_extend(self, additional_time: float, replace_ttl: bool) -> Literal[True]:
+        if not replace_ttl:
+            return await super().do_extend(additional_time, replace_ttl)
+        if not await self._call(self._scripts.hold, self.local.token, additional_time):
+            raise LockNotOwnedError("another process has taken it")
+        return True
+
+    async def _call(self, script: Script, token: str | bytes, seconds: float) -> bool:
+        keys, args = [self.name, self._state], [token, int(seconds * 1000), self._field]
+        return bool(await script(keys=keys, args=args, client=self.redis))
 
     async def do_release(self, expected_token: bytes) -> None:
         try:
@@ -72,7 +88,7 @@ class Parties:
 
     def writer(self, policy: str, *, ttl_s: float) -> WriterLock:
         """The lock whose holder alone may commit and publish for `policy`; its token fences a predecessor off."""
-        return WriterLock(self._heartbeats, self._scripts, self._keys.writer(policy), ttl_s)
+        return WriterLock(self._heartbeats, self._scripts, self._keys, policy, ttl_s)
 
     # -- environments ---------------------------------------------------------------------------------------------
 
@@ -102,10 +118,20 @@ class Parties:
         known = self._heard.get(env_id)
         if known and 0 <= now - known.heard_at < HEARD_EVERY_S:
             return known
-        if (found := await self.env(env_id)) is not None:
-            await self._scripts.note(keys=[self._keys.envs], args=[f"heard:{env_id}", f"{now:.3f}"])
+        if (found := await self.env(env_id)) is not None and await self._note_heard(env_id, now):
             self._heard[env_id] = structs.replace(found, heard_at=now)
         return found
+
+    async def _note_heard(self, env_id: int, now: float) -> bool:
+        """False if Redis takes no writes just now: the environment calls again soon, and must not wait for that."""
+        try:
+            with patience(0):
+                await self._scripts.note(keys=[self._keys.envs], args=[f"heard:{env_id}", f"{now:.3f}"])
+        except RedisError as error:
+            if trouble(error) is None:
+                raise
+            return False
+        return True
 
     async def update_env(self, record: EnvRecord) -> None:
         await self._scripts.note(keys=[self._keys.envs], args=[str(record.env_id), msgspec.json.encode(record)])

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 from msgspec import Struct
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import RedisError
 
 from lachesis.broker.archive import Archive
 from lachesis.broker.client import Broker
@@ -14,6 +14,7 @@ from lachesis.broker.codec import from_entry
 from lachesis.broker.errors import ArchiveUnreadable
 from lachesis.broker.packing import CODEC, from_blob
 from lachesis.broker.records import BatchEntry, Group, GroupEntry, Limits
+from lachesis.broker.redis_errors import describe, trouble
 
 WAIT_S = 0.25
 WAITING = {"full": "the queue is full", "late": "as much is queued as its trainer takes in time"}
@@ -129,8 +130,10 @@ async def store(
         while True:
             try:
                 reply = await target.queue.put(group.gid, group, v_min=v_min, v_max=v_max, limits=Limits(bytes=quota))
-            except OutOfMemoryError:
-                reply = "Redis is full"
+            except RedisError as error:
+                if trouble(error) is None:
+                    raise
+                reply = describe(error)
             if reply in ("stored", "duplicate"):
                 break
             done.waiting = WAITING.get(reply, reply)

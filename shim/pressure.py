@@ -14,11 +14,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lachesis.broker import Broker
+from lachesis.broker.connection import patience
 from lachesis.broker.records import Limits
+from lachesis.broker.redis_errors import describe, trouble
 
 HOLD_S = 240.0
 LOOK_EVERY_S = 0.25
@@ -28,6 +31,17 @@ WHY = {  # by what PUT replies
     "full": "the queue is over its quota",
     "env_full": "the environment is over its quota of the queue",
 }
+
+
+class Patient:
+    """ASGI middleware of a route that posts: all that it asks of Redis waits as long as a post may wait."""
+
+    def __init__(self, app: ASGIApp, draining: Callable[[], bool], hold_s: float) -> None:
+        self._app, self._draining, self._hold_s = app, draining, hold_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with patience(self._hold_s, unless=self._draining, forbidden=True):
+            await self._app(scope, receive, send)
 
 
 class Hold:
@@ -43,13 +57,15 @@ class Hold:
             await self._wait(why)
 
     async def store(self, put: Callable[[Limits], Awaitable[str]]) -> str:
-        """What `put`, given its limits, replies; called again for as long as it finds no room, or Redis full."""
+        """What `put`, given its limits, replies; called again for as long as it finds no room, or Redis refuses."""
         limits = self._limits
         while True:
             try:
                 reply = await put(limits)
-            except OutOfMemoryError:
-                await self._wait("Redis is full")
+            except RedisError as error:
+                if trouble(error) is None:
+                    raise
+                await self._wait(describe(error))
                 continue
             if reply not in WHY:
                 return reply

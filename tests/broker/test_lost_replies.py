@@ -247,6 +247,15 @@ async def acquire(run: Run) -> None:
     assert not await run.direct.parties.writer("main", ttl_s=60).acquire(blocking=False)
 
 
+async def hold(run: Run) -> None:
+    lock = run.broker.parties.writer("main", ttl_s=60)
+    assert await lock.acquire(blocking=False)
+    await run.direct.redis.delete(lock.name)
+    run.lose("hold")
+    assert await lock.extend(60, replace_ttl=True)
+    assert await lock.owned()
+
+
 async def publish(run: Run) -> None:
     run.lose("publish")
     await run.broker.weights.publish("main", WeightsEntry(0, 0, "file:///v0", "0", 1, "BF16", -1))
@@ -359,7 +368,7 @@ async def vote(run: Run) -> None:
 
 
 SCRIPTS = {case.__name__: case for case in (
-    arrive, put, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, adopt,
+    arrive, put, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, hold, adopt,
     register_env,
     publish, steer, take_turn, append, note, found, join, beat, evict, meet, heal, open, claim, vote,
 )}  # fmt: skip
