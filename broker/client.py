@@ -82,7 +82,7 @@ class Broker:
         self.parties = Parties(redis, heartbeats, scripts, self.keys)
         self.lineage = LineageStore(scripts, self.keys)
         self.journal = Journal(redis, blocking, scripts, self.keys)
-        self.tokens = Tokens(redis, self.keys)
+        self.tokens = Tokens(redis, connections.wire, scripts, self.keys)
 
     @classmethod
     async def connect(cls, url: str, run: str = "default") -> Broker:

@@ -19,7 +19,7 @@ from lachesis.broker.wire import Command, Wire
 
 NAMES = (
     "arrive", "put", "record", "bury", "form", "drop", "lease", "deliver", "renew", "commit", "retire", "cover", "leave", "requeue",
-    "purge", "subscribe", "acquire", "hold", "adopt", "register_env", "publish", "steer", "take_turn", "note", "append", "reset",
+    "purge", "subscribe", "acquire", "hold", "adopt", "register_env", "publish", "steer", "take_turn", "note", "note_new", "append", "reset",
     "found", "join", "beat", "evict", "meet", "heal", "open", "claim", "vote",
 )  # fmt: skip
 
@@ -95,6 +95,7 @@ class Scripts:
     steer: Script
     take_turn: Script
     note: Script
+    note_new: Script
     append: Script
     reset: Script
     found: Script

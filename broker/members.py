@@ -141,7 +141,7 @@ class Members:
 
     async def leave_word(self, me: Membership, name: str, word: bytes) -> None:
         """Tell the others of this epoch something, such as where they reach this replica."""
-        await self._redis.hset(self._keys.meeting(me.policy), f"link:{me.epoch}:{name}", word)
+        await self._scripts.note(keys=[self._keys.meeting(me.policy)], args=[f"link:{me.epoch}:{name}", word])
 
     async def word(self, me: Membership, name: str) -> bytes | None:
         found: bytes | None = await self._redis.hget(self._keys.meeting(me.policy), f"link:{me.epoch}:{name}")

@@ -19,21 +19,23 @@ from msgspec import structs
 from lachesis.broker.connection import Redis
 from lachesis.broker.errors import ConfigurationError, Conflict
 from lachesis.broker.keys import Keys, check_name
+from lachesis.broker.lua import Scripts
 from lachesis.broker.records import Role, TokenRecord
+from lachesis.broker.wire import Wire
 
 PREFIX = "lachesis_"  # by which people, and scanners for leaked secrets, know it
 
 
 class Tokens:
-    def __init__(self, redis: Redis, keys: Keys) -> None:
-        self._redis, self._keys = redis, keys
+    def __init__(self, redis: Redis, wire: Wire, scripts: Scripts, keys: Keys) -> None:
+        self._redis, self._wire, self._scripts, self._keys = redis, wire, scripts, keys
 
     async def create(self, role: Role, name: str = "") -> tuple[str, TokenRecord]:
         """A new token and its record. Raises Conflict if the run has, or had, one of that name."""
         name = check_name("name", name or f"{role}-{secrets.token_hex(3)}")
         token = PREFIX + secrets.token_urlsafe(32)
         record = TokenRecord(name, role, digest(token.encode()), time.time())
-        if not await self._redis.hsetnx(self._keys.tokens, name, msgspec.json.encode(record)):
+        if not await self._scripts.note_new(keys=[self._keys.tokens], args=[name, msgspec.json.encode(record)]):
             kept = await self._find(name)
             if kept != record:  # else our own, resent after a lost reply
                 raise Conflict(f"run {self._keys.run!r} has a token named {name!r} already: choose another --name")
@@ -45,12 +47,12 @@ class Tokens:
         if record is None:
             raise ConfigurationError(f"run {self._keys.run!r} has no token named {name!r}: `lachesis token list`")
         record = structs.replace(record, revoked_at=record.revoked_at or time.time())
-        await self._redis.hset(self._keys.tokens, name, msgspec.json.encode(record))
+        await self._scripts.note(keys=[self._keys.tokens], args=[name, msgspec.json.encode(record)])
         return record
 
     async def all(self) -> list[TokenRecord]:
         """Every token ever made for this run, oldest first, revoked ones included."""
-        raw = await self._redis.hvals(self._keys.tokens)
+        [raw] = await self._wire.call(("HVALS", self._keys.tokens))
         records = [msgspec.json.decode(value, type=TokenRecord) for value in raw]
         return sorted(records, key=lambda record: record.created_at)
 

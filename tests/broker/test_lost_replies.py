@@ -287,6 +287,12 @@ async def note(run: Run) -> None:
     assert await run.direct.parties.servers() == [STATUS]
 
 
+async def note_new(run: Run) -> None:
+    run.lose("note_new")
+    _, record = await run.broker.tokens.create("admin", "a")
+    assert await run.direct.tokens.all() == [record]
+
+
 async def found(run: Run) -> None:
     await run.filled()
     run.lose("found")
@@ -370,7 +376,7 @@ async def vote(run: Run) -> None:
 SCRIPTS = {case.__name__: case for case in (
     arrive, put, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, purge, reset, subscribe, acquire, hold, adopt,
     register_env,
-    publish, steer, take_turn, append, note, found, join, beat, evict, meet, heal, open, claim, vote,
+    publish, steer, take_turn, append, note, note_new, found, join, beat, evict, meet, heal, open, claim, vote,
 )}  # fmt: skip
 
 
