@@ -55,7 +55,7 @@ _CLASSES: dict[type[Exception], str] = {
     exceptions.AuthenticationError: "WRONGPASS",
 }
 _IN_SCRIPT = re.compile(r"ACL failure in script|The user executing the script can't")  # in the place of NOPERM
-_IN_PIPELINE = re.compile(r"Command # \d+ .* of pipeline caused error: ", re.DOTALL)
+_IN_PIPELINE = re.compile(r"Command # \d+ .* of pipeline caused error: [(\"']*", re.DOTALL)
 
 
 def trouble(error: BaseException | None) -> Trouble | None:
