@@ -24,6 +24,7 @@ from lachesis.broker.members import Members
 from lachesis.broker.parties import Parties
 from lachesis.broker.pools import Pools
 from lachesis.broker.queue import Queue
+from lachesis.broker.redis_errors import trouble
 from lachesis.broker.server import check_server
 from lachesis.broker.tokens import Tokens
 from lachesis.broker.weights import Weights
@@ -132,7 +133,9 @@ class Broker:
         """
         try:
             readers = await self.redis.xinfo_groups(self.keys.batches)
-        except ResponseError:  # no batch was ever formed
+        except ResponseError as error:  # no batch was ever formed
+            if trouble(error):
+                raise
             readers = []
         policies = [reader["name"].decode() for reader in readers]
         gids = {entry.gid for _, entry in await self.queue.queued()}

@@ -22,6 +22,7 @@ from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.queue import REFUSED_KEPT
 from lachesis.broker.records import DeadEntry, LedgerEntry, Member, Membership
+from lachesis.broker.redis_errors import trouble
 from lachesis.broker.wire import Wire
 
 CONSUMER = "replicas"  # who the batches of all replicas together are lent to
@@ -237,7 +238,9 @@ class Members:
         beats = dict(await self._redis.zrange(keys.beats(policy), 0, -1, withscores=True))
         try:
             pending = await self._redis.xinfo_consumers(keys.work(policy), "trainers")
-        except ResponseError:  # no step is open
+        except ResponseError as error:  # no step is open
+            if trouble(error):
+                raise
             pending = []
         holds = {consumer["name"]: consumer["pending"] for consumer in pending}
         return [

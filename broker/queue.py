@@ -30,6 +30,7 @@ from lachesis.broker.records import (
     QueueStatus,
     ScoredGroup,
 )
+from lachesis.broker.redis_errors import trouble
 from lachesis.broker.retention import Retention
 from lachesis.broker.shadows import Rule, Shadows
 from lachesis.broker.staleness import Staleness
@@ -138,7 +139,9 @@ class Queue:
         """Where the queue's stream ends now; what `wait_for_group` counts from."""
         try:
             return bytes((await self._redis.xinfo_stream(self._keys.groups))["last-generated-id"]).decode()
-        except ResponseError:  # no group was ever accepted
+        except ResponseError as error:  # no group was ever accepted
+            if trouble(error):
+                raise
             return "0-0"
 
     async def wait_for_group(self, timeout_s: float, *, after: str = "") -> None:
@@ -314,7 +317,9 @@ class Queue:
         """Policies that read batches; the archiver is none."""
         try:
             names = [reader["name"].decode() for reader in await self._redis.xinfo_groups(self._keys.batches)]
-        except ResponseError:  # nobody ever subscribed
+        except ResponseError as error:  # nobody ever subscribed
+            if trouble(error):
+                raise
             return []
         return sorted(name for name in names if name != ARCHIVE)
 

@@ -118,6 +118,22 @@ async def test_every_pool_leaves_a_server_that_was_demoted(tmp_path: Path) -> No
         await broker.aclose()
 
 
+async def test_nobody_takes_a_refusal_for_an_empty_answer(tmp_path: Path) -> None:
+    """A batch that no reader is known of would be freed."""
+    async with sick_redis(tmp_path) as (url, sick):
+        broker = await Broker.connect(url)
+        await broker.queue.subscribe("main")
+        assert list(await broker.queue.retention.readers()) == ["main"]
+        async with sick("BUSY"):
+            for ask in (
+                broker.queue.retention.readers, broker.queue.readers, broker.queue.shadows.readings, broker.queue.newest_group,
+                broker.reset, lambda: broker.members.members("main"),
+            ):  # fmt: skip
+                with pytest.raises(ResponseError, match="BUSY"), patience(0):
+                    await ask()
+        await broker.aclose()
+
+
 # -- the writer lock ----------------------------------------------------------------------------------------------
 
 
