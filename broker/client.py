@@ -12,9 +12,9 @@ from typing import ParamSpec, TypeVar
 import anyio.from_thread
 from anyio.from_thread import BlockingPortal
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
-from lachesis.broker.connection import HEARTBEATS, open_redis, reconnect
+from lachesis.broker.connection import HEARTBEATS, open_redis, patience, reconnect
 from lachesis.broker.dead import DeadLetters
 from lachesis.broker.journal import Journal
 from lachesis.broker.keys import RUNS, Keys
@@ -34,6 +34,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 RESET_SLICE = 1000
+ASK_S = 1.0
 LEAVE_EVERY_S = 0.1  # commands that are refused together make connections anew once
 
 
@@ -84,6 +85,7 @@ class Broker:
         self.lineage = LineageStore(scripts, self.keys)
         self.journal = Journal(redis, blocking, scripts, self.keys)
         self.tokens = Tokens(redis, connections.wire, scripts, self.keys)
+        self._asking: asyncio.Task[bool] | None = None
 
     @classmethod
     async def connect(cls, url: str, run: str = "default") -> Broker:
@@ -105,6 +107,26 @@ class Broker:
     async def probe(self) -> None:
         """Raise what Redis answers a write that changes nothing."""
         await self.redis.execute_command("SETRANGE", self.keys.blob("probe"), 0, "")
+
+    async def takes_writes(self) -> bool:
+        """Whether Redis takes a write, now or within a second. Those who ask meanwhile share the answer."""
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._takes_writes())
+            self._asking.add_done_callback(self._answered)
+        return await asyncio.shield(self._asking)
+
+    async def _takes_writes(self) -> bool:
+        try:
+            with patience(ASK_S, forbidden=True):
+                await self.probe()
+        except RedisError as error:
+            if trouble(error) is None:
+                raise
+            return False
+        return True
+
+    def _answered(self, _: asyncio.Task[bool]) -> None:
+        self._asking = None
 
     async def enlist(self) -> None:
         """Put the run on the list of runs, if it is not there; also when Redis is full, for the trainer that frees it."""

@@ -25,6 +25,7 @@ from lachesis.broker.redis_errors import describe, trouble
 
 HOLD_S = 240.0
 LOOK_EVERY_S = 0.25
+QUICK_S = 0.5  # for which a group is sent again at once where a connection is lost
 
 WHY = {  # by what PUT replies
     "late": "a group that came now would be trained more than max_lag steps late",
@@ -61,11 +62,14 @@ class Hold:
         limits = self._limits
         while True:
             try:
-                reply = await put(limits)
+                with patience(QUICK_S):
+                    reply = await put(limits)
             except RedisError as error:
                 if trouble(error) is None:
                     raise
                 await self._wait(describe(error))
+                while not await self._broker.takes_writes():  # the group is sent again only then
+                    await self._wait(describe(error))
                 continue
             if reply not in WHY:
                 return reply

@@ -162,6 +162,29 @@ async def _reached(broker: Broker, accepted: int) -> bool:
     return (await broker.queue.status()).accepted >= accepted
 
 
+async def test_posts_that_wait_share_one_question(sick: Sick) -> None:
+    """What a refusing Redis is asked does not grow with the posts that wait, and no group is sent to it again and again."""
+    posts = 30
+
+    async def refused(command: str) -> int:
+        return int(
+            (await sick.broker.redis.info("commandstats")).get(f"cmdstat_{command}", {}).get("rejected_calls", 0)
+        )
+
+    async def asked(times: int) -> bool:
+        return await refused("setrange") >= times
+
+    async with sick.make("NOREPLICAS"):
+        held = [asyncio.create_task(sick.post(number)) for number in range(100, 100 + posts)]
+        await until(lambda: asked(1))
+        before = await refused("setrange")
+        await until(lambda: asked(before + 20))
+        sent = await refused("set")
+        await until(lambda: asked(before + 40))
+        assert await refused("set") == sent
+    assert {(await post).status_code for post in held} == {200}
+
+
 async def test_a_stored_group_is_answered_as_stored(sick: Sick) -> None:
     """Whatever fails after PUT: here the user may not note that the environment called, nor look it up."""
     redis = sick.broker.redis
