@@ -180,7 +180,7 @@ async def test_posts_that_wait_share_one_question(sick: Sick) -> None:
         before = await refused("setrange")
         await until(lambda: asked(before + 20))
         sent = await refused("set")
-        await until(lambda: asked(before + 40))
+        await until(lambda: asked(before + 26))
         assert await refused("set") == sent
     assert {(await post).status_code for post in held} == {200}
 
