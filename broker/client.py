@@ -85,6 +85,7 @@ class Broker:
         self.lineage = LineageStore(scripts, self.keys)
         self.journal = Journal(redis, blocking, scripts, self.keys)
         self.tokens = Tokens(redis, connections.wire, scripts, self.keys)
+        self.refuses = False  # writes, when `takes_writes` was asked last
         self._asking: asyncio.Task[bool] | None = None
 
     @classmethod
@@ -113,7 +114,8 @@ class Broker:
         if self._asking is None:
             self._asking = asyncio.create_task(self._takes_writes())
             self._asking.add_done_callback(self._answered)
-        return await asyncio.shield(self._asking)
+        self.refuses = not await asyncio.shield(self._asking)
+        return not self.refuses
 
     async def _takes_writes(self) -> bool:
         try:

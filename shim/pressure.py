@@ -53,7 +53,9 @@ class Hold:
         self._until = asyncio.get_running_loop().time() + hold_s
 
     async def room(self) -> None:
-        """Return when the queue is below its limits; HTTPException 503 where that takes too long."""
+        """Return when Redis takes writes and the queue is below its limits; HTTPException 503 where that takes too long."""
+        while self._broker.refuses and not await self._broker.takes_writes():
+            await self._wait("Redis takes no writes")
         while (why := await self._over()) and await self._batch_waits():
             await self._wait(why)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -39,6 +40,15 @@ class Sick:
 
     async def is_sick(self) -> bool:
         return (await self.health()).status_code == 503
+
+    async def refused(self, command: str) -> int:
+        """How often Redis refused it so far."""
+        stats = await self.broker.redis.info("commandstats")
+        return int(stats.get(f"cmdstat_{command}", {}).get("rejected_calls", 0))
+
+    async def asked(self, times: int) -> bool:
+        """Whether held posts have asked so often whether writes are taken."""
+        return await self.refused("setrange") >= times
 
     async def status(self) -> httpx.Response:
         return await self.client.request("GET", "/status-env", json={"env_id": 0})
@@ -166,23 +176,32 @@ async def test_posts_that_wait_share_one_question(sick: Sick) -> None:
     """What a refusing Redis is asked does not grow with the posts that wait, and no group is sent to it again and again."""
     posts = 30
 
-    async def refused(command: str) -> int:
-        return int(
-            (await sick.broker.redis.info("commandstats")).get(f"cmdstat_{command}", {}).get("rejected_calls", 0)
-        )
-
-    async def asked(times: int) -> bool:
-        return await refused("setrange") >= times
-
     async with sick.make("NOREPLICAS"):
         held = [asyncio.create_task(sick.post(number)) for number in range(100, 100 + posts)]
-        await until(lambda: asked(1))
-        before = await refused("setrange")
-        await until(lambda: asked(before + 20))
-        sent = await refused("set")
-        await until(lambda: asked(before + 26))
-        assert await refused("set") == sent
+        await until(lambda: sick.asked(20))
+        sent = await sick.refused("set")
+        await until(lambda: sick.asked(26))
+        assert await sick.refused("set") == sent
     assert {(await post).status_code for post in held} == {200}
+
+
+async def test_posts_that_come_meanwhile_wait_with_their_body(sick: Sick) -> None:
+    """It stays where it is: the server does not ask for it."""
+    url, body = sick.client.base_url, json.dumps(group(3)).encode()
+    head = f"POST /scored_data HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
+    async with sick.make("NOREPLICAS"):
+        first = asyncio.create_task(sick.post(2))
+
+        await until(lambda: sick.asked(12))  # so often within two looks: it is known by then
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(head.encode())
+        asked_for = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
+        assert not (await asyncio.wait([asked_for], timeout=0.5))[0]
+    assert (await asked_for).startswith(b"HTTP/1.1 100 ")
+    writer.write(body)
+    assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+    assert (await first).status_code == 200
 
 
 async def test_a_stored_group_is_answered_as_stored(sick: Sick) -> None:
