@@ -8,19 +8,25 @@ along with the requests of other sites' pages.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import time
 from collections.abc import Collection
+from contextlib import nullcontext
 
 from redis.exceptions import RedisError
 
 from lachesis.broker.client import Broker
+from lachesis.broker.connection import patience
 from lachesis.broker.errors import LachesisError
 from lachesis.broker.records import Role, TokenRecord
+from lachesis.broker.redis_errors import trouble
 from lachesis.broker.tokens import matching
 
 REMEMBERED_S = 5.0  # a revoked token is good for as long as this
+REREAD_S = 0.1  # however many unknown tokens come, Redis is asked about them no more often
+LOOK_S = 1.0  # who knows the tokens of before waits this long for a Redis in trouble
 
 OPEN: tuple[Role, ...] = ()  # to everyone: no guard
 ANY: tuple[Role, ...] = ("environment", "trainer", "admin")
@@ -44,13 +50,14 @@ class Denied(LachesisError, PermissionError):
 class Access:
     """The tokens of one run. A run that never had one is open, unless `required`.
 
-    While Redis is away nobody is let in; `outlast` has those known last let in who they let in before.
+    While Redis is in trouble the tokens known last go on to count; where none were read yet nobody is let in.
     """
 
-    def __init__(self, broker: Broker, *, required: bool, outlast: bool = False) -> None:
-        self._broker, self._required, self._outlast = broker, required, outlast
+    def __init__(self, broker: Broker, *, required: bool) -> None:
+        self._broker, self._required = broker, required
         self._records: list[TokenRecord] = []
         self._read_at = float("-inf")
+        self._rereading = asyncio.Lock()
 
     async def check(self, authorization: str, roles: Collection[Role]) -> None:
         """Return if the header's sender has one of `roles`, else raise Denied."""
@@ -63,7 +70,7 @@ class Access:
             raise self._unknown("a token is needed")
         record = matching(token, self._records)
         if record is None:  # perhaps made since
-            await self._read()
+            await self._reread()
             record = matching(token, self._records)
         if record is None:
             raise self._unknown("this token is unknown or revoked")
@@ -72,12 +79,23 @@ class Access:
             raise Denied(403, f"this takes the role {needed}; the token {record.name!r} has {record.role}")
 
     async def _read(self) -> None:
+        known = self._read_at > float("-inf")
         try:
-            self._records = await self._broker.tokens.all()
-        except (RedisError, OSError):
-            if not (self._outlast and self._records):
+            with patience(LOOK_S) if known else nullcontext():
+                self._records = await self._broker.tokens.all()
+        except (RedisError, OSError) as error:
+            if not known or trouble(error) is None:
                 raise
         self._read_at = time.monotonic()
+
+    async def _reread(self) -> None:
+        """Read what was made up to now; those who ask for that together wait for one reading."""
+        asked_at = time.monotonic()
+        async with self._rereading:
+            if self._read_at > asked_at:
+                return
+            await asyncio.sleep(self._read_at + REREAD_S - time.monotonic())
+            await self._read()
 
     def _unknown(self, why: str) -> Denied:
         run = self._broker.keys.run

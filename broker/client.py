@@ -11,9 +11,11 @@ from typing import ParamSpec, TypeVar
 
 import anyio.from_thread
 from anyio.from_thread import BlockingPortal
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 
 from lachesis.broker.codec import read_seconds
-from lachesis.broker.connection import HEARTBEATS, open_redis
+from lachesis.broker.connection import HEARTBEATS, open_redis, patience, reconnect
 from lachesis.broker.dead import DeadLetters
 from lachesis.broker.journal import Journal
 from lachesis.broker.keys import RUNS, Keys
@@ -24,6 +26,7 @@ from lachesis.broker.parties import Parties
 from lachesis.broker.pools import Pools
 from lachesis.broker.queue import AGAIN, Queue
 from lachesis.broker.records import LONGEST_WINDOW_S
+from lachesis.broker.redis_errors import trouble
 from lachesis.broker.server import check_server
 from lachesis.broker.tokens import Tokens
 from lachesis.broker.weights import Weights
@@ -34,6 +37,8 @@ T = TypeVar("T")
 
 RESET_SLICE = 1000
 CLOCKS_S = 3600  # by which the clocks of trainers may differ
+ASK_S = 1.0
+LEAVE_EVERY_S = 0.1  # commands that are refused together make connections anew once
 
 
 class Connections:
@@ -44,10 +49,20 @@ class Connections:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.commands, self.blocking = open_redis(url), open_redis(url)
-        self.heartbeats = open_redis(url, connections=HEARTBEATS)
+        self.commands, self.blocking = open_redis(url, leave=self.leave), open_redis(url, leave=self.leave)
+        self.heartbeats = open_redis(url, connections=HEARTBEATS, leave=self.leave)
         self.wire = Wire(self.commands)
+        self._left_at = float("-inf")
         self.scripts = Scripts(self.commands, self.wire)
+
+    async def leave(self) -> None:
+        """Make all connections anew: their server is the master no more, and the address may lead to the one that is."""
+        if time.monotonic() - self._left_at < LEAVE_EVERY_S:  # who is told so now is told of those before
+            return
+        self._left_at = time.monotonic()
+        self.wire.drop(RedisConnectionError("the server was demoted"))
+        for connections in (self.commands, self.blocking, self.heartbeats):
+            await reconnect(connections)
 
     async def aclose(self) -> None:
         for connections in (self.wire, self.commands, self.blocking, self.heartbeats):
@@ -72,7 +87,9 @@ class Broker:
         self.parties = Parties(redis, heartbeats, scripts, self.keys)
         self.lineage = LineageStore(scripts, self.keys)
         self.journal = Journal(redis, blocking, scripts, self.keys)
-        self.tokens = Tokens(redis, self.keys)
+        self.tokens = Tokens(redis, connections.wire, scripts, self.keys)
+        self.refuses = False  # writes, when `takes_writes` was asked last
+        self._asking: asyncio.Task[bool] | None = None
 
     @classmethod
     async def connect(cls, url: str, run: str = "default") -> Broker:
@@ -90,6 +107,31 @@ class Broker:
 
     async def ping(self) -> bool:
         return bool(await self.redis.ping())
+
+    async def probe(self) -> None:
+        """Raise what Redis answers a write that changes nothing."""
+        await self.redis.execute_command("SETRANGE", self.keys.blob("probe"), 0, "")
+
+    async def takes_writes(self) -> bool:
+        """Whether Redis takes a write, now or within a second. Those who ask meanwhile share the answer."""
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._takes_writes())
+            self._asking.add_done_callback(self._answered)
+        self.refuses = not await asyncio.shield(self._asking)
+        return not self.refuses
+
+    async def _takes_writes(self) -> bool:
+        try:
+            with patience(ASK_S, forbidden=True):
+                await self.probe()
+        except RedisError as error:
+            if trouble(error) is None:
+                raise
+            return False
+        return True
+
+    def _answered(self, _: asyncio.Task[bool]) -> None:
+        self._asking = None
 
     async def enlist(self) -> None:
         """Put the run on the list of runs, if it is not there; also when Redis is full, for the trainer that frees it."""

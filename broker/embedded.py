@@ -1,7 +1,8 @@
 """A Redis of one's own: a real server as a child process, for a laptop and for tests.
 
 It keeps its append-only file in a folder, listens on a Unix socket (and no port), never evicts, and dies with the
-process that started it. Processes that name the same folder share it.
+process that started it. Processes that name the same folder share it. Who runs it, and its server too, hold the lock of
+the folder: so whoever gets the lock knows that no server writes there any more, and starts one (`Keeper`).
 """
 
 from __future__ import annotations
@@ -10,23 +11,31 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
-from lachesis.broker.errors import ConfigurationError, Conflict, RedisUnreachable
+from lachesis.broker.errors import ConfigurationError, Conflict, LachesisError, RedisUnreachable
 
-START_S = 20.0
+START_S = 20.0  # without a sign of life; one that loads its file gives one
 OWN_S = 10.0  # a reader that happens to run the folder's server is gone by then
 STOP_S = 10.0
+LOOK_S = 0.25  # between two looks at whether the server runs
+TRIES, TRIES_S = 4, 60.0  # a server that doesn't start so often, or ends so often in so many seconds, is given up
+AOF_FOLDER, MANIFEST = "appendonlydir", "appendonly.aof.manifest"  # the server's own names
+CHUNK = 1 << 20
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -88,34 +97,43 @@ class EmbeddedRedis:
     def start(self) -> EmbeddedRedis:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.folder / "redis.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        if not self._take_lock():  # another process runs this folder's server
-            os.close(self._lock)
-            self._lock = None
-            if not self._shared:
+        try:
+            if self._take_lock(0.0 if self._shared else OWN_S):
+                self._launch()
+            elif self._shared:  # another process runs this folder's server
+                self._wait_until_up()
+            else:
                 raise Conflict(
                     f"another process runs the Redis in {self.folder}: stop it first, or use another --state-dir"
                 )
-            self._wait_until_up()
-            return self
-        self._launch()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def revive(self) -> bool:
-        """Start the server again if it was ours and has ended; True if so. Call it from the thread that called `start`."""
-        if self._process is None or self._process.poll() is None:
+        """Start the server if it was ours and has ended, or if nobody runs it any more; True if so.
+
+        On Linux it ends with the thread that calls this.
+        """
+        if self._process.poll() is None if self._process else not self._take_lock(0.0):
             return False
         self._launch()
         return True
 
     def _launch(self) -> None:
+        cut_zeros(self.folder / AOF_FOLDER)
         self.socket.unlink(missing_ok=True)
+        assert self._lock is not None
         with open(self.folder / "redis.log", "ab") as log:
+            began = log.tell()
             self._process = subprocess.Popen(
                 [self._server or find_server(), "-"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,
+                pass_fds=[self._lock],
                 preexec_fn=die_with_parent,
                 start_new_session=True,  # Ctrl-C in a terminal must not reach it before those who still write to it
             )
@@ -123,11 +141,11 @@ class EmbeddedRedis:
         with contextlib.suppress(BrokenPipeError):  # it ended already: the wait says so, and where its log is
             self._process.stdin.write(self._config().encode())
             self._process.stdin.close()
-        self._wait_until_up()
+        self._wait_until_up(began)
 
-    def _take_lock(self) -> bool:
+    def _take_lock(self, patience_s: float) -> bool:
         assert self._lock is not None
-        deadline = time.monotonic() + (0.0 if self._shared else OWN_S)
+        deadline = time.monotonic() + patience_s
         while True:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -154,25 +172,45 @@ class EmbeddedRedis:
             )
         )
 
-    def _wait_until_up(self) -> None:
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            if self._process and self._process.poll() is not None:
+    def _wait_until_up(self, log_from: int | None = None) -> None:
+        """Until it takes commands. `log_from`: where its log begins if this object has just started it."""
+        heard = time.monotonic()
+        while time.monotonic() - heard < START_S:
+            if self._process is not None and self._process.poll() is not None:
                 break
+            if self._process is None and self._take_lock(0.0):  # who ran it has gone
+                self._launch()
+                return
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
                 probe.settimeout(1.0)
                 probe.connect(str(self.socket))
                 probe.sendall(b"PING\r\n")
-                if probe.recv(64).startswith(b"+PONG"):  # "-LOADING" while it replays its file
+                if (answer := probe.recv(64)) and not answer.startswith(b"-LOADING"):
                     return
+                heard = time.monotonic()
             time.sleep(0.02)
-        self.stop()
+        self._end()
         raise RedisUnreachable(
-            f"the embedded Redis in {self.folder} did not start; its log is {self.folder / 'redis.log'}"
+            f"the embedded Redis in {self.folder} did not start; its log is {self.folder / 'redis.log'}{self._why(log_from)}"
         )
 
-    def stop(self) -> None:
-        """Shut the server down if this object started it; its data is on disk afterwards."""
+    def _why(self, log_from: int | None) -> str:
+        """What the log says since then, and what mends it."""
+        if log_from is None:
+            return ""
+        with open(self.folder / "redis.log", errors="replace") as log:
+            log.seek(log_from)
+            lines = [line.partition(" # ")[2].strip() for line in log if " # " in line]
+        broken = next((line for line in lines if "Bad file format" in line or "Unexpected end of file" in line), "")
+        if not broken:
+            return f": {lines[-1]}" if lines else ""
+        newest = _newest_file(self.folder / AOF_FOLDER)
+        return (
+            f": its file ends in what is no command. Keep a copy of {self.folder / AOF_FOLDER}, then cut that off with: "
+            f"bash -c 'exec -a redis-check-aof {self._server or find_server()} --fix {newest}'"
+        )
+
+    def _end(self) -> None:
         if self._process is not None:
             self._process.terminate()
             try:
@@ -180,6 +218,11 @@ class EmbeddedRedis:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+
+    def stop(self) -> None:
+        """Shut the server down if this object started it; its data is on disk afterwards."""
+        if self._process is not None:
+            self._end()
             self._process = None
             self.socket.unlink(missing_ok=True)
         if self._lock is not None:
@@ -193,3 +236,85 @@ class EmbeddedRedis:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+class Keeper:
+    """`with Keeper(server):` has a folder's server started again whenever it ends, by one of the processes that share it.
+
+    Where it can't be, this process gets a SIGINT, as from a terminal, and the block ends with the reason.
+    """
+
+    def __init__(self, server: EmbeddedRedis) -> None:
+        self.restarts = 0  # by this process
+        self._server, self._over = server, threading.Event()
+        self._failed: Exception | None = None
+        self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
+
+    def __enter__(self) -> Keeper:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        if self._failed is not None:
+            raise self._failed from None
+
+    def _keep(self) -> None:
+        failures, revived = 0, deque[float](maxlen=TRIES)
+        while not self._over.wait(LOOK_S):
+            try:
+                if not self._server.revive():
+                    continue
+            except (LachesisError, OSError) as error:
+                failures += 1
+                if failures == TRIES:
+                    self._give_up(error)
+                    return
+                continue
+            failures, self.restarts = 0, self.restarts + 1
+            revived.append(time.monotonic())
+            if len(revived) == TRIES and revived[-1] - revived[0] < TRIES_S:
+                folder = self._server.folder
+                why = f"the embedded Redis in {folder} ends again and again; its log is {folder / 'redis.log'}"
+                self._give_up(RedisUnreachable(why))
+                return
+
+    def _give_up(self, why: Exception) -> None:
+        self._failed = why
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def cut_zeros(folder: Path) -> None:
+    """Cut zeros off the end of the newest append-only file in `folder`, as a machine leaves them that lost its power.
+
+    A file that was written to its end ends in a line break. So zeros there are a place that the file system had made for
+    a write which never came: no command that was answered, with `appendfsync always`, is among them. What they leave of a
+    command is cut off by the server.
+    """
+    newest = _newest_file(folder)
+    if newest is None or not newest.is_file():
+        return
+    with open(newest, "r+b") as file:
+        end = size = file.seek(0, os.SEEK_END)
+        while end and (kept := _last_but_zeros(file, end)) != end:
+            end = kept
+        if end < size:
+            file.truncate(end)
+            os.fsync(file.fileno())
+
+
+def _newest_file(folder: Path) -> Path | None:
+    """The one that is appended to; None before the server's first start."""
+    manifest = folder / MANIFEST
+    names = re.findall(r"^file (\S+) seq \d+ type i", manifest.read_text(), re.MULTILINE) if manifest.is_file() else []
+    return folder / names[-1] if names else None
+
+
+def _last_but_zeros(file: BinaryIO, end: int) -> int:
+    """Where the last chunk before `end` ends without its zeros."""
+    start = max(0, end - CHUNK)
+    file.seek(start)
+    return start + len(file.read(end - start).rstrip(b"\0"))

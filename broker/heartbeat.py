@@ -9,6 +9,7 @@ not wait until it has been silent for too long.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def is_stopped(pid: int) -> bool:
     """Whether a process was stopped by a signal. False where the system doesn't tell (it has no /proc)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in STOPPED
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter where it goes while it is read
         return False
 
 
@@ -115,7 +116,8 @@ async def beat(lines: asyncio.StreamReader) -> None:
             elif (error := beating.exception()) and not isinstance(error, RedisError):
                 raise error  # but a beat that Redis did not hear is only that
     leaving = broker.members.evict(settings.policy, silent_s=86400, limits={id_: 0}, for_good=True)
-    await asyncio.wait_for(leaving, GO_S)
+    with contextlib.suppress(TimeoutError, RedisError):  # Redis is in trouble: it is evicted for its silence
+        await asyncio.wait_for(leaving, GO_S)
     await broker.aclose()
 
 

@@ -19,7 +19,8 @@ from lachesis.broker.wire import Command, Wire
 
 NAMES = (
     "arrive", "put", "lengths", "record", "bury", "form", "drop", "lease", "deliver", "renew", "commit", "retire", "cover", "leave", "requeue",
-    "refit", "purge", "subscribe", "acquire", "adopt", "register_env", "update_env", "hear", "report", "publish", "steer", "take_turn", "note", "append", "reset",
+    "refit", "purge", "subscribe", "acquire", "hold", "adopt", "register_env", "update_env", "hear", "report", "publish", "steer", "take_turn",
+    "note", "note_new", "append", "reset",
     "found", "join", "beat", "evict", "meet", "heal", "open", "claim", "vote",
 )  # fmt: skip
 
@@ -88,6 +89,7 @@ class Scripts:
     purge: Script
     subscribe: Script
     acquire: Script
+    hold: Script
     adopt: Script
     cover: Script
     leave: Script
@@ -99,6 +101,7 @@ class Scripts:
     steer: Script
     take_turn: Script
     note: Script
+    note_new: Script
     append: Script
     reset: Script
     found: Script

@@ -22,6 +22,7 @@ from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.queue import REFUSED_KEPT
 from lachesis.broker.records import DeadEntry, LedgerEntry, Member, Membership
+from lachesis.broker.redis_errors import trouble
 from lachesis.broker.wire import Wire
 
 CONSUMER = "replicas"  # who the batches of all replicas together are lent to
@@ -101,7 +102,7 @@ class Members:
         reply = await self._scripts.beat(
             keys=[
                 *(keys.replicas(policy), keys.members(policy), keys.beats(policy), keys.writer(policy)),
-                keys.batches,
+                *(keys.batches, keys.state),
             ],
             args=[id_, _ms(hold_s), policy],
             client=self._heartbeats,
@@ -141,7 +142,7 @@ class Members:
 
     async def leave_word(self, me: Membership, name: str, word: bytes) -> None:
         """Tell the others of this epoch something, such as where they reach this replica."""
-        await self._redis.hset(self._keys.meeting(me.policy), f"link:{me.epoch}:{name}", word)
+        await self._scripts.note(keys=[self._keys.meeting(me.policy)], args=[f"link:{me.epoch}:{name}", word])
 
     async def word(self, me: Membership, name: str) -> bytes | None:
         found: bytes | None = await self._redis.hget(self._keys.meeting(me.policy), f"link:{me.epoch}:{name}")
@@ -237,7 +238,9 @@ class Members:
         beats = dict(await self._redis.zrange(keys.beats(policy), 0, -1, withscores=True))
         try:
             pending = await self._redis.xinfo_consumers(keys.work(policy), "trainers")
-        except ResponseError:  # no step is open
+        except ResponseError as error:  # no step is open
+            if trouble(error):
+                raise
             pending = []
         holds = {consumer["name"]: consumer["pending"] for consumer in pending}
         return [

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Literal
 
 import msgspec
 from msgspec import structs
 from redis.asyncio.lock import Lock
-from redis.exceptions import LockNotOwnedError
+from redis.exceptions import LockNotOwnedError, RedisError
 
 from lachesis.broker.codec import read_json
-from lachesis.broker.connection import Redis
+from lachesis.broker.connection import Redis, patience
 from lachesis.broker.environments import Environments, read_env
 from lachesis.broker.keys import Keys
-from lachesis.broker.lua import Scripts
+from lachesis.broker.lua import Script, Scripts
 from lachesis.broker.records import EnvConfig, EnvRecord, ServerStatus, TrainerConfig
+from lachesis.broker.redis_errors import trouble
 
 HEARD_EVERY_S = 5.0  # that an environment called is noted at most so often
 MOST_HEARD = 10_000  # environments that a process remembers to have noted
@@ -24,14 +26,28 @@ ONCE_S = 300  # a registration is not sent again after so long
 
 
 class WriterLock(Lock):
-    """redis-py's lock, safe where a reply is lost, and to be had while Redis is full."""
+    """redis-py's lock, safe where a reply is lost, and to be had while Redis is full.
 
-    def __init__(self, redis: Redis, scripts: Scripts, name: str, ttl_s: float) -> None:
-        super().__init__(redis, name, timeout=ttl_s, sleep=min(1.0, ttl_s / 5), thread_local=False)
-        self._scripts, self._ttl_ms = scripts, int(ttl_s * 1000)
+    One that lapsed because Redis was away, or refused to keep it, is kept on if nobody has held it since.
+    """
+
+    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys, policy: str, ttl_s: float) -> None:
+        super().__init__(redis, keys.writer(policy), timeout=ttl_s, sleep=min(1.0, ttl_s / 5), thread_local=False)
+        self._scripts, self._ttl_s, self._state, self._field = scripts, ttl_s, keys.state, f"taken:{policy}"
 
     async def do_acquire(self, token: str | bytes) -> bool:
-        return bool(await self._scripts.acquire(keys=[self.name], args=[token, self._ttl_ms], client=self.redis))
+        return await self._call(self._scripts.acquire, token, self._ttl_s)
+
+    async def do_extend(self, additional_time: float, replace_ttl: bool) -> Literal[True]:
+        if not replace_ttl:
+            return await super().do_extend(additional_time, replace_ttl)
+        if not await self._call(self._scripts.hold, self.local.token, additional_time):
+            raise LockNotOwnedError("another process has taken it")
+        return True
+
+    async def _call(self, script: Script, token: str | bytes, seconds: float) -> bool:
+        keys, args = [self.name, self._state], [token, int(seconds * 1000), self._field]
+        return bool(await script(keys=keys, args=args, client=self.redis))
 
     async def do_release(self, expected_token: bytes) -> None:
         try:
@@ -79,7 +95,7 @@ class Parties:
 
     def writer(self, policy: str, *, ttl_s: float) -> WriterLock:
         """The lock whose holder alone may commit and publish for `policy`; its token fences a predecessor off."""
-        return WriterLock(self._heartbeats, self._scripts, self._keys.writer(policy), ttl_s)
+        return WriterLock(self._heartbeats, self._scripts, self._keys, policy, ttl_s)
 
     # -- environments ---------------------------------------------------------------------------------------------
 
@@ -115,7 +131,13 @@ class Parties:
         noted, known = self._heard.get(env_id, (-HEARD_EVERY_S, None))
         if known and now - noted < HEARD_EVERY_S:
             return known
-        raw = await self._scripts.hear(keys=[self._keys.envs, self._keys.heard], args=[env_id])
+        try:
+            with patience(0):
+                raw = await self._scripts.hear(keys=[self._keys.envs, self._keys.heard], args=[env_id])
+        except RedisError as error:
+            if trouble(error) is None:
+                raise
+            return await self.env(env_id)  # it calls again soon, and is noted then
         if (found := read_json(EnvRecord, raw)) is not None:
             if len(self._heard) >= MOST_HEARD:
                 self._heard.clear()

@@ -34,6 +34,7 @@ from lachesis.broker.records import (
     ScoredGroup,
     TrainerConfig,
 )
+from lachesis.broker.redis_errors import trouble
 from lachesis.broker.refit import Refit
 from lachesis.broker.retention import Retention
 from lachesis.broker.shadows import Rule, Shadows
@@ -170,7 +171,9 @@ class Queue:
         """Where the queue's stream ends now; what `wait_for_group` counts from."""
         try:
             return bytes((await self._redis.xinfo_stream(self._keys.groups))["last-generated-id"]).decode()
-        except ResponseError:  # no group was ever accepted
+        except ResponseError as error:  # no group was ever accepted
+            if trouble(error):
+                raise
             return "0-0"
 
     async def wait_for_group(self, timeout_s: float, *, after: str = "") -> None:
@@ -386,7 +389,9 @@ class Queue:
         """Policies that read batches; the archiver is none."""
         try:
             names = [reader["name"].decode() for reader in await self._redis.xinfo_groups(self._keys.batches)]
-        except ResponseError:  # nobody ever subscribed
+        except ResponseError as error:  # nobody ever subscribed
+            if trouble(error):
+                raise
             return []
         return sorted(name for name in names if name != ARCHIVE)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
 from msgspec import Struct, field
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import RedisError
 
 from lachesis.broker.archive import Archive
 from lachesis.broker.client import Broker
@@ -15,6 +15,7 @@ from lachesis.broker.codec import gid_of, read_entries
 from lachesis.broker.errors import ArchiveUnreadable
 from lachesis.broker.packing import CODEC, from_blob
 from lachesis.broker.records import LONGEST_WINDOW_S, BatchEntry, Group, GroupEntry, Limits
+from lachesis.broker.redis_errors import describe, trouble
 
 WAIT_S = 0.25
 DUPLICATE_WINDOW_S = (
@@ -141,8 +142,10 @@ async def store(
                 reply = await target.queue.put(
                     gid, group, v_min=v_min, v_max=v_max, limits=limits, window_s=DUPLICATE_WINDOW_S
                 )
-            except OutOfMemoryError:
-                reply = "Redis is full"
+            except RedisError as error:
+                if trouble(error) is None:
+                    raise
+                reply = describe(error)
             if reply in ("stored", "duplicate"):
                 break
             if reply in WAITING and await target.queue.starves():

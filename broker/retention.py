@@ -15,6 +15,7 @@ from lachesis.broker.crash import crash_point
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.records import ArchiverStatus, BatchEntry
+from lachesis.broker.redis_errors import trouble
 from lachesis.broker.shadows import Shadows
 
 ARCHIVER = "archiver"  # field of the hash `state`: its heartbeat
@@ -54,7 +55,9 @@ class Retention:
         """The newest step that each reader no longer needs."""
         try:
             names = [group["name"].decode() for group in await self._redis.xinfo_groups(self._keys.batches)]
-        except ResponseError:  # nobody ever subscribed
+        except ResponseError as error:  # nobody ever subscribed
+            if trouble(error):
+                raise
             return {}
         if not names:
             return {}

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 import structlog
 from msgspec import Struct
-from redis.exceptions import AuthenticationError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from lachesis.broker.connection import Redis, hide_password, open_redis
-from lachesis.broker.errors import RedisUnreachable, RedisUnsuitable
+from lachesis.broker.errors import ConfigurationError, RedisUnreachable, RedisUnsuitable
+from lachesis.broker.redis_errors import Trouble, describe, trouble
 
 OLDEST = (7, 0)
 FIRST_S = 2.0  # a server that is just being restarted is waited for; one that is not there is soon said to be so
@@ -40,21 +41,23 @@ async def check_server(url: str) -> Server:
     try:
         info = await redis.info()
         new_enough = await _knows(redis, MARKER)
+        nodes = await _nodes(redis) if info.get("cluster_enabled") else 1
     except (RedisError, OSError) as error:
-        reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
-        # redis-py reports a handshake that the server refused as a lost connection, caused by the refusal
-        if isinstance(error.__cause__ or error, (AuthenticationError, ResponseError)):
-            raise RedisUnreachable(
-                f"Redis at {shown} refuses us ({reason}): check user and password in --redis-url"
-            ) from None
-        raise RedisUnreachable(
-            f"no Redis answers at {shown} ({reason}). Start one (redis-server --appendonly yes), correct --redis-url, or use --embedded"
-        ) from None
+        raise _refusal(shown, error) from None
     finally:
         await redis.aclose()
     name = _name(info)
     if not (_version(info) >= OLDEST if new_enough is None else new_enough):
         raise RedisUnsuitable(f"{name} at {shown} is too old: Lachesis needs Redis 7.0 or newer, or Valkey")
+    if info.get("role") == "slave":
+        master = f"{info.get('master_host')}:{info.get('master_port')}"
+        raise RedisUnsuitable(
+            f"Redis at {shown} is a replica, which takes no writes: give its master's address ({master} as it knows it)"
+        )
+    if nodes > 1:
+        raise RedisUnsuitable(
+            f"Redis at {shown} is a cluster of several nodes ({nodes} hold slots): use one node that holds all slots, or a Redis that is no cluster"
+        )
     policy = str(info.get("maxmemory_policy", "noeviction"))
     if policy != "noeviction":
         raise RedisUnsuitable(
@@ -65,6 +68,33 @@ async def check_server(url: str) -> Server:
     if not server.append_only and structlog.is_configured():  # a command that only looks shows it in its own way
         structlog.get_logger().warning("Redis is not durable", redis=shown, server=name, why=server.durability)
     return server
+
+
+def _refusal(shown: str, error: Exception) -> Exception:
+    """What to tell of an error of the first commands."""
+    reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+    kind, cause = trouble(error), error.__cause__ or error  # a refused handshake is reported as a lost connection
+    if kind is Trouble.FORBIDDEN:
+        return RedisUnreachable(f"Redis at {shown} refuses us ({reason}): check user and password in --redis-url")
+    if "SELECT is not allowed" in reason or "DB index is out of range" in reason or "Invalid Database" in reason:
+        return ConfigurationError(f"redis_url = {shown!r}: this server has no such database ({reason}); use /0")
+    if kind is not None and kind is not Trouble.LOST:
+        return RedisUnreachable(f"{describe(error)}, at {shown}: start again once that is over")
+    if isinstance(cause, ResponseError):
+        return RedisUnreachable(f"Redis at {shown} refuses us ({reason}): check user and password in --redis-url")
+    return RedisUnreachable(
+        f"no Redis answers at {shown} ({reason}). Start one (redis-server --appendonly yes), correct --redis-url, or use --embedded"
+    )
+
+
+async def _nodes(redis: Redis) -> int:
+    """How many nodes of its cluster hold slots; 1 where the server does not say."""
+    try:
+        ranges = await redis.execute_command("CLUSTER SHARDS")
+    except ResponseError:
+        return 1
+    fields = [dict(zip(shard[::2], shard[1::2], strict=True)) if isinstance(shard, list) else shard for shard in ranges]
+    return sum(bool(shard.get(b"slots") or shard.get("slots")) for shard in fields)
 
 
 async def _knows(redis: Redis, command: str) -> bool | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from lachesis.broker.embedded import EmbeddedRedis
+from lachesis.broker.embedded import EmbeddedRedis, Keeper
 from lachesis.broker.errors import ConfigurationError
 
 
@@ -63,7 +63,7 @@ class RedisSettings(Settings):
         if self.redis_url:
             yield self.redis_url
         elif self.embedded or (self.state_dir / "redis").is_dir():  # a state folder names its own Redis
-            with EmbeddedRedis(self.state_dir / "redis") as server:
+            with EmbeddedRedis(self.state_dir / "redis") as server, Keeper(server):
                 yield server.url
         else:
             raise ConfigurationError("which Redis? Give --redis-url redis://HOST:PORT/0, or --embedded --state-dir DIR")

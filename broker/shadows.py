@@ -16,6 +16,7 @@ from redis.exceptions import ResponseError
 
 from lachesis.broker.connection import Redis
 from lachesis.broker.keys import ARCHIVE, Keys
+from lachesis.broker.redis_errors import trouble
 
 Kind = Literal["lossless", "lossy"]
 _RULE = re.compile(r"(lossless|lossy) (\d+)")
@@ -63,7 +64,9 @@ class Shadows:
         """Of all policies that read batches, shadows last."""
         try:
             readers = await self._redis.xinfo_groups(self._keys.batches)
-        except ResponseError:  # nobody ever subscribed
+        except ResponseError as error:  # nobody ever subscribed
+            if trouble(error):
+                raise
             return []
         rules = await self.rules()
         state: Mapping[bytes, bytes] = await self._redis.hgetall(self._keys.state)

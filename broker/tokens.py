@@ -20,21 +20,23 @@ from lachesis.broker.codec import read_json
 from lachesis.broker.connection import Redis
 from lachesis.broker.errors import ConfigurationError, Conflict
 from lachesis.broker.keys import Keys, check_name
+from lachesis.broker.lua import Scripts
 from lachesis.broker.records import Role, TokenRecord
+from lachesis.broker.wire import Wire
 
 PREFIX = "lachesis_"  # by which people, and scanners for leaked secrets, know it
 
 
 class Tokens:
-    def __init__(self, redis: Redis, keys: Keys) -> None:
-        self._redis, self._keys = redis, keys
+    def __init__(self, redis: Redis, wire: Wire, scripts: Scripts, keys: Keys) -> None:
+        self._redis, self._wire, self._scripts, self._keys = redis, wire, scripts, keys
 
     async def create(self, role: Role, name: str = "") -> tuple[str, TokenRecord]:
         """A new token and its record. Raises Conflict if the run has, or had, one of that name."""
         name = check_name("name", name or f"{role}-{secrets.token_hex(3)}")
         token = PREFIX + secrets.token_urlsafe(32)
         record = TokenRecord(name, role, digest(token.encode()), time.time())
-        if not await self._redis.hsetnx(self._keys.tokens, name, msgspec.json.encode(record)):
+        if not await self._scripts.note_new(keys=[self._keys.tokens], args=[name, msgspec.json.encode(record)]):
             kept = await self._find(name)
             if kept != record:  # else our own, resent after a lost reply
                 raise Conflict(f"run {self._keys.run!r} has a token named {name!r} already: choose another --name")
@@ -46,7 +48,7 @@ class Tokens:
         if record is None:
             raise ConfigurationError(f"run {self._keys.run!r} has no token named {name!r}: `lachesis token list`")
         record = structs.replace(record, revoked_at=record.revoked_at or time.time())
-        await self._redis.hset(self._keys.tokens, name, msgspec.json.encode(record))
+        await self._scripts.note(keys=[self._keys.tokens], args=[name, msgspec.json.encode(record)])
         return record
 
     async def all(self) -> list[TokenRecord]:
@@ -54,8 +56,10 @@ class Tokens:
 
         One that can't be read counts as revoked: the run does not become open to everyone.
         """
-        raw = await self._redis.hgetall(self._keys.tokens)
-        records = [read_json(TokenRecord, value) or _lost(name) for name, value in raw.items()]
+        [raw] = await self._wire.call(("HGETALL", self._keys.tokens))
+        records = [
+            read_json(TokenRecord, value) or _lost(name) for name, value in zip(raw[::2], raw[1::2], strict=True)
+        ]
         return sorted(records, key=lambda record: record.created_at)
 
     async def _find(self, name: str) -> TokenRecord | None:

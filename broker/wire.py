@@ -17,10 +17,10 @@ from redis._parsers import BaseParser
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ReadOnlyError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from lachesis.broker.connection import Redis
+from lachesis.broker.redis_errors import Trouble, describe, trouble
 
 REPLY_S = 15.0  # a server that is silent for longer than this, while it owes a reply, is given up
 
@@ -38,15 +38,19 @@ class Wire:
     async def call(self, *commands: Command) -> list[Any]:
         """The replies (bytes, integers, lists, None) to commands sent together. Raises the first error among them.
 
-        As redis-py would do, it sends them again when the connection is lost: they must be idempotent.
+        As redis-py would do, it sends them again for as long as its client's Patience says: they must be idempotent.
         """
         packed = b"".join([_packed(command) for command in commands])
         replies = await self._retry.call_with_retry(lambda: self._once(packed, len(commands)), _again)
         return list(replies)
 
     async def aclose(self) -> None:
+        self.drop(RedisConnectionError("closed"))
+
+    def drop(self, error: Exception) -> None:
+        """Close the connection, if there is one; what is owed a reply is sent again over the next."""
         if self._line:
-            self._line.drop(RedisConnectionError("closed"))
+            self._line.drop(error)
 
     async def _once(self, packed: bytes, count: int) -> list[Any]:
         line = self._line or await self._connect()
@@ -54,8 +58,8 @@ class Wire:
         for reply in replies:
             if isinstance(reply, hiredis.ReplyError):
                 error = BaseParser.parse_error(str(reply))
-                if isinstance(error, ReadOnlyError):  # a replica by now: ask anew who is not
-                    line.drop(error := RedisConnectionError(f"the server refuses writes: {error}"))
+                if trouble(error) is Trouble.DEMOTED:
+                    line.drop(RedisConnectionError(describe(error)))
                 raise error
         return replies
 

@@ -10,6 +10,7 @@ from pydantic import ByteSize, Field
 from redis.exceptions import RedisError
 
 from lachesis.broker.errors import ConfigurationError, RedisUnreachable
+from lachesis.broker.redis_errors import describe
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli.options import parse
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         try:
             print(asyncio.run(_stop(url, settings) if settings.stop else _archive(url, settings)))
         except RedisError as error:
-            raise RedisUnreachable(f"Redis does not answer any more: {error}. Nothing unarchived was freed") from error
+            raise RedisUnreachable(f"{describe(error)}. Nothing unarchived was freed") from error
     return 0
 
 

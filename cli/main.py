@@ -83,6 +83,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception as error:
+        if not (line := _redis_trouble(error)):
+            raise
+        print(f"lachesis {name}: {line}", file=sys.stderr)
+        return FAILED
+
+
+def _redis_trouble(error: BaseException) -> str:
+    """What is wrong with Redis, if it is that: a command has been patient with it by then."""
+    from redis.exceptions import RedisError
+
+    from lachesis.broker.redis_errors import describe, trouble
+
+    while isinstance(error, BaseExceptionGroup):  # of task groups; the first error says it
+        error = error.exceptions[0]
+    return describe(error) if isinstance(error, RedisError) and trouble(error) is not None else ""
 
 
 def _load(target: str) -> Callable[[Sequence[str]], int]:

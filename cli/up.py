@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lachesis.broker.audit import audit
 from lachesis.broker.client import Broker
-from lachesis.broker.embedded import EmbeddedRedis
+from lachesis.broker.embedded import EmbeddedRedis, Keeper
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli import parts
 from lachesis.cli.audit import render as render_audit
@@ -65,7 +65,8 @@ def main(arguments: Sequence[str]) -> int:
         shim = stack.enter_context(listen("127.0.0.1", settings.shim_port, "--shim-port"))
         door = stack.enter_context(listen("127.0.0.1", settings.front_door_port, "--front-door-port"))
         redis = None if settings.redis_url else stack.enter_context(own_redis(settings))
-        return asyncio.run(Run(settings, plan, redis, shim, door).main())
+        keeper = stack.enter_context(Keeper(redis)) if redis else None
+        return asyncio.run(Run(settings, plan, redis, keeper, shim, door).main())
 
 
 def own_redis(settings: UpSettings) -> EmbeddedRedis:
@@ -81,10 +82,11 @@ class Run:
         settings: UpSettings,
         plan: parts.Plan,
         redis: EmbeddedRedis | None,
+        keeper: Keeper | None,
         shim: parts.Listener,
         door: parts.Listener,
     ) -> None:
-        self.settings, self.plan, self.redis = settings, plan, redis
+        self.settings, self.plan, self.keeper, self.restarts = settings, plan, keeper, 0
         self.url = redis.url if redis else settings.redis_url
         self.home = settings.state_dir / "runs" / settings.run
         title = f"Lachesis · run {settings.run} · {plan.env} · {plan.model_name} · {plan.device}"
@@ -142,7 +144,8 @@ class Run:
         return await self._conclude(broker, interrupted=interrupted.is_set())
 
     def _look_around(self) -> None:
-        if self.redis is not None and self.redis.revive():
+        if self.keeper is not None and self.keeper.restarts > self.restarts:
+            self.restarts = self.keeper.restarts
             self.display.note("Redis ended and was started again")
         self.display.refresh()
 

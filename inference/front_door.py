@@ -57,7 +57,7 @@ class FrontDoor:
             Route("/v1/models", self._models),
         ]
         if settings.require_tokens:
-            access = Access(broker, required=True, outlast=True)
+            access = Access(broker, required=True)
             for route in routes:
                 route.app = Guard(route.app, access, ENVIRONMENT)
         self.app = Starlette(routes=[*routes, Route("/health", self._health), Route("/healthz", self._health)])

@@ -22,12 +22,14 @@ from lachesis.shim.errors import HANDLERS
 from lachesis.shim.groups_in import GroupsIn
 from lachesis.shim.openapi import openapi
 from lachesis.shim.parties import PartyRoutes
-from lachesis.shim.pressure import HOLD_S, Hold, Pressure
+from lachesis.shim.pressure import HOLD_S, Hold, Patient, Pressure
 from lachesis.shim.runs import Runs
 from lachesis.shim.settings import ShimSettings
 from lachesis.shim.status import StatusRoutes
 from lachesis.shim.trainers import HttpTrainers
 from lachesis.shim.versions import Versions
+
+POSTS = ("/scored_data", "/scored_data_list")  # what an environment loses where they fail
 
 
 def build_app(
@@ -69,8 +71,9 @@ def _routes(
     status = StatusRoutes(broker, counts, limit)
 
     def route(method: str, path: str, endpoint: Callable[..., Any], roles: Collection[Role]) -> Route:
-        guard = [Middleware(Guard, access, roles)] if roles else []
-        found = Route(path, endpoint, methods=[method], middleware=guard)
+        before = [Middleware(Patient, draining, hold_s)] if path in POSTS else []
+        before += [Middleware(Guard, access, roles)] if roles else []
+        found = Route(path, endpoint, methods=[method], middleware=before)
         found.methods = {method}  # Starlette adds HEAD; upstream does not, and HEAD /batch would take a batch to nobody
         return found
 

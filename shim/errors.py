@@ -7,15 +7,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import OutOfMemoryError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from lachesis.broker.access import Denied
 from lachesis.broker.errors import ConfigurationError, Conflict, InvalidGroup
+from lachesis.broker.redis_errors import Trouble, describe, trouble
 
 SHOWN = 1000  # characters of a wrong value that are repeated to its sender
 SHOWN_IN_TEXT = 100
@@ -105,12 +104,16 @@ async def bad_request(_: Request, error: Exception) -> Response:
     return JSONResponse({"detail": str(error)}, 400)
 
 
-async def no_redis(_: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": f"Redis does not answer: {error}"}, 503, headers={"Retry-After": "1"})
+async def redis_trouble(_: Request, error: Exception) -> Response:
+    """What Redis refuses, or has no answer to, may be asked again; a mistake of ours is none of the client's business."""
+    if (kind := trouble(error)) is None:
+        raise error
+    return JSONResponse({"detail": describe(error)}, 503, headers={"Retry-After": retry_after(kind)})
 
 
-async def full_redis(_: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": f"Redis is full: {error}"}, 503, headers={"Retry-After": "10"})
+def retry_after(kind: Trouble) -> str:
+    """Seconds for the header Retry-After."""
+    return "10" if kind in (Trouble.FULL, Trouble.FORBIDDEN) else "1"
 
 
 async def client_gone(_: Request, __: Exception) -> Response:
@@ -125,8 +128,6 @@ HANDLERS: dict[Any, Any] = {
     Conflict: conflict,
     Denied: denied,
     ConfigurationError: bad_request,
-    RedisConnectionError: no_redis,
-    RedisTimeoutError: no_redis,
-    OutOfMemoryError: full_redis,
+    RedisError: redis_trouble,
     ClientDisconnect: client_gone,
 }

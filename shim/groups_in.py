@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 import orjson
+import structlog
+from redis.exceptions import RedisError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -17,12 +19,15 @@ from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.codec import gid_of
 from lachesis.broker.packing import PACKED_TYPE, REST, pack, to_arrays, to_blob, to_scored, unpack, unpacked_bytes
 from lachesis.broker.records import DUPLICATE_WINDOW_S, Group, ScoredGroup
+from lachesis.broker.redis_errors import describe, trouble
 from lachesis.broker.validation import check_group
 from lachesis.shim.bodies import check_messages, decode_group, decode_groups, non_finite, read_body, too_large
 from lachesis.shim.errors import Malformed, detail, path, refusal
 from lachesis.shim.pressure import Hold, Size
 from lachesis.shim.status import buffered
 from lachesis.shim.versions import Arrival, Versions
+
+log = structlog.get_logger(role="shim")
 
 
 class Post(NamedTuple):
@@ -184,7 +189,12 @@ class GroupsIn:
     async def _bury(self, gid: str, body: bytes, error: InvalidGroup) -> None:
         """Keep it under another id: the same post may be fine for the next trainer."""
         self.counts["refused"] += 1
-        await self._broker.queue.bury(f"refused-{gid}", body, "invalid", str(error)[:1000])
+        try:
+            await self._broker.queue.bury(f"refused-{gid}", body, "invalid", str(error)[:1000])
+        except RedisError as lost:
+            if trouble(lost) is None:
+                raise
+            log.warning("a refused post is not kept for triage", reason=describe(lost), refused=str(error)[:200])
 
 
 def _post(request: Request, body: bytes) -> Post:

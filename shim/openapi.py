@@ -143,13 +143,14 @@ class RunList(Struct):
 
 
 class Health(Struct):
-    status: Literal["ok", "no redis"]
+    status: Literal["ok", "no redis", "redis demoted", "redis unready", "redis full", "redis forbids"]
     run: str
     groups: dict[str, int]  # counts of this process, as are those of lineage
     lineage: dict[str, int]
     dead: int | UnsetType = UNSET  # of the run, as is dropped: not known without Redis
     dropped: dict[str, int] | UnsetType = UNSET
     duplicates: dict[str, int] | UnsetType = UNSET  # likewise; posts dropped as repeats, by environment
+    reason: str | UnsetType = UNSET  # why no group can be stored
 
 
 class Route(NamedTuple):
@@ -187,7 +188,7 @@ DESCRIPTIONS = {
     409: "A live trainer has registered other settings for this run",
     413: "A body of more than max_body_bytes after decompression",
     422: "A malformed body, or a group that can't be trained",
-    503: "Redis does not answer, or the queue stayed full for as long as a post may wait",
+    503: "Redis does not answer or refuses, or the queue stayed full for as long as a post may wait",
 }
 
 TABLE = (
@@ -218,7 +219,7 @@ TABLE = (
     Route("GET", "/latest_example", "The newest group still kept", {200: (StoredGroup, NoExample)}),
     Route("GET", "/reset_data", "Forget queue, batches and registrations", {200: (PLAIN,)}),
     Route("GET", "/runs", "The runs that registered on this Redis", {200: (RunList,)}),
-    Route("GET", "/healthz", "200 while Redis answers", {200: (Health,), 503: (Health,)}),
+    Route("GET", "/healthz", "200 while groups can be stored", {200: (Health,), 503: (Health,)}),
     Route("GET", "/openapi.json", "This document", {200: (dict[str, Any],)}),
 )  # fmt: skip
 

@@ -20,19 +20,22 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lachesis.broker import Broker
-from lachesis.broker.codec import read_json
+from lachesis.broker.codec import read_json, read_number
+from lachesis.broker.connection import patience
 from lachesis.broker.forming import read_status
 from lachesis.broker.queue import makes_batch
 from lachesis.broker.records import Limits, TrainerConfig
+from lachesis.broker.redis_errors import Trouble, describe, trouble
 
 HOLD_S = 240.0
 LOOK_EVERY_S = 0.05
+QUICK_S = 0.5  # for which a group is sent again at once where a connection is lost
 
-FULL_REDIS = "Redis is full"
 WHY = {  # by what PUT replies
     "late": "a group that came now would be trained more than max_lag steps late",
     "full": "the queue is over its quota",
@@ -94,6 +97,7 @@ class _Waiter:
     since: float
     size: Size
     why: str
+    trouble: Trouble | None  # with Redis, where that is what it waits for
     tries: int
     go: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -104,7 +108,7 @@ class Pressure:
     def __init__(
         self, broker: Broker, limits: Limits, draining: Callable[[], bool] = lambda: False, hold_s: float = HOLD_S
     ) -> None:
-        self._broker, self.limits, self._draining, self.hold_s = broker, limits, draining, hold_s
+        self.broker, self.limits, self._draining, self.hold_s = broker, limits, draining, hold_s
         self._waiting: set[_Waiter] = set()
         self._watch: asyncio.Task[None] | None = None
         self._stored = asyncio.Event()  # a group that had waited
@@ -115,37 +119,37 @@ class Pressure:
 
     async def over(self) -> str:
         """Which limit the queue as a whole has reached, in words; empty if none."""
-        limits, redis, keys = self.limits, self._broker.redis, self._broker.keys
+        limits, redis, keys = self.limits, self.broker.redis, self.broker.keys
         if not (limits.bytes or limits.sequences or limits.max_lag):
             return ""
         held = await redis.hmget(keys.state, ["bytes", "sequences", "formed", "delivered"])
         config = await redis.hget(keys.trainers, "config") if limits.max_lag else None
-        stored, sequences, formed, delivered = (int(value or 0) for value in held)
+        stored, sequences, formed, delivered = map(read_number, held)
         counters = Counter(bytes=stored, sequences=sequences, undelivered=formed - delivered)
         return Room(limits, counters, _batch_size(config)).refusal(UNREAD)
 
     async def look(self) -> Room:
         """The run's counters now, in one trip."""
-        keys = self._broker.keys
-        async with self._broker.redis.pipeline(transaction=False) as pipe:
+        keys = self.broker.keys
+        async with self.broker.redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(keys.state)
             pipe.hget(keys.trainers, "config")
             state, raw = await pipe.execute()
         status = read_status(state)
         batch_size = _batch_size(raw)
         names = (b"bytes", b"sequences", b"groups")
-        counters = Counter({name.decode(): int(state.get(name, 0)) for name in names})
+        counters = Counter({name.decode(): read_number(state.get(name)) for name in names})
         counters["undelivered"] = status.formed - status.delivered
         counters.update({
-            name.decode(): int(value)
+            name.decode(errors="replace"): read_number(value)
             for name, value in state.items()
             if name.startswith((b"env_bytes:", b"env_sequences:"))
         })  # fmt: skip
         return Room(self.limits, counters, batch_size, bool(raw) and not makes_batch(status, batch_size))
 
-    async def wait(self, since: float, size: Size, why: str, tries: int) -> None:
+    async def wait(self, since: float, size: Size, why: str, kind: Trouble | None, tries: int) -> None:
         """Return when a post that came at `since` may try (again). HTTPException 503 if that takes longer than `hold_s`."""
-        waiter = _Waiter(since, size, why, tries)
+        waiter = _Waiter(since, size, why, kind, tries)
         self._waiting.add(waiter)
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._let_go())
@@ -173,29 +177,37 @@ class Pressure:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S):
                     await self._stored.wait()
-            try:
-                room = await self.look()
-            except Exception as error:
-                self._answer(error)
-                return
             if self._draining():
                 self._answer(None)
                 return
-            for waiter in self._admitted(room):
+            try:
+                writes = not any(waiter.trouble for waiter in self._waiting) or await self.broker.takes_writes()
+                with patience(QUICK_S):
+                    room = await self.look()
+            except Exception as error:
+                if trouble(error):
+                    continue  # they wait for that, too
+                self._answer(error)
+                return
+            for waiter in self._admitted(room, writes):
                 self._waiting.discard(waiter)
                 if not waiter.go.done():
                     waiter.go.set_result(None)
 
-    def _admitted(self, room: Room) -> list[_Waiter]:
-        """Those that may try, oldest first. Where no counter says how many have room, one: what becomes of it shows."""
-        waiting = sorted(self._waiting, key=lambda waiter: waiter.since)
+    def _admitted(self, room: Room, writes: bool) -> list[_Waiter]:
+        """Those that may try, oldest first; none that Redis refused while it takes no `writes`.
+
+        Where no counter says how many have room, one: what becomes of it shows.
+        """
+        able = (waiter for waiter in self._waiting if writes or not waiter.trouble)
+        waiting = sorted(able, key=lambda waiter: waiter.since)
         if room.starves:
             return waiting[:1]
-        refused = [waiter for waiter in waiting if waiter.why == FULL_REDIS]
+        refused = [waiter for waiter in waiting if waiter.trouble is Trouble.FULL]
         probe = min(refused, key=lambda waiter: waiter.tries, default=None)  # another one next time: it may be smaller
         admitted = []
         for waiter in waiting:
-            if (waiter is probe or waiter.why != FULL_REDIS) and not room.refusal(waiter.size):
+            if (waiter is probe or waiter.trouble is not Trouble.FULL) and not room.refusal(waiter.size):
                 room.admit(waiter.size)
                 admitted.append(waiter)
         return admitted
@@ -208,28 +220,45 @@ class Pressure:
                 waiter.go.set_exception(error or stopping)
 
 
+class Patient:
+    """ASGI middleware of a route that posts: all that it asks of Redis waits as long as a post may wait."""
+
+    def __init__(self, app: ASGIApp, draining: Callable[[], bool], hold_s: float) -> None:
+        self._app, self._draining, self._hold_s = app, draining, hold_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with patience(self._hold_s, unless=self._draining, forbidden=True):
+            await self._app(scope, receive, send)
+
+
 class Hold:
     """How long one post may wait, from its creation on."""
 
     def __init__(self, pressure: Pressure) -> None:
+        self._broker = pressure.broker
         self._pressure, self._since, self._tries = pressure, asyncio.get_running_loop().time(), 0
 
     async def room(self) -> None:
-        """Return when the queue is below its limits; HTTPException 503 where that takes too long."""
+        """Return when Redis takes writes and the queue is below its limits; HTTPException 503 where that takes too long."""
+        while self._broker.refuses and not await self._broker.takes_writes():
+            await self._wait(UNREAD, "Redis takes no writes", Trouble.UNREADY)
         if (why := await self._pressure.over()) and not (await self._pressure.look()).starves:
             await self._wait(UNREAD, why)
 
     async def store(self, put: Callable[[Limits], Awaitable[str]], size: Callable[[], Size] = lambda: UNREAD) -> str:
-        """What `put`, given its limits, replies; called again for as long as it finds no room, or Redis full.
+        """What `put`, given its limits, replies; called again for as long as it finds no room, or Redis refuses.
 
         `size` is asked for when the group has to wait.
         """
         limits = self._pressure.limits
         while True:
             try:
-                reply = await put(limits)
-            except OutOfMemoryError:
-                await self._wait(size(), FULL_REDIS)
+                with patience(QUICK_S):
+                    reply = await put(limits)
+            except RedisError as error:
+                if (kind := trouble(error)) is None:
+                    raise
+                await self._wait(size(), describe(error), kind)
                 continue
             if reply not in WHY:
                 if self._tries:
@@ -240,9 +269,9 @@ class Hold:
             else:
                 await self._wait(size(), WHY[reply])
 
-    async def _wait(self, size: Size, why: str) -> None:
+    async def _wait(self, size: Size, why: str, kind: Trouble | None = None) -> None:
         self._tries += 1
-        await self._pressure.wait(self._since, size, why, self._tries)
+        await self._pressure.wait(self._since, size, why, kind, self._tries)
 
 
 def _batch_size(registration: bytes | None) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
+import structlog
 from msgspec import Struct
 from redis.exceptions import RedisError
 from starlette.requests import Request
@@ -14,13 +16,21 @@ from starlette.responses import JSONResponse, Response
 
 from lachesis.broker import Broker
 from lachesis.broker.codec import read_json, read_number
+from lachesis.broker.connection import patience
 from lachesis.broker.environments import Alive, share
 from lachesis.broker.forming import read_status
 from lachesis.broker.records import EnvRecord, QueueStatus, TrainerConfig
+from lachesis.broker.redis_errors import Trouble, describe, trouble
 from lachesis.shim.bodies import decode, read_body
+from lachesis.shim.errors import retry_after
 
 MIN_ENV_WEIGHT = 0.01
 REDIS_S = 2.0  # a health check waits this long for Redis
+LOOK_S = 1.0  # what only tells of the queue waits this long for a Redis in trouble
+KNOWN_S = 300.0  # and then tells what it knew, if that is no older
+KNOWN_ENVS = 4096
+
+log = structlog.get_logger(role="shim")
 
 
 class EnvIdentifier(Struct):
@@ -39,9 +49,15 @@ async def buffered(broker: Broker, env_id: int | None, sequences: int) -> int | 
     """What upstream calls `buffer_size`, where a group of `sequences` is of another size than its environment's.
 
     That is how many sequences in such groups wait, less those that make up groups of its size: 0 if these just did.
+    None also where Redis can't tell any more: the group is stored, and its sender must hear nothing else.
     """
-    env = None if env_id is None else await broker.parties.hear(env_id)
-    return None if env is None or env.config.group_size == sequences else await broker.queue.odd_sequences(env)
+    try:
+        with patience(LOOK_S):
+            env = None if env_id is None else await broker.parties.hear(env_id)
+            return None if env is None or env.config.group_size == sequences else await broker.queue.odd_sequences(env)
+    except RedisError as error:
+        log.warning("stored, but its buffer could not be counted", env=env_id, reason=describe(error))
+        return None
 
 
 def env_status(
@@ -83,13 +99,32 @@ def _weight(env: EnvRecord | None, alive: Alive) -> float:
 class StatusRoutes:
     def __init__(self, broker: Broker, counts: Callable[[], dict[str, Any]], max_body_bytes: int) -> None:
         self._broker, self._counts, self._max_body_bytes = broker, counts, max_body_bytes
+        self._known: dict[int, tuple[float, dict[str, Any]]] = {}  # answers of /status-env, and when they were true
 
     async def status(self, _: Request) -> Response:
         queue = await self._broker.queue.status()
         return JSONResponse({"current_step": await current_step(self._broker, queue), "queue_size": queue.groups})
 
     async def status_env(self, request: Request) -> Response:
+        """Served from what was known, for a while, where Redis is in trouble: an environment exits when this fails."""
         env_id = decode(EnvIdentifier, await read_body(request, self._max_body_bytes)).env_id
+        try:
+            with patience(LOOK_S):
+                answer = await self._status_env(env_id)
+        except RedisError as error:
+            if trouble(error) is None:
+                raise
+            known_at, answer = self._known.get(env_id, (float("-inf"), {}))
+            if time.monotonic() - known_at > KNOWN_S:
+                answer = await self._status_env(env_id)
+        else:
+            self._known.pop(env_id, None)
+            self._known[env_id] = time.monotonic(), answer
+            if len(self._known) > KNOWN_ENVS:
+                del self._known[next(iter(self._known))]
+        return JSONResponse(answer)
+
+    async def _status_env(self, env_id: int) -> dict[str, Any]:
         env = await self._broker.parties.hear(env_id)
         keys, environments = self._broker.keys, self._broker.parties.environments
         async with self._broker.redis.pipeline(transaction=False) as pipe:  # every environment asks ten times a second
@@ -100,15 +135,22 @@ class StatusRoutes:
         queue = read_status(state)
         trainer = read_json(TrainerConfig, config)
         told = env_status(env, env_id, await environments.take(called), queue, trainer)
-        return JSONResponse({"current_step": queue.delivered + read_number(offset), **told})
+        return {"current_step": queue.delivered + read_number(offset), **told}
 
     async def healthz(self, _: Request) -> Response:
-        """200 while Redis answers, else 503; with what the run dropped, and the counts of this process since it started."""
+        """200 while Redis takes groups, else 503 with the reason; with what the run dropped, and counts of this process."""
         told = {"run": self._broker.keys.run, **self._counts()}
         try:
-            queue = await asyncio.wait_for(self._broker.queue.status(), REDIS_S)
-        except (TimeoutError, RedisError, OSError):
-            return JSONResponse({"status": "no redis", **told}, 503)
+            queue = await asyncio.wait_for(self._look(), REDIS_S)
+        except (TimeoutError, RedisError, OSError) as error:
+            kind = trouble(error) or Trouble.LOST
+            headers = {"Retry-After": retry_after(kind)}
+            return JSONResponse({"status": kind.value, "reason": describe(error), **told}, 503, headers)
         return JSONResponse(
             {"status": "ok", **told, "dead": queue.dead, "dropped": queue.dropped, "duplicates": queue.duplicates}
         )
+
+    async def _look(self) -> QueueStatus:
+        with patience(LOOK_S):
+            await self._broker.probe()
+            return await self._broker.queue.status()

@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 
 from lachesis.broker import BlockingBroker, LeaseLost
 from lachesis.broker.records import Lease
+from lachesis.broker.redis_errors import describe, trouble
 
 WAIT_S = 0.2
 
@@ -81,7 +82,7 @@ class Tenure:
                 if self.lease is not None:
                     await self._broker.broker.queue.renew(self._policy, self.lease)
         except RedisError as error:
-            self._why = str(error) or type(error).__name__
+            self._why = describe(error) if trouble(error) else str(error) or type(error).__name__
             self._lost.set()
 
     async def _release(self) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import anyio
 import pytest
+from anyio.abc import Process
 from scored import group
+from sick_redis import until
 
 from lachesis.broker import Broker, Conflict, EmbeddedRedis, RedisUnreachable, embedded
+from lachesis.broker.connection import open_redis
+from lachesis.broker.embedded import Keeper
 
 pytestmark = pytest.mark.anyio
 
@@ -112,4 +118,117 @@ async def test_a_killed_server_is_revived_with_its_data(tmp_path: Path) -> None:
         os.kill(server.pid, signal.SIGKILL)
         await anyio.to_thread.run_sync(os.waitid, os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
         assert server.revive()
+        assert await accept(server.url, 2) == 2
+
+
+SHARER = """
+import sys, time
+from lachesis.broker.embedded import EmbeddedRedis, Keeper
+with EmbeddedRedis(sys.argv[1]) as server, Keeper(server):
+    print(server.pid or 0, flush=True)
+    time.sleep(600)
+"""
+
+
+async def sharer(folder: Path) -> tuple[Process, int]:
+    """A process that shares the folder's server, and the process id of the server if it runs it."""
+    process = await anyio.open_process([sys.executable, "-c", SHARER, str(folder)], stderr=None)
+    assert process.stdout is not None
+    return process, int(await process.stdout.receive())
+
+
+async def accepts(url: str, number: int) -> bool:
+    with contextlib.suppress(RedisUnreachable):
+        return await accept(url, number) == number
+    return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+async def test_whoever_shares_the_folder_takes_the_server_over(tmp_path: Path, how: signal.Signals) -> None:
+    (owner, pid), (guest, none) = await sharer(tmp_path), await sharer(tmp_path)
+    async with owner, guest:
+        assert (pid > 0, none) == (True, 0)
+        url = EmbeddedRedis(tmp_path).url
+        assert await accept(url, 1) == 1
+        owner.send_signal(how)
+        await owner.wait()
+        await until(lambda: accepts(url, 2))
+        guest.kill()
+
+
+async def restarted(keeper: Keeper) -> bool:
+    return keeper.restarts == 1
+
+
+async def test_who_runs_the_server_starts_it_again(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path) as server, Keeper(server) as keeper:
+        broker = await Broker.connect(server.url)
+        assert await accept(server.url, 1) == 1
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        assert await broker.ping()  # it waits meanwhile
+        await until(lambda: restarted(keeper))  # it counts once the server answers
+        assert await accept(server.url, 2) == 2
+        await broker.aclose()
+
+
+async def test_a_server_that_cannot_be_started_again_ends_its_owner_with_the_reason(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "lachesis.cli.main",
+        "shim",
+        "--embedded",
+        "--state-dir",
+        str(tmp_path),
+        "--port",
+        "0",
+    ]
+    async with await anyio.open_process(command, stderr=subprocess.STDOUT) as shim:
+        assert shim.stdout is not None
+        said = b""
+        while b"listening" not in said:
+            said += await shim.stdout.receive()
+        folder = tmp_path / "redis"
+        (folder / embedded.AOF_FOLDER / embedded.MANIFEST).write_text("no manifest")
+        os.kill(await pid_of(folder), signal.SIGKILL)
+        said = b"".join([part async for part in shim.stdout])
+        assert await shim.wait() == 1
+    last = said.decode().splitlines()[-1]
+    assert last.startswith(
+        f"lachesis shim: the embedded Redis in {folder} did not start; its log is {folder}/redis.log: "
+    )
+
+
+async def pid_of(folder: Path) -> int:
+    redis = open_redis(EmbeddedRedis(folder).url)
+    pid = int((await redis.info("server"))["process_id"])
+    await redis.aclose()
+    return pid
+
+
+def newest_file(folder: Path) -> Path:
+    return max((folder / embedded.AOF_FOLDER).glob("*.incr.aof"))
+
+
+@pytest.mark.parametrize("zeros", [1, 4096, (1 << 20) + 5])
+async def test_zeros_at_the_end_of_the_file_are_cut_off(tmp_path: Path, zeros: int) -> None:
+    with EmbeddedRedis(tmp_path) as server:
+        assert await accept(server.url, 1) == 1
+    with open(newest_file(tmp_path), "ab") as file:
+        file.write(b"*3\r\n$3\r\nSET\r\n$1\r\na\r\n$100\r\nhalf" + bytes(zeros))  # a write of which a part came
+    with EmbeddedRedis(tmp_path) as server:
+        assert await accept(server.url, 2) == 2
+
+
+async def test_a_file_that_ends_in_something_else_is_refused_with_what_mends_it(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path) as server:
+        assert await accept(server.url, 1) == 1
+    with open(newest_file(tmp_path), "ab") as file:
+        file.write(b"garbage")
+    with pytest.raises(RedisUnreachable, match="did not start; its log is") as error:
+        EmbeddedRedis(tmp_path).start()
+    _, _, repair = str(error.value).partition("cut that off with: ")
+    await anyio.run_process(repair, input=b"y\n", stdout=None)
+    with EmbeddedRedis(tmp_path) as server:
         assert await accept(server.url, 2) == 2

@@ -290,6 +290,15 @@ async def report(run: Run) -> None:
     assert await run.direct.redis.zrange(run.direct.keys.served, 0, -1) == [b"0"]
 
 
+async def hold(run: Run) -> None:
+    lock = run.broker.parties.writer("main", ttl_s=60)
+    assert await lock.acquire(blocking=False)
+    await run.direct.redis.delete(lock.name)
+    run.lose("hold")
+    assert await lock.extend(60, replace_ttl=True)
+    assert await lock.owned()
+
+
 async def publish(run: Run) -> None:
     run.lose("publish")
     await run.broker.weights.publish("main", WeightsEntry(0, 0, "file:///v0", "0", 1, "BF16", -1))
@@ -319,6 +328,12 @@ async def note(run: Run) -> None:
     run.lose("note")
     await run.broker.parties.start()
     assert await run.direct.parties.started()
+
+
+async def note_new(run: Run) -> None:
+    run.lose("note_new")
+    _, record = await run.broker.tokens.create("admin", "a")
+    assert await run.direct.tokens.all() == [record]
 
 
 async def found(run: Run) -> None:
@@ -402,9 +417,9 @@ async def vote(run: Run) -> None:
 
 
 SCRIPTS = {case.__name__: case for case in (
-    arrive, put, lengths, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, refit, purge, reset, subscribe, acquire, adopt,
-    register_env, update_env, hear,
-    report, publish, steer, take_turn, append, note, found, join, beat, evict, meet, heal, open, claim, vote,
+    arrive, put, lengths, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, refit, purge, reset, subscribe, acquire,
+    hold, adopt, register_env, update_env, hear,
+    report, publish, steer, take_turn, append, note, note_new, found, join, beat, evict, meet, heal, open, claim, vote,
 )}  # fmt: skip
 
 

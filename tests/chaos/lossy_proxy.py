@@ -37,6 +37,8 @@ class LossyProxy:
                     if self._rng.random() < self._rate:
                         self.dropped += 1
                         break
+                    if writer.is_closing():  # its client has given up
+                        break
                     writer.write(piece)
                     await writer.drain()
             finally:

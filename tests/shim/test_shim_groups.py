@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from trajectories import ENV, TRAINER, group, number_of, serving
 

@@ -30,7 +30,7 @@ MORE_ANSWERS = {
     "403": "runs may have tokens",
     "409": "another trainer's settings: upstream ignores the second registration",
     "413": "bodies are bounded",
-    "503": "Redis does not answer, or is full; upstream keeps everything in its own memory",
+    "503": "Redis does not answer, refuses, or is full; upstream keeps everything in its own memory",
 }
 MORE_KEYS = {"weight_versions": "an environment that knows its weight versions may say so; upstream ignores the key"}
 MORE_BODIES = {PACKED_TYPE: "what our own clients post, instead of JSON"}

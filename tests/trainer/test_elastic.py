@@ -320,6 +320,39 @@ def test_replicas_outlive_redis(
         assert standing.generation == 1
 
 
+def test_replicas_outlive_a_redis_that_takes_no_writes(
+    redis_server: EmbeddedRedis, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
+) -> None:
+    """For longer than a replica may be silent."""
+    run = make_run(redis_server.url, "refused", compute_s=0.05, silent_s=0.6, hold_s=20.0)
+    with_leader(run)
+    run.start("other")
+    with connect_blocking(run.url, run.name) as broker:
+        redis = broker.broker.redis
+        until(lambda: step_of(broker) >= 2)
+        broker.call(redis.config_set, "min-replicas-to-write", 1)
+        beat = newest_beat(broker)
+        until(lambda: time.time() - beat > 1.0)
+        assert newest_beat(broker) == beat
+        broker.call(redis.config_set, "min-replicas-to-write", 0)
+        check(run, undisturbed, "leader", "other")
+
+
+def newest_beat(broker: BlockingBroker) -> float:
+    return max(member.heartbeat for member in broker.call(broker.broker.members.members, "main"))
+
+
+def test_replicas_meet_and_train_on_a_full_redis(
+    redis_server: EmbeddedRedis, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
+) -> None:
+    run = make_run(redis_server.url, "full", compute_s=0.05)
+    with connect_blocking(run.url, run.name) as broker:
+        broker.call(broker.broker.redis.config_set, "maxmemory", 1)
+        with_leader(run)
+        run.start("other")
+        check(run, undisturbed, "leader", "other")
+
+
 def test_what_stops_leaves_its_groups_to_the_others(
     shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], undisturbed: list[tuple[int, str]]
 ) -> None:

@@ -1,0 +1,6 @@
+#!lua flags=allow-oom
+-- NOTE_NEW: set a field of a hash that has none of that name, even when Redis is full, because what frees memory depends on it.
+-- KEYS  1 any hash
+-- ARGV  1 field  2 value
+-- reply 1 | 0 (it has one, perhaps by a call whose reply was lost)
+return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
