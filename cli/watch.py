@@ -11,22 +11,28 @@ from lachesis.cli.progress import View
 from lachesis.cli.supervisor import Supervisor
 
 SILENT_S = 10.0
+STEP_TAKES = ("trainer", "shim", "front-door", "env")  # parts that each step is the work of
 
 
 async def watch(broker: Broker, view: View, supervisor: Supervisor, look_around: Callable[[], None]) -> None:
     """Runs until cancelled; `look_around` is called twice a second."""
     cursor = "0-0"
+    view.step = committed = await _committed(broker)
     while True:
         look_around()
         entries = await broker.journal.metrics(cursor)
         for _, fields in entries:
             if fields["kind"] == "step":
                 take_step(view, fields)
+                if view.step > committed:
+                    committed = view.step
+                    supervisor.of_use(*STEP_TAKES)
         cursor = entries[-1][0] if entries else cursor
         servers = {server.server: server for server in await broker.parties.servers()}
         fresh = [server for server in servers.values() if time.time() - server.heartbeat < SILENT_S]
         view.served = min((server.version for server in fresh), default=-1)
         view.queue = (await broker.queue.status()).groups
+        supervisor.of_use(*(server.server for server in fresh if server.state == "ready"))
         states = {name: part.state for name, part in supervisor.parts.items() if name != "base-model"}
         for name in states:
             server = servers.get(name)
@@ -34,6 +40,11 @@ async def watch(broker: Broker, view: View, supervisor: Supervisor, look_around:
                 states[name] = server.state
         view.parts = states
         await asyncio.sleep(0.5)
+
+
+async def _committed(broker: Broker) -> int:
+    newest = await broker.queue.newest_committed("main")
+    return newest.step if newest else 0
 
 
 def take_step(view: View, fields: Mapping[str, str]) -> None:
