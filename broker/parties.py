@@ -13,9 +13,10 @@ from redis.exceptions import LockNotOwnedError
 from lachesis.broker.connection import Redis
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
-from lachesis.broker.records import EnvConfig, EnvRecord, ServerStatus, TrainerConfig
+from lachesis.broker.records import EnvConfig, EnvRecord, KeptConfiguration, ServerStatus, TrainerConfig
 
 ALIVE_S = 60.0  # an environment silent for longer counts for nothing; environments call ten times a second
+TRAINER = "trainer:"  # before the policy's name, in the hash `settings`
 HEARD_EVERY_S = 5.0  # that an environment called is noted at most so often
 
 
@@ -58,6 +59,19 @@ class Parties:
     async def trainer_config(self) -> TrainerConfig | None:
         raw = await self._redis.hget(self._keys.trainers, "config")
         return msgspec.json.decode(raw, type=TrainerConfig) if raw else None
+
+    async def keep_configuration(self, policy: str, kept: KeptConfiguration) -> None:
+        """Say what the policy is trained with from now on."""
+        await self._scripts.note(keys=[self._keys.settings], args=[f"{TRAINER}{policy}", msgspec.json.encode(kept)])
+
+    async def configurations(self) -> dict[str, KeptConfiguration]:
+        """What each policy was last trained with."""
+        raw = await self._redis.hgetall(self._keys.settings)
+        return {
+            name.decode().removeprefix(TRAINER): msgspec.json.decode(value, type=KeptConfiguration)
+            for name, value in raw.items()
+            if name.startswith(TRAINER.encode())
+        }
 
     async def start(self) -> None:
         """A trainer has asked for its first batch: environments may begin."""

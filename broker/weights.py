@@ -35,6 +35,11 @@ class Weights:
         found = await self._redis.xrange(self._keys.weights(policy), f"{version}-1", f"{version}-1")
         return from_entry(WeightsEntry, found[0][1]) if found else None
 
+    async def published(self, policy: str) -> list[WeightsEntry]:
+        """Every version that was ever published, oldest first; the files of some may be gone."""
+        found = await self._redis.xrange(self._keys.weights(policy))
+        return [from_entry(WeightsEntry, fields) for _, fields in found]
+
     async def newest(self, policy: str) -> WeightsEntry | None:
         found = await self._redis.xrevrange(self._keys.weights(policy), count=1)
         return from_entry(WeightsEntry, found[0][1]) if found else None

@@ -39,7 +39,9 @@ class Up:
     def step(self) -> int:
         if self.process.poll() is None and not (self.folder / "state" / "redis" / "redis.sock").exists():
             return 0  # still starting: asking now would start its Redis for it
-        newest = self.read("status")["newest_step"]
+        arguments = [sys.executable, "-m", "lachesis.cli.main", "status", *self.state, "--json"]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+        newest = json.loads(done.stdout)["newest_step"] if done.stdout else None  # else there is no run yet
         return int(newest["step"]) if isinstance(newest, dict) else 0
 
     def wait_for_step(self, step: int, timeout_s: float = 240.0) -> None:

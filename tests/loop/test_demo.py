@@ -49,7 +49,7 @@ def up(folder: Path, *options: str, overrides: Sequence[str] = ()) -> Outcome:
 
 def test_the_demo_learns(tmp_path: Path) -> None:
     outcome = up(tmp_path, "--seed", "1")
-    before, after = outcome.held_out
+    before, *_, after = outcome.held_out
     steps = len(outcome.ledger)
     last = [entry.reward for entry in outcome.ledger[-10:]]
     lags = [entry.lag for entry in outcome.ledger]
@@ -64,7 +64,7 @@ def test_the_demo_learns(tmp_path: Path) -> None:
 
 def test_with_a_learning_rate_of_0_it_stays_where_it_was(tmp_path: Path) -> None:
     outcome = up(tmp_path, "--seed", "1", "--steps", "15", overrides=["actor_rollout_ref.actor.optim.lr=0"])
-    before, after = outcome.held_out
+    before, *_, after = outcome.held_out
     assert after == pytest.approx(before, abs=0.01)  # greedy answers of the same weights
     first, last = (sum(entry.reward for entry in part) / 5 for part in (outcome.ledger[:5], outcome.ledger[-5:]))
     assert last == pytest.approx(first, abs=0.1)  # 640 samples each: a standard error of about 0.02
