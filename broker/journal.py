@@ -80,4 +80,6 @@ def written_at(id_: str) -> float:
 
 
 def _entry(id_: bytes, fields: Mapping[bytes, bytes]) -> Entry:
-    return id_.decode(), {name.decode(): value.decode(errors="replace") for name, value in fields.items()}
+    return id_.decode(), {
+        name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()
+    }

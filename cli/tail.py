@@ -58,8 +58,8 @@ async def _tail(broker: Broker, settings: TailSettings) -> int:
             print(msgspec.json.encode(as_json(entry, texts_only=settings.control)).decode(), flush=True)
         elif settings.control:
             console.print(_event(entry))
-        elif (kind := entry[1].get("kind", "")) in shown:
-            console.print(shown[kind](entry))
+        else:
+            console.print(_line(entry, shown))
 
     if settings.control:
         cursor, newest = await journal.newest_events(settings.lines)
@@ -78,6 +78,13 @@ async def _tail(broker: Broker, settings: TailSettings) -> int:
             if settings.control or entry[1].get("kind") in shown:
                 show(entry)
     return 0
+
+
+def _line(entry: Entry, shown: Mapping[str, Callable[[Entry], RenderableType]]) -> RenderableType:
+    try:
+        return shown[entry[1]["kind"]](entry)
+    except (KeyError, ValueError):  # another release's, which told other fields
+        return f"{_clock(entry)}  " + "  ".join(f"{name} {value}" for name, value in entry[1].items())
 
 
 def as_json(entry: Entry, *, texts_only: bool = False) -> dict[str, Any]:

@@ -271,6 +271,8 @@ class Run:
     async def _held_out(self, broker: Broker) -> list[str]:
         found, cursor = [], "0-0"
         while entries := await broker.journal.metrics(cursor):
-            found += [fields["accuracy"] for _, fields in entries if fields["kind"] == "eval"]
+            found += [
+                fields["accuracy"] for _, fields in entries if fields.get("kind") == "eval" and "accuracy" in fields
+            ]
             cursor = entries[-1][0]
         return found

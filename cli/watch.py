@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -26,13 +27,11 @@ async def watch(broker: Broker, view: View, supervisor: Supervisor, look_around:
         look_around()
         entries = await broker.journal.metrics(cursor)
         for _, fields in entries:
-            if fields["kind"] == "step":
-                take_step(view, fields)
-                if view.step > committed:
-                    committed = view.step
-                    supervisor.of_use(*STEP_TAKES)
-            elif fields["kind"] == "eval":
-                view.held_out.append((int(fields["version"]), float(fields["accuracy"])))
+            with contextlib.suppress(KeyError, ValueError):  # another release's, which told other fields
+                take(view, fields)
+        if view.step > committed:
+            committed = view.step
+            supervisor.of_use(*STEP_TAKES)
         cursor = entries[-1][0] if entries else cursor
         servers = {server.server: server for server in await broker.parties.servers()}
         fresh = [server for server in servers.values() if time.time() - server.heartbeat < SILENT_S]
@@ -64,6 +63,14 @@ async def _warnings(broker: Broker, servers: Sequence[ServerStatus]) -> list[str
         if server.last_error and (wanted or rule.mode != "newest" or server.state not in ("ready", "updating")):
             found.append(f"{server.server} ({server.state}, version {server.version}): {server.last_error}")
     return found
+
+
+def take(view: View, fields: Mapping[str, str]) -> None:
+    """Show one entry of the metrics, if it is of a kind that is shown."""
+    if fields["kind"] == "step":
+        take_step(view, fields)
+    elif fields["kind"] == "eval":
+        view.held_out.append((int(fields["version"]), float(fields["accuracy"])))
 
 
 def take_step(view: View, fields: Mapping[str, str]) -> None:

@@ -68,7 +68,7 @@ class Reporter:
         while entries := self._broker.call(journal.metrics, self._read_to):
             self._read_to = entries[-1][0]
             for _, fields in entries:
-                if fields["kind"] == "eval":
+                if fields.get("kind") == "eval" and {"accuracy", "version"} <= fields.keys():
                     found = evaluation(fields)
         return found
 

@@ -20,7 +20,7 @@ def main(url: str, run: str) -> int:
     with connect_blocking(url, run) as broker:
         _, newest = broker.call(broker.broker.journal.newest, 1, {"step", "eval"})
         kept = broker.call(broker.broker.parties.configurations).get(POLICY)
-    if kept is None or not newest or newest[-1][1]["kind"] != "eval":
+    if kept is None or not newest or "accuracy" not in newest[-1][1]:
         return 0
     if device_name() == "cpu":
         os.environ["VERL_PLATFORM"] = "cpu"  # before verl is imported: it looks once

@@ -79,6 +79,16 @@ async def test_json_has_numbers_as_numbers_and_the_time(
     assert [(one.get("row"), one.get("advantage")) for one in examples] == [(1, -0.707107), (2, None), (None, None)]
 
 
+async def test_what_another_release_told_is_shown_as_it_is(
+    broker: Broker, where: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    await broker.redis.xadd(broker.keys.metrics, {"kind": "eval", "score": "0.5"})
+    await broker.redis.xadd(broker.keys.metrics, {"kind": "step", "step": "one", "reward": "good"})
+    first, second = await tail(capsys, "--lines", "2", *where)
+    assert first.endswith("  kind eval  score 0.5")
+    assert second.endswith("  kind step  step one  reward good")
+
+
 async def test_scores_are_shown_by_environment_where_there_are_several(
     broker: Broker, where: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,8 +115,8 @@ async def test_who_came_and_went_can_be_read(
 async def test_a_reader_that_goes_away_ends_it_without_a_word(
     broker: Broker, where: tuple[str, ...], json_too: tuple[str, ...]
 ) -> None:
-    for step in range(5, 500):
-        await broker.redis.xadd(broker.keys.metrics, {"kind": "step", "step": step, "num_steps": 9, "note": "x" * 200})
+    for version in range(60):  # more than a pipe holds
+        await broker.redis.xadd(broker.keys.metrics, {"kind": "update", "version": version, "note": "x" * 5000})
     with start("tail", "--lines", "500", *json_too, *where) as process:
         assert process.stdout is not None
         assert process.stderr is not None
