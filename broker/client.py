@@ -39,6 +39,7 @@ RESET_SLICE = 1000
 CLOCKS_S = 3600  # by which the clocks of trainers may differ
 ASK_S = 1.0
 LEAVE_EVERY_S = 0.1  # commands that are refused together make connections anew once
+LOOKED_AT = 100_000  # keys, for the names of runs in an error's message
 
 
 class Connections:
@@ -143,6 +144,28 @@ class Broker:
         raw = await self.redis.hgetall(RUNS)
         found = {name.decode(errors="replace"): read_seconds(since) for name, since in raw.items()}
         return dict(sorted(found.items(), key=lambda item: item[1]))
+
+    async def exists(self) -> bool:
+        """Whether the run is enlisted, or anybody has left anything in it."""
+        keys = self.keys
+        if await self.redis.exists(
+            keys.state, keys.batches, keys.settings
+        ):  # which every user of Redis who asks may read
+            return True
+        left = (keys.trainers, keys.envs, keys.pools, keys.groups, keys.control, keys.metrics, keys.dead, keys.refused)
+        more = (keys.tokens, keys.weights("main"), keys.writer("main"))
+        return await self.redis.exists(*left, *more) > 0 or bool(await self.redis.hexists(RUNS, keys.run))
+
+    async def known_runs(self) -> list[str]:
+        """The enlisted runs, and those that merely have keys, as far as a bounded look at the keys finds them."""
+        names = set(await self.runs())
+        looked = 0
+        async for key in self.redis.scan_iter(match="lachesis:{*}:*", count=RESET_SLICE):
+            names.add(key.decode(errors="replace").partition("{")[2].partition("}")[0])
+            looked += 1
+            if looked >= LOOKED_AT:
+                break
+        return sorted(names)
 
     async def forget(self) -> None:
         """Delete every key of the run, weights and logs included; its tokens stay, or it would be open to everyone."""

@@ -16,9 +16,10 @@ from lachesis.broker.connection import Redis, patience
 from lachesis.broker.environments import Environments, read_env
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Script, Scripts
-from lachesis.broker.records import EnvConfig, EnvRecord, ServerStatus, TrainerConfig
+from lachesis.broker.records import EnvConfig, EnvRecord, KeptConfiguration, ServerStatus, TrainerConfig
 from lachesis.broker.redis_errors import trouble
 
+TRAINER = "trainer:"  # before the policy's name, in the hash `settings`
 HEARD_EVERY_S = 5.0  # that an environment called is noted at most so often
 MOST_HEARD = 10_000  # environments that a process remembers to have noted
 REMEMBERED_S = 300.0  # a version that a server replaced so long ago may have begun a generation
@@ -81,6 +82,20 @@ class Parties:
 
     async def trainer_config(self) -> TrainerConfig | None:
         return read_json(TrainerConfig, await self.registration())
+
+    async def keep_configuration(self, policy: str, kept: KeptConfiguration) -> None:
+        """Say what the policy is trained with from now on."""
+        await self._scripts.note(keys=[self._keys.settings], args=[f"{TRAINER}{policy}", msgspec.json.encode(kept)])
+
+    async def configurations(self) -> dict[str, KeptConfiguration]:
+        """What each policy was last trained with."""
+        raw = await self._redis.hgetall(self._keys.settings)
+        found = {
+            name.decode(errors="replace").removeprefix(TRAINER): read_json(KeptConfiguration, value)
+            for name, value in raw.items()
+            if name.startswith(TRAINER.encode())
+        }
+        return {policy: kept for policy, kept in found.items() if kept}
 
     async def start(self) -> None:
         """A trainer has asked for its first batch: environments may begin."""

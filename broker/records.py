@@ -229,6 +229,14 @@ class TrainerConfig(Struct, frozen=True):
     num_steps: int
 
 
+class KeptConfiguration(Struct, frozen=True):
+    """What a policy is trained with (hash `settings`, field `trainer:<policy>`), for one more trainer like it."""
+
+    overrides: tuple[str, ...] = ()  # as they were given; folders by their whole path, without the replica's name
+    state_dir: str = ""
+    resolved: str = ""  # YAML: what those made of every setting that is read
+
+
 class EnvConfig(Struct, frozen=True):
     """What an environment registers: Atropos' `/register-env` body."""
 

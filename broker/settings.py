@@ -7,22 +7,31 @@ A setting has one name everywhere: `--redis-url` on the command line, `LACHESIS_
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from lachesis.broker.embedded import EmbeddedRedis, Keeper
 from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.keys import check_name
+
+PREFIX = "LACHESIS_"
+NO_SETTINGS = {  # variables of that prefix that are read elsewhere
+    f"{PREFIX}{name}" for name in ("CONFIG", "LOG_FORMAT", "LOG_LEVEL", "CRASH_AT", "STOP_AT", "CPU_VISIBLE_DEVICES")
+}
 
 
 class Settings(BaseSettings):
     """Base of all settings; subclasses add fields, each with a default and a description for `--help`."""
 
     model_config = SettingsConfigDict(
-        env_prefix="LACHESIS_",
+        env_prefix=PREFIX,
+        env_prefix_target="all",  # of a setting with an alias, too
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
@@ -39,10 +48,41 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        toml = Path(os.environ.get("LACHESIS_CONFIG", "lachesis.toml"))
-        if "LACHESIS_CONFIG" in os.environ and not toml.is_file():
-            raise ConfigurationError(f"LACHESIS_CONFIG = {str(toml)!r}: no such file")
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml)
+        read_toml()  # which says in one line what is wrong with it
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file())
+
+
+def toml_file() -> Path:
+    """The file of settings, which need not exist unless `LACHESIS_CONFIG` names it."""
+    return Path(os.environ.get(f"{PREFIX}CONFIG", "lachesis.toml"))
+
+
+def read_toml() -> dict[str, Any]:
+    """What the file of settings holds. Raises ConfigurationError for one that can't be read."""
+    path = toml_file()
+    if not path.is_file():
+        if f"{PREFIX}CONFIG" in os.environ:
+            raise ConfigurationError(f"{PREFIX}CONFIG = {str(path)!r}: no such file")
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: not TOML: {error}") from None
+    except OSError as error:
+        raise ConfigurationError(f"{path}: can't be read: {error.strerror}") from None
+
+
+def make_folder(setting: str, folder: Path) -> Path:
+    """The folder, made if need be. Raises ConfigurationError where it can't be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{setting} = {str(folder)!r}: can't be made ({error.strerror}); give a folder that can be written to"
+        ) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"{setting} = {str(folder)!r}: not writable; give a folder that can be written to")
+    return folder
 
 
 class RedisSettings(Settings):
@@ -56,14 +96,28 @@ class RedisSettings(Settings):
     run: str = Field("default", description="name of the run: one training job's namespace on a Redis")
 
     @contextmanager
-    def redis(self) -> Iterator[str]:
-        """The URL of the Redis to use; an embedded one lives as long as this context."""
+    def redis(self, *, existing: bool = False) -> Iterator[str]:
+        """The URL of the Redis to use; an embedded one lives as long as this context.
+
+        With `existing` an embedded one is not made: who only looks at a run leaves nothing behind.
+        """
+        check_name("run", self.run)
+        folder = self.state_dir / "redis"
         if self.embedded and self.redis_url:
             raise ConfigurationError("--embedded and --redis-url exclude each other: give one of them")
         if self.redis_url:
             yield self.redis_url
-        elif self.embedded or (self.state_dir / "redis").is_dir():  # a state folder names its own Redis
-            with EmbeddedRedis(self.state_dir / "redis") as server, Keeper(server):
-                yield server.url
-        else:
-            raise ConfigurationError("which Redis? Give --redis-url redis://HOST:PORT/0, or --embedded --state-dir DIR")
+            return
+        if not folder.is_dir():  # a state folder names its own Redis
+            if existing and (self.embedded or "state_dir" in self.model_fields_set):
+                raise ConfigurationError(
+                    f"--state-dir = {str(self.state_dir)!r}: no run here, it holds no Redis; give the folder that the run "
+                    "was started with, or --redis-url"
+                )
+            if not self.embedded:
+                raise ConfigurationError(
+                    "which Redis? Give --redis-url redis://HOST:PORT/0, or --embedded --state-dir DIR"
+                )
+        make_folder("--state-dir", self.state_dir)
+        with EmbeddedRedis(make_folder("--state-dir", folder)) as server, Keeper(server):
+            yield server.url

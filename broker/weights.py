@@ -37,6 +37,11 @@ class Weights:
         found = await self._redis.xrange(self._keys.weights(policy), f"{version}-1", f"{version}-1")
         return next((entry for _, entry in read_entries(WeightsEntry, found)), None)
 
+    async def published(self, policy: str) -> list[WeightsEntry]:
+        """Every version that was ever published, oldest first; the files of some may be gone."""
+        found = await self._redis.xrange(self._keys.weights(policy))
+        return [entry for _, entry in read_entries(WeightsEntry, found)]
+
     async def newest(self, policy: str) -> WeightsEntry | None:
         """The newest version that can be read."""
         end = "+"

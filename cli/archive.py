@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from pydantic import ByteSize, Field
 from redis.exceptions import RedisError
 
+from lachesis.broker.client import Broker
 from lachesis.broker.errors import ConfigurationError, RedisUnreachable
+from lachesis.broker.keys import check_name
 from lachesis.broker.redis_errors import describe
 from lachesis.broker.settings import RedisSettings
+from lachesis.cli.actions import check_policy, with_broker
 from lachesis.cli.options import parse
 
 
@@ -33,48 +36,44 @@ def main(arguments: Sequence[str]) -> int:
     settings = parse(ArchiveSettings, "archive", arguments)
     if bool(settings.to) == settings.stop:
         raise ConfigurationError("give either --to DIR-OR-URL, or --stop")
-    with settings.redis() as url:
-        try:
-            print(asyncio.run(_stop(url, settings) if settings.stop else _archive(url, settings)))
-        except RedisError as error:
-            raise RedisUnreachable(f"{describe(error)}. Nothing unarchived was freed") from error
+    check_name("policy", settings.policy)
+    # one that archives as it comes may be there before its run is
+    try:
+        print(with_broker(settings, lambda broker: _run(broker, settings), existing=settings.stop or settings.once))
+    except RedisError as error:
+        raise RedisUnreachable(f"{describe(error)}. Nothing unarchived was freed") from error
     return 0
 
 
-async def _archive(url: str, settings: ArchiveSettings) -> str:
+async def _run(broker: Broker, settings: ArchiveSettings) -> str:
+    if settings.once:
+        await check_policy(broker, settings.policy)
+    return await (_stop(broker, settings) if settings.stop else _archive(broker, settings))
+
+
+async def _archive(broker: Broker, settings: ArchiveSettings) -> str:
     from lachesis.broker.archive import Archive
     from lachesis.broker.archiver import Archiver
-    from lachesis.broker.client import Broker
     from lachesis.broker.logs import configure_logging
 
     stopping = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    archive = Archive(settings.to)
-    broker = await Broker.connect(url, settings.run)
-    try:
-        archiver = Archiver(
-            broker,
-            archive,
-            configure_logging("archiver"),
-            policy=settings.policy,
-            segment_bytes=settings.segment_bytes,
-            every_s=settings.segment_s,
-            lease_s=settings.archiver_lease_s,
-        )
-        await archiver.run(stopping.is_set, once=settings.once)
-    finally:
-        await broker.aclose()
+    archiver = Archiver(
+        broker,
+        Archive(settings.to),
+        configure_logging("archiver"),
+        policy=settings.policy,
+        segment_bytes=settings.segment_bytes,
+        every_s=settings.segment_s,
+        lease_s=settings.archiver_lease_s,
+    )
+    await archiver.run(stopping.is_set, once=settings.once)
     return f"archived {archiver.steps} batches, {archiver.bytes:,} bytes, to {settings.to}"
 
 
-async def _stop(url: str, settings: ArchiveSettings) -> str:
+async def _stop(broker: Broker, settings: ArchiveSettings) -> str:
     from lachesis.broker.archiver import stop_archiving
-    from lachesis.broker.client import Broker
 
-    broker = await Broker.connect(url, settings.run)
-    try:
-        was = await stop_archiving(broker)
-    finally:
-        await broker.aclose()
+    was = await stop_archiving(broker)
     return f"run {settings.run!r} {'is no longer archived' if was else 'was not being archived'}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import msgspec
@@ -11,6 +10,7 @@ from pydantic import Field
 from lachesis.broker.audit import AuditReport, audit
 from lachesis.broker.client import Broker
 from lachesis.broker.settings import RedisSettings
+from lachesis.cli.actions import check_policy, with_broker
 from lachesis.cli.options import parse
 
 
@@ -23,21 +23,17 @@ class AuditSettings(RedisSettings):
 
 def main(arguments: Sequence[str]) -> int:
     settings = parse(AuditSettings, "audit", arguments)
-    with settings.redis() as url:
-        report = asyncio.run(_read(url, settings))
+
+    async def run(broker: Broker) -> AuditReport:
+        await check_policy(broker, settings.policy)
+        return await audit(broker, settings.policy)
+
+    report = with_broker(settings, run)
     if settings.json_output:
         print(msgspec.json.encode({"clean": report.clean, **msgspec.to_builtins(report)}).decode())
     else:
         print(render(report))
     return 0 if report.clean else 1
-
-
-async def _read(url: str, settings: AuditSettings) -> AuditReport:
-    broker = await Broker.connect(url, settings.run)
-    try:
-        return await audit(broker, settings.policy)
-    finally:
-        await broker.aclose()
 
 
 def render(report: AuditReport) -> str:

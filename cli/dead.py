@@ -17,6 +17,7 @@ from rich.table import Table
 from lachesis.broker.client import Broker
 from lachesis.broker.dead import Letter
 from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.nearest import did_you_mean
 from lachesis.broker.packing import from_blob, is_packed, to_scored
 from lachesis.broker.records import Group
 from lachesis.broker.settings import RedisSettings
@@ -37,6 +38,7 @@ Dead letters are groups that could not be trained. Reasons:
 requeue puts them back at the end of the queue, refused posts if they are valid now; purge gives them up for good.
 Every action takes --redis-url and --run; `lachesis dead list --help` explains them. docs/guarantees.md says more."""
 
+REASONS = ("stale", "deliveries", "invalid", "untrainable")
 SHOWN_BODY = 500  # characters of a refused post
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 WHO = "lachesis dead"
@@ -89,7 +91,7 @@ def list_(arguments: Sequence[str]) -> int:
     settings = parse(ListSettings, "dead list", arguments)
 
     async def run(broker: Broker) -> int:
-        letters = [letter for letter in await broker.dead.all() if settings.reason in ("", letter.entry.reason)]
+        letters = _of_reason(await broker.dead.all(), settings.reason)
         if settings.json_output:
             print(msgspec.json.encode(list(map(_plain, letters))).decode())
         elif letters:
@@ -165,11 +167,17 @@ async def _chosen(broker: Broker, settings: Selection) -> list[Letter]:
     if settings.ids:
         return await broker.dead.find(settings.ids)
     before = time.time() - _seconds(settings.older_than)
-    return [
-        letter
-        for letter in await broker.dead.all()
-        if letter.at <= before and settings.reason in ("", letter.entry.reason)
-    ]
+    return [letter for letter in _of_reason(await broker.dead.all(), settings.reason) if letter.at <= before]
+
+
+def _of_reason(letters: Sequence[Letter], reason: str) -> list[Letter]:
+    """Those that died of it; all for none. Raises ConfigurationError for a reason that nothing dies of."""
+    known = sorted({*REASONS, *(letter.entry.reason for letter in letters)})
+    if reason and reason not in known:
+        raise ConfigurationError(
+            f"--reason = {reason!r}: must be one of {', '.join(known)}{did_you_mean(reason, known)}"
+        )
+    return [letter for letter in letters if reason in ("", letter.entry.reason)]
 
 
 async def _requeue(broker: Broker, letter: Letter, policy: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -9,8 +10,9 @@ from typing import NamedTuple
 
 from lachesis import __version__
 from lachesis.broker.errors import ConfigurationError, LachesisError
+from lachesis.broker.nearest import did_you_mean
 
-USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+USAGE_ERROR, FAILED, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
 
 
 class Command(NamedTuple):
@@ -20,8 +22,10 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "up": Command("train here: start and supervise every part, show the progress", "lachesis.cli.up"),
-    "status": Command("what a run is doing now", "lachesis.cli.status"),
-    "tail": Command("the newest steps and evaluations of a run, or its rollouts in words", "lachesis.cli.tail"),
+    "status": Command("what a run is doing now, who of it is alive, and whether it is healthy", "lachesis.cli.status"),
+    "tail": Command(
+        "the newest steps and evaluations of a run, its rollouts in words, or who came and went", "lachesis.cli.tail"
+    ),
     "audit": Command("is every accepted group in exactly one committed step, or still queued?", "lachesis.cli.audit"),
     "trainers": Command("who trains each policy: replicas, what each holds, how fast it is", "lachesis.cli.trainers"),
     "shadow": Command("policies that train on the same batches, side by side", "lachesis.cli.shadow"),
@@ -62,8 +66,21 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the console script. Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted."""
-    name, *rest = arguments if arguments is not None else sys.argv[1:] or ["--help"]
+    """Entry point of the console script.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted, 141 who read the output has gone.
+    """
+    name, *rest = (arguments if arguments is not None else sys.argv[1:]) or ["--help"]
+    try:
+        code = _run(name, rest)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it is flushed once more at the end
+        return PIPE_CLOSED
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
     if name in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -71,34 +88,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lachesis {__version__}")
         return 0
     if name not in COMMANDS:
-        print(f"lachesis: no command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return USAGE_ERROR
+        meant = did_you_mean(name, COMMANDS) or f"; one of {', '.join(COMMANDS)}"
+        return _refuse("lachesis", f"no command {name!r}{meant}", USAGE_ERROR)
     try:
-        return _load(COMMANDS[name].module)(rest)
+        return _load(COMMANDS[name].module)(arguments)
     except ConfigurationError as error:
-        print(f"lachesis {name}: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return _refuse(f"lachesis {name}", str(error), USAGE_ERROR)
     except LachesisError as error:
-        print(f"lachesis {name}: {error}", file=sys.stderr)
-        return FAILED
+        return _refuse(f"lachesis {name}", str(error), FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        raise
     except Exception as error:
-        if not (line := _redis_trouble(error)):
-            raise
-        print(f"lachesis {name}: {line}", file=sys.stderr)
-        return FAILED
+        if (why := _not_ours(error)) is None:
+            raise  # a mistake of ours, whose traceback says where
+        return _refuse(f"lachesis {name}", why, FAILED)
 
 
-def _redis_trouble(error: BaseException) -> str:
-    """What is wrong with Redis, if it is that: a command has been patient with it by then."""
-    from redis.exceptions import RedisError
+def _not_ours(error: BaseException) -> str | None:
+    """What Redis or the system refused, in a line; None for any other error. A command has been patient with Redis by then."""
+    from redis.exceptions import RedisError  # takes longer than all of --help
 
     from lachesis.broker.redis_errors import describe, trouble
 
     while isinstance(error, BaseExceptionGroup):  # of task groups; the first error says it
         error = error.exceptions[0]
-    return describe(error) if isinstance(error, RedisError) and trouble(error) is not None else ""
+    if isinstance(error, RedisError):
+        return describe(error) if trouble(error) is not None else None
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"the system refuses{f' {error.filename!r}' if error.filename else ''}: {error.strerror or error}"
+    return None
+
+
+def _refuse(who: str, why: str, code: int) -> int:
+    print(f"{who}: {why}", file=sys.stderr)
+    return code
 
 
 def _load(target: str) -> Callable[[Sequence[str]], int]:

@@ -7,14 +7,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.keys import check_name
+from lachesis.broker.nearest import did_you_mean
 from lachesis.cli.supervisor import Part
 from lachesis.envs.registry import entry
 from lachesis.envs.registry import names as env_names
+from lachesis.trainer.settings import quoted
 
 if TYPE_CHECKING:
     from lachesis.cli.up import UpSettings
@@ -44,10 +47,13 @@ class Plan:
 
 def plan(settings: UpSettings) -> Plan:
     """Decide; raises ConfigurationError for what can't work."""
+    check_name("run", settings.run)
     tiny = settings.model == TINY
     name = settings.env or ("arithmetic" if tiny else "gsm8k")
     if name not in env_names():
-        raise ConfigurationError(f"--env = {name!r}: known environments are {', '.join(env_names())}")
+        raise ConfigurationError(
+            f"--env = {name!r}: known environments are {', '.join(env_names())}{did_you_mean(name, env_names())}"
+        )
     recipe = entry(name).recipe()
     model = settings.model
     if tiny:
@@ -93,6 +99,19 @@ def _gpus(wanted: int) -> Sequence[int]:
     return range(found if wanted < 0 else wanted)
 
 
+def trainer_overrides(settings: UpSettings, plan: Plan) -> list[str]:
+    """What the trainer is told in Hydra's words; the user's own come last, and win."""
+    ours = {
+        "lachesis.num_steps": plan.steps,
+        "lachesis.batch_size": plan.recipe.batch_size,
+        "lachesis.max_token_len": plan.recipe.max_token_len,
+        "lachesis.seed": settings.seed,
+        **plan.recipe.trainer,
+    }
+    words = [f"actor_rollout_ref.model.path={quoted(plan.model)}", *(f"{key}={value}" for key, value in ours.items())]
+    return [*words, *settings.overrides]
+
+
 class Processes:
     """Command lines. The trainer has the first GPU and the SGLang servers share the others; one GPU is shared by all."""
 
@@ -134,17 +153,13 @@ class Processes:
         return self._part(name, *arguments, role="inference", gpus=[others[index % len(others)]] if others else ())
 
     def trainer(self) -> Part:
-        recipe, settings = self._plan.recipe, self._settings
-        overrides = {
-            "actor_rollout_ref.model.path": self._plan.model,
-            "lachesis.num_steps": self._plan.steps,
-            "lachesis.batch_size": recipe.batch_size,
-            "lachesis.max_token_len": recipe.max_token_len,
-            "lachesis.seed": settings.seed,
-            **recipe.trainer,
-        }
-        words = [f"{key}={value}" for key, value in overrides.items()]
-        return self._part("trainer", *self._redis, *words, *settings.overrides, gpus=self._plan.gpus[:1])
+        words = trainer_overrides(self._settings, self._plan)
+        return self._part("trainer", *self._redis, *words, gpus=self._plan.gpus[:1])
+
+    def track(self) -> Part:
+        """Tells the trackers of the last evaluation, which comes after the trainer's end."""
+        part = self._part("track", self._redis[1], self._settings.run)
+        return replace(part, argv=(sys.executable, "-m", "lachesis.trainer.track", *part.argv[-2:]))
 
     def env(self) -> Part:
         shim, door = self._shim.getsockname()[1], self._door.getsockname()[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -14,10 +16,11 @@ from rich.table import Table
 from lachesis.broker.client import Broker
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.keys import check_name
-from lachesis.broker.pools import NEWEST
-from lachesis.broker.records import PoolRule, ServerStatus
+from lachesis.broker.nearest import did_you_mean
+from lachesis.broker.pools import NEWEST, NONE
+from lachesis.broker.records import PoolRule, ServerStatus, WeightsEntry
 from lachesis.broker.settings import RedisSettings
-from lachesis.cli.actions import dispatch, with_broker
+from lachesis.cli.actions import MAIN, check_policy, dispatch, with_broker
 from lachesis.cli.options import parse
 
 USAGE = """\
@@ -30,7 +33,7 @@ usage: lachesis pool list [--json]
 
 Which published version the servers of a pool serve:
   newest      the newest one, as soon as it is published (what a pool does that was never told otherwise)
-  pin         this version and no other, older ones too; 0 is the base model
+  pin         this version and no other, older ones too; 0 is the base model, which servers have from their --model
   canary      this version on a share of the servers; the others stay at the version that the pool has now
   promote     the canary's version everywhere: pins the pool to it
   rollback    the others' version everywhere: pins the pool to it
@@ -56,7 +59,9 @@ class SteerSettings(RedisSettings):
 class PinSettings(SteerSettings):
     """Have all servers of a pool serve one published version, newer or older than what they serve now."""
 
-    version: CliPositionalArg[int] = Field(ge=0, description="the version; 0 is the base model")
+    version: CliPositionalArg[int] = Field(
+        ge=0, description="the version; 0 is the base model, which servers have from their --model"
+    )
 
 
 class CanarySettings(PinSettings):
@@ -76,6 +81,7 @@ def list_(arguments: Sequence[str]) -> int:
     check_name("pool", settings.pool)
 
     async def run(broker: Broker) -> int:
+        await _check_pool(broker, settings.pool)
         servers = sorted(await broker.parties.servers(), key=lambda status: status.server)
         pools = sorted({settings.pool, *(status.pool for status in servers)})
         found = [
@@ -121,19 +127,29 @@ def canary(arguments: Sequence[str]) -> int:
                 f"version = {settings.version}: pool {settings.pool!r} has no other version that the rest could stay at; "
                 "pin it to one first"
             )
+        await _check_published(broker, settings.policy, rest)
         return PoolRule("canary", settings.version, rest, settings.share)
 
     return _steer(settings, rule)
 
 
 def promote(arguments: Sequence[str]) -> int:
-    settings = parse(SteerSettings, "pool promote", arguments)
-    return _steer(settings, lambda _, now: _rule(PoolRule("pin", _canary(settings.pool, now).version)))
+    return _end_canary("promote", arguments, lambda canary: canary.version)
 
 
 def rollback(arguments: Sequence[str]) -> int:
-    settings = parse(SteerSettings, "pool rollback", arguments)
-    return _steer(settings, lambda _, now: _rule(PoolRule("pin", _canary(settings.pool, now).rest)))
+    return _end_canary("rollback", arguments, lambda canary: canary.rest)
+
+
+def _end_canary(action: str, arguments: Sequence[str], which: Callable[[PoolRule], int]) -> int:
+    settings = parse(SteerSettings, f"pool {action}", arguments)
+
+    async def rule(broker: Broker, now: PoolRule) -> PoolRule:
+        version = which(_canary(settings.pool, now))
+        await _check_published(broker, settings.policy, version)
+        return PoolRule("pin", version)
+
+    return _steer(settings, rule)
 
 
 ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -146,6 +162,8 @@ def _steer(settings: SteerSettings, rule: Callable[[Broker, PoolRule], Awaitable
     check_name("pool", settings.pool)
 
     async def run(broker: Broker) -> int:
+        await check_policy(broker, settings.policy)
+        await _check_pool(broker, settings.pool)
         while True:
             judged, now = await broker.pools.rule(settings.pool)
             wanted = await rule(broker, now)
@@ -156,16 +174,70 @@ def _steer(settings: SteerSettings, rule: Callable[[Broker, PoolRule], Awaitable
     return with_broker(settings, run)
 
 
+async def _check_pool(broker: Broker, pool: str) -> None:
+    """Raise ConfigurationError for a pool that no server is in, if there are others, and that never had a rule."""
+    pools = sorted({status.pool for status in await broker.parties.servers()} | {MAIN})
+    if pool not in pools and (await broker.pools.rule(pool))[0] == NONE:
+        raise ConfigurationError(
+            f"--pool = {pool!r}: no server is in such a pool; there {'are' if len(pools) > 1 else 'is'} {', '.join(pools)}"
+            f"{did_you_mean(pool, pools)}"
+        )
+
+
 async def _rule(rule: PoolRule) -> PoolRule:
     return rule
 
 
 async def _check_published(broker: Broker, policy: str, version: int) -> None:
-    if version == 0 or await broker.weights.get(policy, version) is not None:
+    """Raise ConfigurationError, naming those there are, for a version that was never published or whose files are gone."""
+    published = await broker.weights.published(policy)
+    there = await asyncio.to_thread(_with_files, published)
+    if version == 0 or version in there:
         return
-    newest = await broker.weights.newest(policy)
-    there = f"its newest is {newest.version}" if newest else "it has none yet"
-    raise ConfigurationError(f"version = {version}: policy {policy!r} has not published it; {there}")
+    if version in {entry.version for entry in published}:
+        why = "its files are gone"
+    else:
+        newest = f"its newest is {published[-1].version}" if published else "it has none yet"
+        why = f"policy {policy!r} has not published it; {newest}"
+    raise ConfigurationError(
+        f"version = {version}: {why}; there are {_ranges(sorted({0, *there}))} (0 is the base model)"
+    )
+
+
+def _with_files(published: Sequence[WeightsEntry]) -> set[int]:
+    """Versions whose files are in their folder or store; all, where none can be seen from here."""
+    places: dict[str, set[str]] = {}
+    seen = set()
+    for entry in published:
+        place, _, name = entry.uri.rstrip("/").rpartition("/")
+        if place not in places:
+            places[place] = _listed(place)
+        if name in places[place]:
+            seen.add(entry.version)
+    return seen or {entry.version for entry in published}
+
+
+def _listed(place: str) -> set[str]:
+    """Names in a folder, or under a URL that fsspec reads; none where it can't be looked at."""
+    import fsspec
+
+    try:
+        store, path = fsspec.core.url_to_fs(place)
+        return {str(name).rstrip("/").rpartition("/")[2] for name in store.ls(path, detail=False)}
+    except Exception as error:  # whatever keeps a store's client from looking; the servers look for themselves
+        print(f"note: can't look into {place} from here: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        return set()
+
+
+def _ranges(versions: Sequence[int]) -> str:
+    """`0, 108 to 115`."""
+    runs: list[list[int]] = []
+    for version in versions:
+        if runs and version == runs[-1][1] + 1:
+            runs[-1][1] = version
+        else:
+            runs.append([version, version])
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
 
 
 def _canary(pool: str, now: PoolRule) -> PoolRule:
@@ -184,7 +256,8 @@ def describe(rule: PoolRule) -> str:
 
 
 def _show(found: Sequence[tuple[str, PoolRule, Sequence[ServerStatus]]]) -> None:
-    console, now = Console(highlight=False, markup=False), time.time()
+    width = None if sys.stdout.isatty() else 400  # an error is not cut
+    console, now = Console(highlight=False, markup=False, width=width), time.time()
     for pool, rule, servers in found:
         console.print(f"pool {pool}: {describe(rule)}")
         table = Table.grid(padding=(0, 2))

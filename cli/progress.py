@@ -45,7 +45,9 @@ class View:
     wait_share: float = 0.0
     held_out: list[tuple[int, float]] = field(default_factory=list)  # (version, accuracy)
     rewards: deque[float] = field(default_factory=lambda: deque(maxlen=60))
+    scores: dict[str, float] = field(default_factory=dict)  # of each environment, in the newest step
     parts: dict[str, str] = field(default_factory=dict)  # name -> state
+    warnings: list[str] = field(default_factory=list)  # what is so now; notes are of what was
     notes: deque[str] = field(default_factory=lambda: deque(maxlen=NOTES))
     began: float = field(default_factory=time.monotonic)
 
@@ -57,7 +59,22 @@ class View:
         return (
             f"step {self.step}/{self.steps}  reward {self.reward:.3f}  lag {self.lag}  queue {self.queue}  "
             f"{self.tokens_per_s:.0f} tokens/s  trainer wait {self.wait_share:.0%}  version {self.version}"
+            + (f"  {self.each_score()}" if len(self.scores) > 1 else "")
+            + "".join(f"  WARNING {warning}" for warning in self.warnings)
         )
+
+    def each_score(self) -> str:
+        """The mean score of each environment."""
+        return "  ".join(f"{name} {score:.3f}" for name, score in self.scores.items())
+
+    def curve(self) -> str:
+        """Held-out accuracy: how it went, where it began and where it is."""
+        if not self.held_out:
+            return "–"
+        shown = [f"{accuracy:.3f} (version {version})" for version, accuracy in (self.held_out[0], self.held_out[-1])]
+        if len(self.held_out) == 1:
+            return shown[0]
+        return f"{shown[0]}  {sparkline([accuracy for _, accuracy in self.held_out])}  {shown[1]}"
 
     def panel(self) -> RenderableType:
         """The live panel."""
@@ -83,13 +100,14 @@ class View:
             Text.assemble(("● ", COLOURS.get(state.split()[0], "dim")), f"{name} ", (state, "dim"))
             for name, state in self.parts.items()
         )
-        held_out = "  →  ".join(f"{accuracy:.3f} (version {version})" for version, accuracy in self.held_out) or "–"
         rows: list[RenderableType] = [
             Text.assemble((f"{self.phase}  ", "bold"), (f"step {self.step}/{self.steps}", "")),
             bar,
             numbers,
-            Text.assemble(("held-out  ", "dim"), held_out),
+            Text.assemble(("held-out  ", "dim"), self.curve()),
+            *([Text.assemble(("scores  ", "dim"), self.each_score())] if len(self.scores) > 1 else []),
             parts,
+            *(Text(f"! {warning}", style="bold red") for warning in self.warnings),
         ]
         rows += [Text(note, style="yellow") for note in self.notes]
         return Panel(Group(*rows), title=self.title, subtitle=clock, title_align="left", subtitle_align="right")

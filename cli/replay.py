@@ -17,6 +17,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from lachesis.broker.errors import ConfigurationError, LachesisError
 from lachesis.broker.settings import RedisSettings
+from lachesis.cli.actions import check_policy, check_run
 from lachesis.cli.options import parse
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ async def _replay(url: str, settings: ReplaySettings) -> Replayed:
     async with AsyncExitStack() as stack:
         target = await Broker.connect(url, settings.run)
         stack.push_async_callback(target.aclose)
+        await check_policy(target, settings.policy)
         show = stack.enter_context(_Shown(done))
         parts, extent = await _source(url, settings, chosen, show.note, stack)
         async for part in parts:
@@ -112,6 +114,7 @@ async def _source(
         return from_archive(archive, chosen, note), f"the archive holds steps {segments[0].first} to {last}"
     source = await Broker.connect(settings.from_redis_url or url, settings.from_run)
     stack.push_async_callback(source.aclose)
+    await check_run(source, "--from-run")
     kept, queue = await source.queue.retention.kept(), await source.queue.status()
     batches = f"keeps steps {kept.first} to {kept.last}" if kept.batches else "keeps no batches"
     return from_run(source, chosen, note), f"run {settings.from_run!r} {batches} and has {queue.groups} groups queued"

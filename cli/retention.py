@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import msgspec
@@ -11,6 +10,7 @@ from pydantic import ByteSize, Field
 from lachesis.broker.client import Broker
 from lachesis.broker.retention import Kept
 from lachesis.broker.settings import RedisSettings
+from lachesis.cli.actions import with_broker
 from lachesis.cli.options import parse
 
 
@@ -25,21 +25,16 @@ class RetentionSettings(RedisSettings):
 
 def main(arguments: Sequence[str]) -> int:
     settings = parse(RetentionSettings, "retention", arguments)
-    with settings.redis() as url:
-        kept = asyncio.run(_keep(url, settings))
-    print(msgspec.json.encode(kept).decode() if settings.json_output else render(settings.run, kept))
-    return 0
 
-
-async def _keep(url: str, settings: RetentionSettings) -> Kept:
-    broker = await Broker.connect(url, settings.run)
-    try:
+    async def run(broker: Broker) -> Kept:
         if settings.keep_bytes is not None:
             await broker.queue.retention.keep(settings.keep_bytes)
             await broker.queue.retention.free()
         return await broker.queue.retention.kept()
-    finally:
-        await broker.aclose()
+
+    kept = with_broker(settings, run)
+    print(msgspec.json.encode(kept).decode() if settings.json_output else render(settings.run, kept))
+    return 0
 
 
 def render(run: str, kept: Kept) -> str:

@@ -6,6 +6,13 @@ from collections.abc import Sequence
 
 from lachesis.cli.options import parse
 
+SETTINGS = (
+    "lachesis.shim.settings",
+    "lachesis.trainer.settings",
+    "lachesis.inference.settings",
+    "lachesis.envs.settings",
+)
+
 
 def shim(arguments: Sequence[str]) -> int:
     from lachesis.shim.settings import ShimSettings

@@ -93,7 +93,7 @@ async def _compare(broker: Broker, steps: int) -> Comparison:
     wanted = 2 * (steps + behind) * max(1, len(policies))
     _, entries = await broker.journal.newest(wanted, {"step", "shadow"})
     told: dict[str, dict[int, Mapping[str, str]]] = {reading.policy: {} for reading in policies}
-    for fields in entries:
+    for _, fields in entries:
         if (policy := fields.get("policy", "main")) in told:  # not one that was removed
             told[policy][int(fields["step"])] = fields
     common = sorted(set.intersection(*map(set, told.values())) if told else ())[-steps:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,19 +13,24 @@ from rich.console import Console
 from rich.table import Table
 
 from lachesis.broker.client import Broker
+from lachesis.broker.environments import is_alive
 from lachesis.broker.keys import ARCHIVE
-from lachesis.broker.records import ArchiverStatus
+from lachesis.broker.records import ArchiverStatus, EnvRecord, ServerStatus
 from lachesis.broker.retention import Kept
 from lachesis.broker.server import check_server
 from lachesis.broker.settings import RedisSettings
+from lachesis.cli.actions import check_policy, with_broker
+from lachesis.cli.health import SERVER_STALE_S, problems, read_parties
 from lachesis.cli.options import parse
 
-STALE_S = 10.0  # a heartbeat older than this is a dead server's
 ARCHIVER_STALE_S = 30.0
 
 
 class StatusSettings(RedisSettings):
-    """Show a run: its queue, newest step, weights, servers and environments."""
+    """Show a run: whether it is healthy, its queue, newest step, weights, and who of it is alive.
+
+    Exit code 0 if it is healthy or has all its steps, 1 if it is not: no trainer, no ready server or no environment.
+    """
 
     policy: str = Field("main", description="policy to show")
     json_output: bool = Field(False, alias="json", description="print one JSON object")
@@ -33,47 +38,50 @@ class StatusSettings(RedisSettings):
 
 def main(arguments: Sequence[str]) -> int:
     settings = parse(StatusSettings, "status", arguments)
-    with settings.redis() as url:
-        snapshot = asyncio.run(_snapshot(url, settings))
+    snapshot = with_broker(settings, lambda broker: _snapshot(broker, settings))
     if settings.json_output:
         print(msgspec.json.encode(snapshot).decode())
     else:
         _show(snapshot)
-    return 0
+    return 0 if snapshot["healthy"] else 1
 
 
-async def _snapshot(url: str, settings: StatusSettings) -> dict[str, Any]:
-    broker = await Broker.connect(url, settings.run)
-    try:
-        return {
-            "redis": await check_server(url),
-            "run": settings.run,
-            "policy": settings.policy,
-            "trainer": await broker.parties.trainer_config(),
-            "queue": await broker.queue.status(),
-            "newest_step": await broker.queue.newest_committed(settings.policy),
-            "newest_weights": await broker.weights.newest(settings.policy),
-            "kept": await broker.queue.retention.kept(),
-            "shadows": [reading for reading in await broker.queue.shadows.readings() if reading.rule],
-            "archiver": await broker.queue.retention.archiver(),
-            "servers": sorted(await broker.parties.servers(), key=lambda status: status.server),
-            "environments": await broker.parties.envs(),
-            "at": time.time(),
-        }
-    finally:
-        await broker.aclose()
+async def _snapshot(broker: Broker, settings: StatusSettings) -> dict[str, Any]:
+    await check_policy(broker, settings.policy)
+    config, newest = await broker.parties.trainer_config(), await broker.queue.newest_committed(settings.policy)
+    parties = await read_parties(broker, settings.policy, newest, config, time.time())
+    wrong = problems(parties)
+    return {
+        "redis": await check_server(broker.url),
+        "run": settings.run,
+        "policy": settings.policy,
+        "healthy": not wrong,
+        "finished": parties.finished,
+        "problems": wrong,
+        "trainer": config,
+        "trainers": parties.trainers,
+        "queue": await broker.queue.status(),
+        "newest_step": newest,
+        "newest_weights": await broker.weights.newest(settings.policy),
+        "kept": await broker.queue.retention.kept(),
+        "shadows": [reading for reading in await broker.queue.shadows.readings() if reading.rule],
+        "archiver": await broker.queue.retention.archiver(),
+        "servers": parties.servers,
+        "environments": parties.environments,
+        "at": parties.at,
+    }
 
 
 def _show(snapshot: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     queue, step, weights, config = (snapshot[name] for name in ("queue", "newest_step", "newest_weights", "trainer"))
     table = Table.grid(padding=(0, 2))
+    table.add_row("health", _health(snapshot))
     table.add_row("redis", f"{snapshot['redis'].name}  {snapshot['redis'].durability}")
     table.add_row("run", f"{snapshot['run']}, policy {snapshot['policy']}")
-    table.add_row(
-        "trainer",
-        "not registered" if config is None else f"{config.batch_size} sequences a step, {config.num_steps} steps",
-    )
+    plan = "not registered" if config is None else f"{config.batch_size} sequences a step, {config.num_steps} steps"
+    who = ", ".join(snapshot["trainers"])
+    table.add_row("trainer", f"{plan}; {f'alive: {who}' if who else 'none is alive'}")
     if step is None:
         table.add_row("step", "none committed yet")
     else:
@@ -92,22 +100,43 @@ def _show(snapshot: dict[str, Any]) -> None:
         table.add_row("untrainable", f"{queue.untrainable} sequences that their groups were trained without")
     kept = snapshot["kept"]
     if kept.keep_bytes or ARCHIVE in kept.covered:
-        table.add_row("kept", f"{kept.batches} batches, {kept.bytes:,} bytes, steps {kept.first} to {kept.last}")
+        steps = f", {kept.bytes:,} bytes, steps {kept.first} to {kept.last}" if kept.batches else ""
+        table.add_row("kept", f"{kept.batches or 'no'} batches{steps}")
     if ARCHIVE in kept.covered:
         table.add_row("archive", _archive(kept, snapshot["archiver"], step.step if step else 0, snapshot["at"]))
     for shadow in snapshot["shadows"]:
         waits = "; no batch is formed until it has trained one" if shadow.holds else ""
         table.add_row("shadow", f"{shadow.policy}  {shadow.rule.kind}, {shadow.behind} batches behind{waits}")
     for server in snapshot["servers"]:
-        age = snapshot["at"] - server.heartbeat
-        state = server.state if age < STALE_S else f"silent since {_ago(age)}"
-        table.add_row("server", f"{server.server}  {state}  version {server.version}  {server.last_error}".rstrip())
+        table.add_row("server", _server(server, weights.version if weights else None, snapshot["at"]))
     for env in snapshot["environments"]:
-        state = "" if env.connected else "  disconnected"
-        if repeated := queue.duplicates.get(str(env.env_id)):
-            state += f"  {repeated} posts dropped as repeats"
-        table.add_row("environment", f"{env.env_id}  {env.name}  groups of {env.config.group_size}{state}")
+        table.add_row("environment", _environment(env, queue.duplicates.get(str(env.env_id), 0), snapshot["at"]))
     console.print(table)
+
+
+def _health(snapshot: dict[str, Any]) -> str:
+    if snapshot["finished"]:
+        return f"finished: all {snapshot['trainer'].num_steps} steps are trained"
+    return "healthy" if snapshot["healthy"] else f"NOT healthy: {'; '.join(snapshot['problems'])}"
+
+
+def _server(server: ServerStatus, newest: int | None, now: float) -> str:
+    silent_s = now - server.heartbeat
+    if silent_s >= SERVER_STALE_S:
+        return f"{server.server}  gone: silent since {_ago(silent_s)}; it served version {server.version}"
+    behind = f" of {newest}" if newest is not None and newest != server.version else ""
+    rule = "" if server.rule == "newest" else f"  ({server.rule})"
+    return f"{server.server}  {server.state}  version {server.version}{behind}{rule}  {server.last_error}".rstrip()
+
+
+def _environment(env: EnvRecord, repeated: int, now: float) -> str:
+    state = f"heard {_ago(now - env.heard_at)}"
+    if not env.connected:
+        state = "signed off"
+    elif not is_alive(env, now):
+        state = f"gone: silent since {_ago(now - env.heard_at)}"
+    dropped = f"  {repeated} posts dropped as repeats" if repeated else ""
+    return f"{env.env_id}  {env.name}  groups of {env.config.group_size}  {state}{dropped}"
 
 
 def _archive(kept: Kept, archiver: ArchiverStatus | None, trained: int, now: float) -> str:
@@ -126,4 +155,7 @@ def _archive(kept: Kept, archiver: ArchiverStatus | None, trained: int, now: flo
 
 
 def _ago(seconds: float) -> str:
-    return f"{seconds:.0f} s ago" if seconds < 120 else f"{seconds / 60:.0f} min ago"
+    seconds = max(0.0, seconds)  # clocks differ
+    if seconds < 120:
+        return f"{seconds:.0f} s ago"
+    return f"{seconds / 60:.0f} min ago" if seconds < 7200 else f"{seconds / 3600:.0f} h ago"

@@ -1,7 +1,8 @@
 """Child processes that are kept running: started in order, restarted with backoff, stopped in order.
 
 A part is a command with a log file. Exit 0 means it is done; exit 2 that its settings are wrong, which no restart
-mends; anything else, a signal included, that it is started again. Every child is told to end when this process does.
+mends; anything else, a signal included, that it is started again. One that fails again and again without having been of
+use in between, however long each attempt takes, ends the wait for all. Every child is told to end when this process does.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from lachesis.broker.embedded import die_with_parent
 from lachesis.broker.errors import LachesisError
 
 BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0)
-STEADY_S = 60.0  # a part that ran this long starts its backoff anew
-GIVE_UP = 6  # quick failures in a row
+STEADY_S = 60.0  # a part that was of use, and ran this long, starts its backoff anew
+GIVE_UP = 6  # failures in a row
 WRONG_SETTINGS = 2
 
 
@@ -40,6 +41,7 @@ class Part:
     state: str = "waiting"  # waiting | running | restarting | done | stopped | failed
     restarts: int = 0
     pid: int | None = None
+    useful: bool = False  # whether its present life has done what it is for
 
     def tail(self, lines: int = 8) -> list[str]:
         """The last lines of the log."""
@@ -82,6 +84,12 @@ class Supervisor:
             if task.done() and not task.cancelled() and (error := task.exception()):
                 raise error
 
+    def of_use(self, *names: str) -> None:
+        """These parts have done what they are for; a failure after that is the first one again."""
+        for name in names:
+            if name in self.parts:
+                self.parts[name].useful = True
+
     async def stop(self, *names: str, grace_s: float = 30.0) -> None:
         """End these parts gracefully, at the same time: SIGTERM, and SIGKILL for what is left after `grace_s`."""
         known = [name for name in names if name in self._tasks]
@@ -113,7 +121,7 @@ class Supervisor:
     async def _keep_running(self, part: Part) -> None:
         failures = 0
         while part.name not in self._stopping:
-            began = time.monotonic()
+            began, part.useful = time.monotonic(), False
             code = await self._run_once(part)
             if part.name in self._stopping:
                 part.state = "stopped"
@@ -121,7 +129,7 @@ class Supervisor:
             if code == 0:
                 part.state = "done"
                 return
-            if time.monotonic() - began > STEADY_S:
+            if part.useful and time.monotonic() - began > STEADY_S:
                 failures = 0
             failures += 1
             if code == WRONG_SETTINGS or failures >= GIVE_UP:

@@ -1,9 +1,11 @@
-"""`lachesis tail`: the newest steps, evaluations and weight updates of a run, or rollouts in words; and what comes next."""
+"""`lachesis tail`: the newest steps, evaluations and weight updates of a run, rollouts in words, or who came and went."""
 
 from __future__ import annotations
 
-import asyncio
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 from pydantic import Field
@@ -12,58 +14,119 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lachesis.broker.client import Broker
+from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.journal import Entry, written_at
 from lachesis.broker.settings import RedisSettings
+from lachesis.cli.actions import with_broker
 from lachesis.cli.options import parse
 
 BLOCK_S = 2.0  # one wait for something new
+ENV_SCORE = "env_score/"  # and the environment's name: the mean score of its sequences in a step
+TEXTS = {"kind", "policy", "server", "gid", "env", "env_name", "prompt", "response"}  # fields that are no numbers
 
 
 class TailSettings(RedisSettings):
     """Show what a run's parts have told: its newest steps, evaluations and weight updates, a line each.
 
-    With --examples: rollouts of its steps in words, best and worst, and the evaluations between them.
+    With --examples: rollouts of its steps in words, best and worst, and the evaluations between them. With --control:
+    who registered, joined, left, paused or reset it. Times are those of this machine's time zone.
     """
 
     examples: bool = Field(False, description="show rollouts: prompt, response, score, advantage and versions")
+    control: bool = Field(False, description="show registrations, joins, evictions, resets: who and when")
     lines: int = Field(10, ge=0, le=10_000, description="how many of the newest to show")
     follow: bool = Field(False, description="go on showing what comes, until Ctrl-C")
-    json_output: bool = Field(False, alias="json", description="print one JSON object a line, every field of it")
+    json_output: bool = Field(
+        False, alias="json", description="print one JSON object a line: every field of it, and when (at, epoch seconds)"
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
     settings = parse(TailSettings, "tail", arguments)
-    with settings.redis() as url:
-        return asyncio.run(_tail(url, settings))
+    if settings.examples and settings.control:
+        raise ConfigurationError("--examples and --control exclude each other: give one of them")
+    return with_broker(settings, lambda broker: _tail(broker, settings))
 
 
-async def _tail(url: str, settings: TailSettings) -> int:
+async def _tail(broker: Broker, settings: TailSettings) -> int:
     shown = EXAMPLES if settings.examples else LINES
     console = Console(highlight=False, markup=False, soft_wrap=not settings.examples)
-    broker = await Broker.connect(url, settings.run)
+    journal = broker.journal
 
-    def show(fields: Mapping[str, str]) -> None:
+    def show(entry: Entry) -> None:
         if settings.json_output:
-            print(msgspec.json.encode(fields).decode(), flush=True)
+            print(msgspec.json.encode(as_json(entry, texts_only=settings.control)).decode(), flush=True)
+        elif settings.control:
+            console.print(_event(entry))
         else:
-            console.print(shown[fields["kind"]](fields))
+            console.print(_line(entry, shown))
 
+    if settings.control:
+        cursor, newest = await journal.newest_events(settings.lines)
+    else:
+        cursor, newest = await journal.newest(settings.lines, set(shown))
+    for entry in newest:
+        show(entry)
+    if not newest and not settings.follow and settings.lines:
+        print(
+            f"run {settings.run!r} has told nothing{' of that kind' if settings.examples or settings.control else ''} yet"
+        )
+    while settings.follow:
+        read = journal.events if settings.control else journal.metrics
+        for entry in await read(cursor, block_s=BLOCK_S):
+            cursor = entry[0]
+            if settings.control or entry[1].get("kind") in shown:
+                show(entry)
+    return 0
+
+
+def _line(entry: Entry, shown: Mapping[str, Callable[[Entry], RenderableType]]) -> RenderableType:
     try:
-        cursor, newest = await broker.journal.newest(settings.lines, set(shown))
-        for fields in newest:
-            show(fields)
-        if not newest and not settings.follow:
-            print(f"run {settings.run!r} has told nothing{' of that kind' if settings.examples else ''} yet")
-        while settings.follow:
-            for id_, fields in await broker.journal.metrics(cursor, block_s=BLOCK_S):
-                cursor = id_
-                if fields["kind"] in shown:
-                    show(fields)
-        return 0
-    finally:
-        await broker.aclose()
+        return shown[entry[1]["kind"]](entry)
+    except (KeyError, ValueError):  # another release's, which told other fields
+        return f"{_clock(entry)}  " + "  ".join(f"{name} {value}" for name, value in entry[1].items())
 
 
-def _step(fields: Mapping[str, str]) -> str:
+def as_json(entry: Entry, *, texts_only: bool = False) -> dict[str, Any]:
+    """Its fields, numbers as numbers, and `at`; what is no number, as the loss of a step without one, is null."""
+    id_, fields = entry
+    values = {name: text if texts_only or name in TEXTS else _number(text) for name, text in fields.items()}
+    return {"at": written_at(id_), **values}
+
+
+def _number(text: str) -> float | int | str | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None if text == "-" else text
+    if not math.isfinite(value):
+        return None
+    return int(text) if text.lstrip("-").isdigit() else value
+
+
+def _clock(entry: Entry) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(written_at(entry[0])))
+
+
+def _event(entry: Entry) -> str:
+    fields = entry[1]
+    day = time.strftime("%Y-%m-%d", time.localtime(written_at(entry[0])))
+    who, what = fields.get("who", "-"), fields.get("event", "-")
+    return f"{day} {_clock(entry)}  {what:<15}  {who}  {_words(fields.get('detail', ''))}".rstrip()
+
+
+def _words(detail: str) -> str:
+    """A registration, which is JSON, as `name value`."""
+    try:
+        values = msgspec.json.decode(detail, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return detail
+    nested = values.pop("config") if isinstance(values.get("config"), dict) else {}  # what an environment asked for
+    return "  ".join(f"{name} {value}" for name, value in {**values, **nested}.items() if value not in (None, ""))
+
+
+def _step(entry: Entry) -> str:
+    fields = entry[1]
     numbers = "  ".join(
         f"{label} {float(fields[name]):{form}}"
         for name, label, form in (
@@ -78,29 +141,50 @@ def _step(fields: Mapping[str, str]) -> str:
         )
         if name in fields
     )
-    return f"step {fields['step']}/{fields['num_steps']}  {numbers}"
+    scores = env_scores(fields)
+    each = "  " + "  ".join(f"{name} {score:.3f}" for name, score in scores.items()) if len(scores) > 1 else ""
+    return f"{_clock(entry)}  step {fields['step']}/{fields.get('num_steps', '?')}  {numbers}{each}"
 
 
-def _eval(fields: Mapping[str, str]) -> str:
-    return f"held-out accuracy {float(fields['accuracy']):.3f} with version {fields['version']}, {fields['n']} problems"
+def env_scores(fields: Mapping[str, str]) -> dict[str, float]:
+    """The mean score of each environment in an entry of a step."""
+    return {name.removeprefix(ENV_SCORE): float(value) for name, value in fields.items() if name.startswith(ENV_SCORE)}
 
 
-def _update(fields: Mapping[str, str]) -> str:
-    return "weights " + "  ".join(f"{name} {value}" for name, value in fields.items() if name != "kind")
+def _eval(entry: Entry) -> str:
+    fields = entry[1]
+    kinds = {name.removeprefix("accuracy/"): float(value) for name, value in fields.items() if "accuracy/" in name}
+    each = "".join(f"  {name} {accuracy:.3f}" for name, accuracy in kinds.items()) if len(kinds) > 1 else ""
+    return (
+        f"{_clock(entry)}  held-out accuracy {float(fields['accuracy']):.3f} with version {fields['version']}, "
+        f"{fields['n']} problems{each}"
+    )
 
 
-def _example(fields: Mapping[str, str]) -> RenderableType:
+def _update(entry: Entry) -> str:
+    values = "  ".join(f"{name} {_short(value)}" for name, value in entry[1].items() if name != "kind")
+    return f"{_clock(entry)}  weights  {values}"
+
+
+def _short(text: str) -> str:
+    value = text if "." not in text else _number(text)
+    return f"{value:.3g}" if isinstance(value, float) else text
+
+
+def _example(entry: Entry) -> RenderableType:
+    fields = entry[1]
     versions = fields["v_min"] if fields["v_min"] == fields["v_max"] else f"{fields['v_min']} to {fields['v_max']}"
-    title = f"step {fields['step']} · score {fields['score']} · advantage {fields['advantage']} · version {versions}"
-    place = f"group {fields['gid'][:16]}, sequence {fields['row']} · environment {fields['env']} · {fields['tokens']} tokens"
+    title = f"{_clock(entry)} · step {fields['step']} · score {fields['score']} · advantage {fields['advantage']} · version {versions}"
+    env = fields.get("env_name") or fields["env"]
+    place = f"group {fields['gid'][:16]}, sequence {fields['row']} · environment {env} · {fields['tokens']} tokens"
     body = Group(Text(fields["prompt"], style="dim"), Text(fields["response"], style="bold"))
     return Panel(body, title=Text(title), subtitle=Text(place), title_align="left", subtitle_align="left")
 
 
-LINES: dict[str, Callable[[Mapping[str, str]], RenderableType]] = {
+LINES: dict[str, Callable[[Entry], RenderableType]] = {
     "step": _step,
-    "shadow": lambda fields: f"{fields['policy']}: {_step(fields)}",
+    "shadow": lambda entry: f"{entry[1]['policy']}: {_step(entry)}",
     "eval": _eval,
     "update": _update,
 }
-EXAMPLES: dict[str, Callable[[Mapping[str, str]], RenderableType]] = {"example": _example, "eval": _eval}
+EXAMPLES: dict[str, Callable[[Entry], RenderableType]] = {"example": _example, "eval": _eval}

@@ -12,6 +12,7 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 from rich.table import Table
 
+from lachesis.broker.client import Broker
 from lachesis.broker.records import Role, TokenRecord
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli.actions import dispatch, with_broker
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def create(arguments: Sequence[str]) -> int:
     settings = parse(CreateSettings, "token create", arguments)
-    token, record = with_broker(settings, lambda broker: broker.tokens.create(settings.role, settings.name))
+    token, record = with_broker(
+        settings, lambda broker: broker.tokens.create(settings.role, settings.name), existing=False
+    )
     print(
         f"token {record.name!r} for run {settings.run!r}, role {record.role}; it is not shown again:", file=sys.stderr
     )
@@ -73,8 +76,14 @@ def list_(arguments: Sequence[str]) -> int:
 
 def revoke(arguments: Sequence[str]) -> int:
     settings = parse(RevokeSettings, "token revoke", arguments)
-    record = with_broker(settings, lambda broker: broker.tokens.revoke(settings.name))
-    print(f"token {record.name!r} of run {settings.run!r} is revoked")
+
+    async def run(broker: Broker) -> tuple[TokenRecord, bool]:
+        record = await broker.tokens.revoke(settings.name)
+        return record, any(token.revoked_at is None for token in await broker.tokens.all())
+
+    record, more = with_broker(settings, run)
+    rest = "" if more else "; it was the last one, and the run stays closed until another is made"
+    print(f"token {record.name!r} of run {settings.run!r} is revoked{rest}")
     return 0
 
 

@@ -16,7 +16,8 @@ from lachesis.broker.client import Broker
 from lachesis.broker.members import Standing
 from lachesis.broker.records import LedgerEntry, Member
 from lachesis.broker.settings import RedisSettings
-from lachesis.cli.actions import with_broker
+from lachesis.cli.actions import check_policy, with_broker
+from lachesis.cli.health import REPLICA_STALE_S
 from lachesis.cli.options import parse
 
 
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     settings = parse(TrainersSettings, "trainers", arguments)
 
     async def run(broker: Broker) -> int:
+        if settings.policy:
+            await check_policy(broker, settings.policy)
         policies = [settings.policy] if settings.policy else await broker.queue.readers()
         found = [await _trainers(broker, policy) for policy in policies]
         if settings.json_output:
@@ -83,13 +86,13 @@ def _show(run: str, found: Sequence[Trainers], now: float) -> None:
 
 
 def _in_words(trainers: Trainers, now: float) -> str:
-    standing, count = trainers.standing, len(trainers.replicas)
+    standing, count = trainers.standing, sum(not _is_gone(member, now) for member in trainers.replicas)
     who = f"{count} replica{'s' if count > 1 else ''}"
     if standing is not None and count:
         who += f", generation {standing.generation}, epoch {standing.epoch}"
         who += f", step {standing.open} open" if standing.open else ", no step open"
     else:
-        who = "one trainer" if trainers.held else "no trainer"
+        who = "no replica is alive" if trainers.replicas else "one trainer" if trainers.held else "no trainer"
     newest = trainers.newest
     if newest is None:
         return f"{who}, no step committed yet"
@@ -105,8 +108,12 @@ def _row(member: Member, now: float, *, first: bool) -> tuple[Any, ...]:
         f"step {member.step}" if member.step >= 0 else "no weights yet",
         f"{member.holds} groups{', voted' if member.voted else ''}",
         f"{member.trained / max(now - member.joined, 1e-3):.2f} groups/s",
-        f"heartbeat {_age(now - member.heartbeat)} ago",
+        f"{'gone: last ' if _is_gone(member, now) else ''}heartbeat {_age(now - member.heartbeat)} ago",
     )
+
+
+def _is_gone(member: Member, now: float) -> bool:
+    return now - member.heartbeat > REPLICA_STALE_S
 
 
 def _age(seconds: float) -> str:

@@ -19,8 +19,8 @@ from rich.console import Console
 from lachesis.broker.audit import audit
 from lachesis.broker.client import Broker
 from lachesis.broker.embedded import EmbeddedRedis, Keeper
-from lachesis.broker.settings import RedisSettings
-from lachesis.cli import parts
+from lachesis.broker.settings import RedisSettings, make_folder
+from lachesis.cli import parts, preflight
 from lachesis.cli.audit import render as render_audit
 from lachesis.cli.options import parse
 from lachesis.cli.ports import listen
@@ -29,6 +29,9 @@ from lachesis.cli.supervisor import Supervisor
 from lachesis.cli.watch import watch
 
 POLICY = "main"
+ALL_PROBLEMS = 500  # at most, of the held-out ones
+EVALUATIONS = 8  # while it trains, evenly over its steps
+CURVE_PROBLEMS = 100  # of the held-out ones, asked in each of those
 SERVE_PATIENCE_S = 120.0  # how long the pool may take to serve the last version
 
 
@@ -60,17 +63,19 @@ class UpSettings(RedisSettings):
 def main(arguments: Sequence[str]) -> int:
     settings = parse(UpSettings, "up", arguments)
     settings.state_dir = settings.state_dir.absolute()
-    plan = parts.plan(settings)  # refuses what can't work before anything is started
+    plan = parts.plan(settings)
+    tracking = preflight.check(settings, plan, parts.trainer_overrides(settings, plan))  # before anything is started
     with contextlib.ExitStack() as stack:
         shim = stack.enter_context(listen("127.0.0.1", settings.shim_port, "--shim-port"))
         door = stack.enter_context(listen("127.0.0.1", settings.front_door_port, "--front-door-port"))
         redis = None if settings.redis_url else stack.enter_context(own_redis(settings))
         keeper = stack.enter_context(Keeper(redis)) if redis else None
-        return asyncio.run(Run(settings, plan, redis, keeper, shim, door).main())
+        return asyncio.run(Run(settings, plan, redis, keeper, shim, door, tracking).main())
 
 
 def own_redis(settings: UpSettings) -> EmbeddedRedis:
     """The state folder's Redis, ours alone: two runs at once in one folder would be in each other's way."""
+    make_folder("--state-dir", settings.state_dir)
     return EmbeddedRedis(settings.state_dir / "redis", shared=False)
 
 
@@ -85,6 +90,7 @@ class Run:
         keeper: Keeper | None,
         shim: parts.Listener,
         door: parts.Listener,
+        tracking: Sequence[str],
     ) -> None:
         self.settings, self.plan, self.keeper, self.restarts = settings, plan, keeper, 0
         self.url = redis.url if redis else settings.redis_url
@@ -95,15 +101,18 @@ class Run:
         self.supervisor = Supervisor(self.display.note)
         self.processes = parts.Processes(settings, plan, self.url, self.home, shim, door)
         self.front_door = f"http://127.0.0.1:{door.getsockname()[1]}"
+        self.tracking = tracking  # verl's trackers that the trainer tells of its steps
         self.began = time.monotonic()
 
     async def main(self) -> int:
         broker = await Broker.connect(self.url, self.settings.run)
         try:
+            make_folder("--state-dir", self.settings.state_dir)
             if self.settings.fresh:
                 await broker.forget()
-                for place in ("runs", "weights", "checkpoints"):
+                for place in ("runs", "weights", "checkpoints", "tracking"):
                     shutil.rmtree(self.settings.state_dir / place / self.settings.run, ignore_errors=True)
+            await broker.enlist()  # from now on there is something to look at
             newest = await broker.queue.newest_committed(POLICY)
             if newest is not None and newest.step >= self.plan.steps:
                 print(
@@ -160,12 +169,12 @@ class Run:
         for index in range(self.settings.servers):  # SGLang is imported while the base model is made
             start(processes.inference(index))
         start(processes.front_door())
-        start(processes.env())  # waits for the shim, whose socket is open already
         if self.plan.tiny and not Path(self.plan.model).is_dir():
             view.phase = "making the base model"
             start(processes.base_model())
             await self.supervisor.wait("base-model")
         view.phase = "starting"
+        start(processes.env())  # waits for the shim, whose socket is open already
         start(processes.trainer())
         if not resumed:
             await self._wait_served(broker, 0, timeout_s=float("inf"))
@@ -173,12 +182,27 @@ class Run:
             await self._evaluate(broker, 0)
         start(processes.shim())
         view.phase = "training"
-        await self.supervisor.wait("trainer")
+        curve = asyncio.create_task(self._evaluate_along(broker))
+        try:
+            await self.supervisor.wait("trainer")
+        finally:
+            curve.cancel()
+            [ended] = await asyncio.gather(curve, return_exceptions=True)
+        if isinstance(ended, Exception):
+            raise ended
 
         await self.supervisor.stop("env", grace_s=5.0)
         view.phase = "evaluating"
-        await self._wait_served(broker, self.plan.steps, timeout_s=SERVE_PATIENCE_S)
-        await self._evaluate(broker, self.plan.steps)
+        served = self.plan.steps
+        try:
+            await self._wait_served(broker, served, timeout_s=SERVE_PATIENCE_S)
+        except TimeoutError:  # the pool is pinned, or no server can load it, as the display warns
+            served = self.view.served
+            self.display.note(f"no server serves version {self.plan.steps}: version {served} is evaluated")
+        await self._evaluate(broker, served)
+        if self.tracking:
+            start(processes.track())
+            await self.supervisor.wait("track")
         view.phase = "done"
 
     async def _wait_served(self, broker: Broker, version: int, *, timeout_s: float) -> None:
@@ -190,17 +214,32 @@ class Run:
                     return
                 await asyncio.sleep(0.2)
 
-    async def _evaluate(self, broker: Broker, version: int) -> None:
+    async def _evaluate_along(self, broker: Broker) -> None:
+        """Points of the curve between the two evaluations of all held-out problems."""
+        from lachesis.envs.evaluate import EvaluationFailed
+
+        newest, every = await broker.queue.newest_committed(POLICY), max(1, -(-self.plan.steps // EVALUATIONS))
+        due = every * ((newest.step if newest else 0) // every + 1)
+        while due < self.plan.steps:
+            await self._wait_served(broker, due, timeout_s=float("inf"))
+            try:
+                await self._evaluate(broker, max(due, self.view.served), problems=CURVE_PROBLEMS)
+            except EvaluationFailed as error:
+                self.display.note(f"not evaluated with version {due}: {error}")
+            due = every * (max(due, self.view.served) // every + 1)
+
+    async def _evaluate(self, broker: Broker, version: int, problems: int = ALL_PROBLEMS) -> None:
         from lachesis.envs.evaluate import evaluate
 
+        plan, data = self.plan, self.settings.data or None
         result = await anyio.to_thread.run_sync(
-            lambda: evaluate(self.front_door, self.plan.env, self.plan.model, data=self.settings.data or None)
+            lambda: evaluate(self.front_door, plan.env, plan.model, data=data, limit=problems), abandon_on_cancel=True
         )
-        values = {"version": version, "accuracy": result.accuracy, "n": result.n, "seconds": result.seconds}
+        values = {"env": plan.env, "version": version, "accuracy": result.accuracy, "n": result.n}
+        values |= {"seconds": result.seconds}
         await broker.journal.metric(
             "eval", values | {f"accuracy/{kind}": value for kind, value in result.per_kind.items()}
         )
-        self.view.held_out.append((version, result.accuracy))
         self.display.say(
             f"held-out accuracy with version {version}: {result.accuracy:.3f} ({result.n} problems, {result.seconds:.1f} s)"
         )
@@ -224,7 +263,7 @@ class Run:
         print(
             f"{'interrupted' if interrupted else 'done'}: step {step}/{self.plan.steps} in {time.monotonic() - self.began:.0f} s"
             + (f", mean reward of the last {len(rewards)} steps {sum(rewards) / len(rewards):.3f}" if rewards else "")
-            + (f", held-out {' -> '.join(held_out)}" if held_out else "")
+            + (f", held-out {' -> '.join(held_out[:1] + held_out[1:][-1:])}" if held_out else "")
             + f"; audit {render_audit(report)}"
         )
         if interrupted:
@@ -235,6 +274,8 @@ class Run:
     async def _held_out(self, broker: Broker) -> list[str]:
         found, cursor = [], "0-0"
         while entries := await broker.journal.metrics(cursor):
-            found += [fields["accuracy"] for _, fields in entries if fields["kind"] == "eval"]
+            found += [
+                fields["accuracy"] for _, fields in entries if fields.get("kind") == "eval" and "accuracy" in fields
+            ]
             cursor = entries[-1][0]
         return found

@@ -59,10 +59,12 @@ async def _evaluate(url: str, task: Task, model: str, limit: int) -> Evaluation:
                     tasks.start_soon(ask, index)
         except BaseExceptionGroup as group:
             error = group.exceptions[0]
-            if isinstance(error, httpx.HTTPError):
+            if isinstance(error, httpx.HTTPError | httpx.InvalidURL):
                 raise EvaluationFailed(
                     f"the front door at {url} gave no answer: {error or type(error).__name__}"
                 ) from None
+            if isinstance(error, ValueError | KeyError | TypeError):  # no JSON, or another one's
+                raise EvaluationFailed(f"what answers at {url} is no front door: {error!r}") from None
             raise error from None
     answers = [text for chunk in texts for text in chunk]
     scores = [task.score(problem, text) for problem, text in zip(problems, answers, strict=True)]

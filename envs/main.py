@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,23 +18,30 @@ from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.logs import configure_logging
 from lachesis.envs.registry import entry
 from lachesis.envs.settings import EnvSettings
+from lachesis.envs.task import Task
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 RETRY_S = 0.3
 TO_SHIM_S = 5.0  # one attempt; a listening socket whose server is still starting lets it wait
 
 
 def run(settings: EnvSettings) -> int:
-    """Make rollouts until the run has enough, or until SIGTERM or SIGINT; returns 0."""
+    """Make rollouts until the run has enough, or until SIGTERM or SIGINT; returns 0.
+
+    Raises ConfigurationError at once for a model or problems that can't be had.
+    """
     found = entry(settings.name)
-    if not settings.model:
-        raise ConfigurationError("which tokenizer? Give --model FOLDER, or the name of a model on the Hugging Face hub")
+    folder = _check_folder(settings.model)
+    task = found.task(settings.data or None)
     log = configure_logging("env")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("WANDB_MODE", "disabled")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it does without torch
     for number in (signal.SIGTERM, signal.SIGINT):  # until the event loop has its own way to stop
         signal.signal(number, _leave)
     # transformers imports torch wherever it finds it, which takes longer than all the rest; tokenizers do without
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    _check_tokenizer(folder, settings.name, task)
     env_class = found.env_class()  # takes seconds, while the shim may be starting
     for name in ("atroposlib", "httpx", "openai", "root"):  # atroposlib logs every request at DEBUG
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -41,6 +49,30 @@ def run(settings: EnvSettings) -> int:
         if name.startswith("atroposlib"):
             logging.getLogger(name).setLevel(logging.WARNING)
     return asyncio.run(_serve(settings, env_class, log))
+
+
+def _check_folder(model: str) -> str:
+    if not model:
+        raise ConfigurationError("which tokenizer? Give --model FOLDER, or the name of a model on the Hugging Face hub")
+    folder = Path(model)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigurationError(f"--model = {model!r}: holds no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
+    if not folder.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ConfigurationError(f"--model = {model!r}: no such folder")
+    return model
+
+
+def _check_tokenizer(model: str, env: str, task: Task) -> None:
+    """Raise ConfigurationError unless the environment will find the tokenizer that it needs."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # whatever keeps transformers from reading or fetching it
+        said = " ".join(str(error).split())[:200]
+        raise ConfigurationError(f"--model = {model!r}: its tokenizer can't be had: {said}") from error
+    if task.chat and not tokenizer.chat_template:
+        raise ConfigurationError(f"--model = {model!r}: its tokenizer has no chat template, which {env}'s prompts need")
 
 
 def _leave(*_: object) -> None:

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.nearest import did_you_mean
 from lachesis.envs.task import Recipe, Task
 
 if TYPE_CHECKING:
@@ -43,5 +44,7 @@ def names() -> list[str]:
 def entry(name: str) -> Entry:
     """Raises ConfigurationError for a name that is not known."""
     if name not in MODULES:
-        raise ConfigurationError(f"environment {name!r}: known ones are {', '.join(names())}")
+        raise ConfigurationError(
+            f"environment {name!r}: known ones are {', '.join(names())}{did_you_mean(name, MODULES)}"
+        )
     return Entry(name)

@@ -174,6 +174,9 @@ def run(settings: FrontDoorSettings) -> int:
     """Serve until SIGTERM or SIGINT, then drain; returns 0."""
     log = configure_logging("front-door")
     check_name("pool", settings.pool)
+    check_name("policy", settings.policy)
+    if settings.upstream and not settings.upstream.startswith(("http://", "https://")):
+        raise ConfigurationError(f"--upstream = {settings.upstream!r}: must be a router's http://HOST:PORT")
     gc.freeze()  # what is imported stays: a collection, of which every few answers need one, need not look at it
     with settings.redis() as url, ExitStack() as open_sockets:
         more = [port for port in ATROPOS_PORTS if settings.atropos_ports and port != settings.port]

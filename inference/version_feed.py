@@ -137,7 +137,7 @@ class VersionFeed:
         return part
 
     async def _asked_for(self, orders: Orders, part: str) -> AsyncIterator[tuple[int, WeightsEntry | None]]:
-        """Versions in the order in which they are wanted; the base model, version 0, has no entry."""
+        """Versions in the order in which they are wanted; version 0 is the base model, also where its entry's files are gone."""
         if part == "newest":
             entry = orders.newest
             while entry is not None:
@@ -159,8 +159,10 @@ class VersionFeed:
     async def _look_at(self, version: int, entry: WeightsEntry | None, like: ModelFolder | None) -> Loadable | None:
         if self._found is not None and self._found.version == version:
             return self._found
-        if entry is not None:
-            return await self._check(entry, like)
+        if entry is not None and not (version == 0 and self._base is not None and _is_gone(entry)):
+            found = await self._check(entry, like)
+            if found is not None or version > 0 or version in self._refused:
+                return found
         if (base := await self._base_model()) is None:
             return None
         await self._announce(loading=0)
@@ -175,7 +177,7 @@ class VersionFeed:
         """Verify under the collector's eyes: what a status names as `loading` is left alone."""
         found_at = time.monotonic()
         try:
-            if not is_remote(entry) and not folder_of(entry).is_dir():
+            if _is_gone(entry):
                 raise VersionGone(f"version {entry.version}: {entry.uri} does not exist")
             await self._announce(loading=entry.version)
             if is_remote(entry):
@@ -220,3 +222,8 @@ class VersionFeed:
                 return await operation()
             except (RedisError, OSError):  # the heartbeat says so
                 await anyio.sleep(RETRY_S)
+
+
+def _is_gone(entry: WeightsEntry) -> bool:
+    """Whether its folder is not there; of a URL only fetching tells."""
+    return not is_remote(entry) and not folder_of(entry).is_dir()

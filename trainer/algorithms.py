@@ -7,7 +7,22 @@ import copy
 from omegaconf import DictConfig, OmegaConf
 
 from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.nearest import did_you_mean
 
+# what verl has under these names; known here so that a misspelt one is refused before verl is imported
+ESTIMATORS = (
+    *("grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "opo", "gpg", "reinforce_plus_plus"),
+    *("reinforce_plus_plus_baseline", "gae", "remax", "gdpo", "optimal_token_baseline", "tir_optimal_token_baseline"),
+)
+LOSSES = (
+    *("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "dro", "cispo"),
+    "bypass_mode",
+)
+KL_TERMS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")  # also with a "+" behind
+REJECTIONS = (
+    *("token_k1", "token_k2", "token_k3", "seq_sum_k1", "seq_sum_k2", "seq_sum_k3"),
+    *("seq_mean_k1", "seq_mean_k2", "seq_mean_k3", "seq_max_k2", "seq_max_k3"),
+)
 NEEDS_MORE = {  # estimators whose further inputs rollouts from environments don't have
     "gae": "a critic",
     "remax": "greedy baseline rewards",
@@ -20,6 +35,7 @@ NEEDS_MORE = {  # estimators whose further inputs rollouts from environments don
 def check_algorithm(config: DictConfig) -> None:
     """Raise ConfigurationError, one line, for what can't be trained."""
     actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    _check_names(config)
     if algorithm.adv_estimator in NEEDS_MORE:
         raise ConfigurationError(
             f"algorithm.adv_estimator = {algorithm.adv_estimator!r}: needs {NEEDS_MORE[algorithm.adv_estimator]}, "
@@ -37,6 +53,27 @@ def check_algorithm(config: DictConfig) -> None:
         )
     _check_distillation(config.distillation)
     _check_correction(algorithm.rollout_correction, actor.policy_loss.loss_mode)
+
+
+def _check_names(config: DictConfig) -> None:
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    correction = algorithm.rollout_correction
+    rejections = [one.strip() for one in str(correction.rollout_rs or "").split(",") if one.strip()]
+    for name, values, known in (
+        ("algorithm.adv_estimator", [algorithm.adv_estimator], ESTIMATORS),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode", [actor.policy_loss.loss_mode], LOSSES),
+        ("actor_rollout_ref.actor.loss_agg_mode", [actor.loss_agg_mode], tuple(SUMMED)),
+        ("actor_rollout_ref.actor.kl_loss_type", [str(actor.kl_loss_type).removesuffix("+")], KL_TERMS),
+        ("algorithm.kl_penalty", [str(algorithm.kl_penalty).removesuffix("+")], KL_TERMS),
+        ("algorithm.rollout_correction.rollout_is", [correction.rollout_is], (None, "token", "sequence")),
+        ("algorithm.rollout_correction.rollout_rs", rejections, REJECTIONS),
+    ):
+        for value in values:
+            if value not in known:
+                names = [str(one or "null") for one in known]
+                raise ConfigurationError(
+                    f"{name} = {value!r}: verl has {', '.join(names)}{did_you_mean(str(value), names)}"
+                )
 
 
 BY_GROUP = ("grpo", "grpo_vectorized", "grpo_passk", "rloo", "rloo_vectorized", "opo")  # estimators that need no other

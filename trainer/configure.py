@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 import json
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -18,10 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.keys import check_name
+from lachesis.broker.nearest import did_you_mean
+from lachesis.broker.records import KeptConfiguration
+from lachesis.broker.settings import RedisSettings
 from lachesis.broker.shadows import Rule
 from lachesis.trainer.algorithms import check_algorithm, check_elastic, settle_algorithm
 from lachesis.trainer.duties import Over
-from lachesis.trainer.settings import TrainerSettings
 from lachesis.trainer.tracking import check_backends
 
 READ = (
@@ -37,11 +41,62 @@ NOT_READ = {  # in those nodes, and why
     ),
     "actor_rollout_ref.model.lora.": "LoRA is set by model.lora_rank, lora_alpha, target_modules; versions are published merged",
 }
+INSTEAD = {  # what does here what verl's own drivers do by these
+    "trainer.logger": "lachesis.tracking",
+    "trainer.project_name": "lachesis.wandb_project",
+    "trainer.experiment_name": "lachesis.wandb_group",
+    "trainer.total_training_steps": "lachesis.num_steps",
+    "trainer.save_freq": "lachesis.checkpoint_every",
+    "trainer.default_local_dir": "lachesis.checkpoint_dir",
+    "data.train_batch_size": "lachesis.batch_size",
+    "data.max_prompt_length": "lachesis.max_token_len",
+    "data.max_response_length": "lachesis.max_token_len",
+    "data.seed": "lachesis.seed",
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 DTYPES = ("fp32", "bf16", "fp16")
 SUM_DTYPES = ("fp32", "fp64")
 SHADOWS = ("off", "lossless", "lossy")
+OPEN = "override_"  # nodes of such names take keys of whatever they are handed on to
+
+
+def _whole(least: int, note: str = "") -> tuple[Callable[[Any], bool], str]:
+    rule = f"must be a whole number of at least {least}" if least else f"must be a whole number; {note}"
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least, rule
+
+
+def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in choices, f"must be one of {', '.join(choices)}"
+
+
+TEXT = (lambda value: isinstance(value, str), "must be a text")
+TEXT_OR_NULL = (lambda value: value is None or isinstance(value, str), "must be a text, or null")
+FLAG = (lambda value: isinstance(value, bool), "must be true or false")
+NUMBER = int | float
+
+RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # of the node `lachesis`
+    **dict.fromkeys(("batch_size", "num_steps", "publish_every", "checkpoint_every", "keep_versions"), _whole(1)),
+    **dict.fromkeys(("full_every", "max_behind"), _whole(1)),
+    "prefetch": (lambda value: value in (0, 1) and not isinstance(value, bool), "must be 0 or 1"),
+    **dict.fromkeys(("lockstep", "elastic"), FLAG),
+    "shadow": _one_of(*SHADOWS),
+    "lease_s": (
+        lambda value: isinstance(value, NUMBER) and not isinstance(value, bool) and value >= 1,
+        "must be at least 1 second",
+    ),
+    "max_deliveries": _whole(0, "0 for no limit"),
+    "examples_every": _whole(0, "0 for none"),
+    "seed": (
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32,
+        "must be a whole number from 0 to 4294967295",
+    ),
+    "weights_dtype": _one_of(*DTYPES),
+    "elastic_dtype": _one_of(*SUM_DTYPES),
+    "elastic_over": _one_of(*get_args(Over)),
+    **dict.fromkeys(("policy", "wandb_project"), TEXT),
+    **dict.fromkeys(("replica", "weights_dir", "checkpoint_dir", "wandb_group"), TEXT_OR_NULL),
+}
 
 
 @dataclass(frozen=True)
@@ -77,13 +132,20 @@ class Plan:
     tracking_dir: Path  # of this run and policy
     wandb_project: str
     wandb_group: str
+    kept: KeptConfiguration | None = None  # told to the run when this trainer begins
 
 
 def compose_config(overrides: Sequence[str], *, device: str) -> DictConfig:
     """Compose trainer.yaml with `overrides`; `device` (cpu or cuda) is used unless they choose one."""
     for override in overrides:
-        name = override.split("=", 1)[0].lstrip("+~").split("@")[0]
+        name = override_name(override)
+        if name in INSTEAD:
+            raise ConfigurationError(f"{name}: not read by this trainer; {INSTEAD[name]} takes its place")
+        if override.startswith("~"):
+            raise ConfigurationError(f"{override}: what the trainer reads can't be removed; give {name} another value")
         reason = next((reason for prefix, reason in NOT_READ.items() if name.startswith(prefix)), None)
+        if reason is None and f"{name}.".startswith(READ) and not name.startswith(READ):
+            reason = "give each of its settings by its full name"
         if reason is None and not (name.startswith(READ) or name in (*READ_TOO, *GROUPS)):
             reason = f"rollouts come from Redis; it reads {', '.join((*GROUPS, *READ, *READ_TOO))}"
         if reason:
@@ -93,48 +155,117 @@ def compose_config(overrides: Sequence[str], *, device: str) -> DictConfig:
         raise ConfigurationError("verl is not installed: pip install 'lachesis-rl[trainer]'")
     # where trainer.yaml's pkg://verl.trainer.config lies, without the seconds that importing verl takes
     searchpath = f"hydra.searchpath=[file://{verl.submodule_search_locations[0]}/trainer/config]"
+    chosen = (searchpath, f"device={device}", *(word for word in overrides if word.split("=", 1)[0] in GROUPS))
     try:
-        with initialize_config_module("lachesis.trainer.config", version_base=None):
-            config: DictConfig = compose("trainer", overrides=[searchpath, f"device={device}", *overrides])
-        OmegaConf.resolve(config.lachesis)
+        default = _leaves(in_force(_compose(chosen)))
+        for override in overrides:
+            _check_known(override_name(override), default)
+        config = _compose((searchpath, f"device={device}", *overrides))
+        _check_rules(config)
+        _check_kinds(default, _leaves(in_force(config)))
     except (HydraException, OmegaConfBaseException) as error:
-        said = str(error).split("Config search path")[0]  # which is of Hydra's inner life
+        said = str(error).split("Config search path")[0].split("See https://")[0]  # which is of Hydra's inner life
         raise ConfigurationError(" ".join(said.split())) from None
+    return copy.deepcopy(config)
+
+
+@functools.lru_cache(maxsize=8)
+def _compose(overrides: tuple[str, ...]) -> DictConfig:
+    with initialize_config_module("lachesis.trainer.config", version_base=None):
+        config: DictConfig = compose("trainer", overrides=list(overrides))
+    OmegaConf.resolve(config.lachesis)
     return config
 
 
-def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
-    """Check everything that can be checked without building the engine. The model's path in `config` becomes local."""
-    ours, actor = config.lachesis, config.actor_rollout_ref.actor
-    for name in (
-        "batch_size",
-        "num_steps",
-        "publish_every",
-        "checkpoint_every",
-        "keep_versions",
-        "full_every",
-        "max_behind",
-    ):
-        if not isinstance(ours[name], int) or ours[name] < 1:
-            raise ConfigurationError(f"lachesis.{name} = {ours[name]!r}: must be a whole number of at least 1")
-    if ours.prefetch not in (0, 1):
-        raise ConfigurationError(f"lachesis.prefetch = {ours.prefetch!r}: must be 0 or 1")
-    if not isinstance(ours.lockstep, bool):
-        raise ConfigurationError(f"lachesis.lockstep = {ours.lockstep!r}: must be true or false")
-    if ours.shadow not in SHADOWS:
-        raise ConfigurationError(f"lachesis.shadow = {ours.shadow!r}: must be one of {', '.join(SHADOWS)}")
+def in_force(config: DictConfig) -> DictConfig:
+    """The nodes that are read."""
+    model, actor, ref, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "ref", "rollout"))
+    theirs = {"model": model, "actor": actor, "ref": ref, "rollout": {"temperature": rollout.temperature}}
+    distillation = {name: config.distillation[name] for name in ("enabled", "distillation_loss")}
+    nodes = {"actor_rollout_ref": theirs, "algorithm": config.algorithm, "distillation": distillation}
+    return OmegaConf.create({"lachesis": config.lachesis, **nodes})
+
+
+def resolved(config: DictConfig) -> str:
+    """The nodes that are read, as YAML."""
+    return OmegaConf.to_yaml(in_force(config), resolve=True)
+
+
+def _leaves(config: DictConfig) -> dict[str, Any]:
+    """Values by their full names."""
+
+    def walk(node: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in node.items():
+            if isinstance(value, dict) and value:
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    found = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(found, dict)
+    return dict(walk(found, ""))
+
+
+def override_name(override: str) -> str:
+    """The setting, or group of presets, that an override is of."""
+    return override.split("=", 1)[0].lstrip("+~").split("@")[0]
+
+
+def _check_known(name: str, default: Mapping[str, Any]) -> None:
+    """Raise ConfigurationError for a name that nothing would read, also if it was added with a +."""
+    if name in (*GROUPS, *default) or f".{OPEN}" in name or any(known.startswith(f"{name}.") for known in default):
+        return
+    parent = name.rpartition(".")[0]
+    beside = {known.removeprefix(f"{parent}.").split(".")[0] for known in default if known.startswith(f"{parent}.")}
+    meant = did_you_mean(name.rpartition(".")[2], beside).replace("'", f"'{parent}.", 1)
+    raise ConfigurationError(f"{name}: no such setting, so nothing would read it{meant}")
+
+
+def _check_kinds(default: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
+    """Raise ConfigurationError for a value of another kind than the default's; those of ours have rules of their own."""
+    for name in default.keys() - chosen.keys():
+        if f".{OPEN}" not in name:
+            raise ConfigurationError(f"{name}: it is needed, and what holds it was given another value")
+    for name, value in chosen.items():
+        before = default.get(name)
+        if not name.startswith("lachesis.") and (kind := _kind(before)) and not _is_like(name, value, before):
+            raise ConfigurationError(f"{name} = {value!r}: must be {kind}, as its default, {before!r}")
+
+
+def _kind(value: Any) -> str:
+    return {bool: "true or false", int: "a number", float: "a number", str: "a text"}.get(type(value), "")
+
+
+def _is_like(name: str, value: Any, default: Any) -> bool:
+    if isinstance(default, bool):
+        return isinstance(value, bool | None)
+    if isinstance(default, NUMBER):  # some thresholds are ranges, as texts
+        return (isinstance(value, NUMBER | None) and not isinstance(value, bool)) or name.endswith("_threshold")
+    return isinstance(value, str | list | None) or name.endswith("_threshold")
+
+
+def _check_rules(config: DictConfig) -> None:
+    for name, (fits, rule) in RULES.items():
+        if not fits(value := config.lachesis[name]):
+            raise ConfigurationError(f"lachesis.{name} = {value!r}: {rule}")
+    if not isinstance(path := config.actor_rollout_ref.model.path, str | None):
+        raise ConfigurationError(
+            f"actor_rollout_ref.model.path = {path!r}: must be a folder, or a Hugging Face model's name"
+        )
+
+
+def check_config(config: DictConfig) -> None:
+    """Raise ConfigurationError for what can't work, whatever the model."""
+    ours = config.lachesis
+    _check_rules(config)
+    check_name("lachesis.policy", ours.policy)
+    if ours.replica is not None:
+        check_name("lachesis.replica", ours.replica)
     if ours.shadow != "off" and ours.policy == "main":
         raise ConfigurationError(
             f"lachesis.shadow = {ours.shadow!r}: give the shadow a name of its own with lachesis.policy=NAME; 'main' is what it "
             "trains along with"
         )
-    if not ours.lease_s >= 1:
-        raise ConfigurationError(f"lachesis.lease_s = {ours.lease_s!r}: must be at least 1 second")
-    for name, zero in (("max_deliveries", "for no limit"), ("examples_every", "for none")):
-        if not isinstance(ours[name], int) or ours[name] < 0:
-            raise ConfigurationError(f"lachesis.{name} = {ours[name]!r}: must be a whole number; 0 {zero}")
-    if ours.weights_dtype not in DTYPES:
-        raise ConfigurationError(f"lachesis.weights_dtype = {ours.weights_dtype!r}: must be one of {', '.join(DTYPES)}")
     if ours.full_every > 1 and not is_url(ours.weights_dir):
         raise ConfigurationError(
             f"lachesis.full_every = {ours.full_every!r}: versions in a folder are always whole; it needs a URL as "
@@ -144,38 +275,45 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         raise ConfigurationError(
             f"lachesis.checkpoint_dir = {ours.checkpoint_dir!r}: must be a folder; only lachesis.weights_dir may be a URL"
         )
-    check_algorithm(config)
-    if ours.elastic_dtype not in SUM_DTYPES:
-        raise ConfigurationError(
-            f"lachesis.elastic_dtype = {ours.elastic_dtype!r}: must be one of {', '.join(SUM_DTYPES)}"
-        )
-    _check_device(config)
     temperature = config.actor_rollout_ref.rollout.temperature
-    if not temperature > 0:
+    if isinstance(temperature, bool) or not isinstance(temperature, NUMBER) or not temperature > 0:
         raise ConfigurationError(f"actor_rollout_ref.rollout.temperature = {temperature!r}: must be above 0")
+    check_algorithm(config)
+    _check_device(config)
+    if ours.elastic_over == "nccl" and ours.device != "cuda":
+        raise ConfigurationError("lachesis.elastic_over = 'nccl': needs a GPU (device=cuda); without one it is gloo")
+    if ours.elastic:
+        check_elastic(config)
+    check_backends(ours.tracking)
 
+
+def longest_sequence(config: DictConfig, positions: int) -> int:
+    """The most tokens of a sequence that is taken, by a model of so many positions. Raises ConfigurationError."""
+    ours, longest = config.lachesis, min(positions, config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu)
+    given = ours.max_token_len
+    if given is None:
+        return int(longest)
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 < given <= longest:
+        raise ConfigurationError(
+            f"lachesis.max_token_len = {given!r}: must be from 1 to {longest}, what the model and one "
+            "micro-batch (actor_rollout_ref.actor.ppo_max_token_len_per_gpu) can hold"
+        )
+    return given
+
+
+def make_plan(config: DictConfig, settings: RedisSettings) -> Plan:
+    """Check everything that can be checked without building the engine. The model's path in `config` becomes local."""
+    ours = config.lachesis
+    check_config(config)
     if not config.actor_rollout_ref.model.path:
         raise ConfigurationError(
             "which model? Give actor_rollout_ref.model.path=FOLDER, or a Hugging Face model's name"
         )
     model_dir = find_model(config.actor_rollout_ref.model.path)
     config.actor_rollout_ref.model.path = str(model_dir)
-    longest = min(_max_positions(model_dir), actor.ppo_max_token_len_per_gpu)
-    if ours.max_token_len is not None and not 0 < ours.max_token_len <= longest:
-        raise ConfigurationError(
-            f"lachesis.max_token_len = {ours.max_token_len!r}: must be from 1 to {longest}, what the model and one "
-            "micro-batch (actor_rollout_ref.actor.ppo_max_token_len_per_gpu) can hold"
-        )
-    settle_algorithm(config, ours.max_token_len or longest)
-    if ours.elastic_over not in get_args(Over):
-        raise ConfigurationError(
-            f"lachesis.elastic_over = {ours.elastic_over!r}: must be one of {', '.join(get_args(Over))}"
-        )
-    if ours.elastic_over == "nccl" and ours.device != "cuda":
-        raise ConfigurationError("lachesis.elastic_over = 'nccl': needs a GPU (device=cuda); without one it is gloo")
-    if ours.elastic:
-        check_elastic(config)
-    policy = check_name("lachesis.policy", ours.policy)
+    longest = longest_sequence(config, max_positions(model_dir))
+    settle_algorithm(config, longest)
+    policy = ours.policy
     place = Path(settings.run, policy)
     weights_dir = str(ours.weights_dir or settings.state_dir / "weights").removeprefix("file://")
     weights_url = weights_dir.rstrip("/") if is_url(weights_dir) else ""
@@ -183,10 +321,10 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         run=settings.run,
         policy=policy,
         shadow=None if ours.shadow == "off" else Rule(ours.shadow, ours.max_behind),
-        replica=check_name("lachesis.replica", ours.replica or socket.gethostname()),
+        replica=ours.replica or check_name("lachesis.replica", socket.gethostname()),
         model_dir=model_dir,
         batch_size=ours.batch_size,
-        max_token_len=ours.max_token_len or longest,
+        max_token_len=longest,
         num_steps=ours.num_steps,
         prefetch=ours.prefetch,
         lockstep=ours.lockstep,
@@ -203,7 +341,7 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
         elastic_over=ours.elastic_over,
         exact=ours.elastic_dtype == "fp64",
         max_deliveries=ours.max_deliveries,
-        temperature=float(temperature),
+        temperature=float(config.actor_rollout_ref.rollout.temperature),
         examples_every=ours.examples_every,
         tracking=check_backends(ours.tracking),
         tracking_dir=settings.state_dir.absolute() / "tracking" / place,
@@ -214,10 +352,13 @@ def make_plan(config: DictConfig, settings: TrainerSettings) -> Plan:
 
 def find_model(path: str) -> Path:
     """The folder of a model that is on this machine, or a name that the Hugging Face hub knows; checked."""
-    folder = Path(path).expanduser()
+    where = f"actor_rollout_ref.model.path = {path!r}"
+    try:
+        folder = Path(path).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise ConfigurationError(f"{where}: {error}") from None
     if not folder.is_dir():
         folder = _from_hub(path)
-    where = f"actor_rollout_ref.model.path = {path!r}"
     if not (folder / "config.json").is_file():
         raise ConfigurationError(f"{where}: holds no config.json, so it is not a Hugging Face model folder")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -264,6 +405,12 @@ def _check_device(config: DictConfig) -> None:
         )
 
 
-def _max_positions(model_dir: Path) -> int:
-    raw: dict[str, Any] = json.loads((model_dir / "config.json").read_text())
-    return int((raw.get("text_config") or raw).get("max_position_embeddings") or raw.get("n_positions") or 1 << 30)
+def max_positions(model_dir: Path) -> int:
+    """The most tokens of a sequence that the model in the folder takes."""
+    where = f"actor_rollout_ref.model.path = {str(model_dir)!r}"
+    try:
+        raw = json.loads((model_dir / "config.json").read_text())
+        text = raw.get("text_config") or raw
+        return int(text.get("max_position_embeddings") or raw.get("n_positions") or 1 << 30)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigurationError(f"{where}: its config.json can't be read: {error}") from None

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,13 +21,14 @@ from lachesis.broker.logs import configure_logging
 from lachesis.broker.records import Group
 from lachesis.trainer.algorithms import summed_loss
 from lachesis.trainer.batch import TrainingBatch
-from lachesis.trainer.configure import Plan, compose_config, make_plan
+from lachesis.trainer.configure import Plan, compose_config, in_force, make_plan, resolved
 from lachesis.trainer.engine import Engine, build_engine, device_name
+from lachesis.trainer.like_run import kept_configuration, like_run
 from lachesis.trainer.mapping import to_batch
 from lachesis.trainer.ranks import LEADER, Crew, rank_of_this_process, world_size
 from lachesis.trainer.settings import TrainerSettings
 from lachesis.trainer.tenure import Tenure
-from lachesis.trainer.tracking import Tracker
+from lachesis.trainer.tracking import Tracker, check_backends
 
 if TYPE_CHECKING:
     from lachesis.trainer.algo import Learner
@@ -37,13 +39,15 @@ def run(settings: TrainerSettings) -> int:
 
     Raises LachesisError with one line for what a user can put right, and LeaseLost if another trainer took over.
     """
+    if settings.like_run:
+        settings = like_run(settings)
     config = compose_config(settings.overrides, device=device_name())
     if settings.cfg and not config.actor_rollout_ref.model.path:  # what there is to choose can be seen without a model
-        print(_resolved(config), end="")
+        print(resolved(config), end="")
         return 0
     plan = make_plan(config, settings)
     if settings.cfg:
-        print(_resolved(config), end="")
+        print(resolved(config), end="")
         return 0
     if settings.ray_ranks:
         from lachesis.trainer.ray_group import run_on_ray
@@ -62,6 +66,7 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
     for folder in (plan.weights_dir, plan.checkpoint_dir):
         _make(folder)
     log = configure_logging("trainer").bind(run=plan.run, policy=plan.policy)
+    plan = replace(plan, kept=kept_configuration(settings, config))
     if plan.weights_url:
         from lachesis.trainer.remote import RemoteVersions
 
@@ -72,7 +77,7 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
             build_engine(config)
             written = settings.state_dir.absolute() / "runs" / plan.run / f"trainer-{plan.policy}.yaml"
             _make(written.parent)
-            written.write_text(_resolved(config))
+            written.write_text(resolved(config))
             log.info(
                 "dry run: all is well", config=str(written), model=str(plan.model_dir), device=config.lachesis.device
             )
@@ -179,28 +184,20 @@ def _mapping(plan: Plan, engine: Engine, learner: Learner) -> Callable[[Sequence
 
 
 def _tracker(plan: Plan, config: DictConfig) -> Tracker:
-    told = OmegaConf.to_container(_in_force(config), resolve=True)
+    return open_tracker(config, run=plan.run, policy=plan.policy, folder=plan.tracking_dir)
+
+
+def open_tracker(config: DictConfig, *, run: str, policy: str, folder: Path) -> Tracker:
+    """The trackers that the configuration names, told all of it that is read."""
+    told, ours = OmegaConf.to_container(in_force(config), resolve=True), config.lachesis
     assert isinstance(told, dict)
     return Tracker(
-        plan.tracking,
-        project=plan.wandb_project,
-        name=f"{plan.wandb_group}-{plan.policy}",
-        folder=plan.tracking_dir,
+        check_backends(ours.tracking),
+        project=ours.wandb_project,
+        name=f"{ours.wandb_group or run}-{policy}",
+        folder=folder,
         config={str(node): values for node, values in told.items()} | {"trainer": {}},  # verl looks for a proxy there
     )
-
-
-def _in_force(config: DictConfig) -> DictConfig:
-    """The nodes that are read."""
-    model, actor, ref, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "ref", "rollout"))
-    theirs = {"model": model, "actor": actor, "ref": ref, "rollout": {"temperature": rollout.temperature}}
-    distillation = {name: config.distillation[name] for name in ("enabled", "distillation_loss")}
-    nodes = {"actor_rollout_ref": theirs, "algorithm": config.algorithm, "distillation": distillation}
-    return OmegaConf.create({"lachesis": config.lachesis, **nodes})
-
-
-def _resolved(config: DictConfig) -> str:
-    return OmegaConf.to_yaml(_in_force(config), resolve=True)
 
 
 def _make(folder: Path) -> None:

@@ -5,6 +5,7 @@ The tensors' letters: N sequences, R tokens of the longest response.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,30 @@ def batch_metrics(
     if estimated is not None:
         found |= spread("critic/advantages", estimated.advantages[estimated.response_mask.bool()].numpy())
     return found
+
+
+def env_scores(groups: Sequence[Group], names: Mapping[int, str]) -> dict[str, float]:
+    """Mean score of each environment's sequences, as env_score/<name>; `names` are those of the environments' ids.
+
+    Environments of one name are one: those that were started anew, or several beside each other.
+    """
+    scores: dict[str, list[np.ndarray]] = {}
+    for group in groups:
+        scores.setdefault(env_name(group, names), []).append(group.scores)
+    return {f"env_score/{name}": float(np.concatenate(scores[name]).mean()) for name in sorted(scores)}
+
+
+def env_name(group: Group, names: Mapping[int, str]) -> str:
+    """The name that the group's environment registered with, of letters that metrics can have."""
+    if group.env is None:
+        return "unnamed"
+    return re.sub(r"[^\w.-]+", "_", names.get(group.env, ""))[:64] or str(group.env)
+
+
+def evaluation(fields: Mapping[str, str]) -> dict[str, float]:
+    """An entry of kind "eval" as a tracker gets it: verl's name for accuracy on held-out problems, and whose version it is of."""
+    env = re.sub(r"[^\w.-]+", "_", fields.get("env", "")) or "held_out"
+    return {f"val-core/{env}/acc/mean@1": float(fields["accuracy"]), "val-aux/version": float(fields["version"])}
 
 
 def under_verls_names(values: Mapping[str, float]) -> dict[str, float]:

@@ -19,6 +19,10 @@ class TrainerSettings(RedisSettings):
     configuration: `lachesis trainer --redis-url … actor_rollout_ref.model.path=FOLDER lachesis.num_steps=200`.
     """
 
+    like_run: bool = Field(
+        False,
+        description="train with what the run's trainer was told, for one more replica; overrides and options given here win",
+    )
     cfg: Literal["job"] | None = Field(None, description="job: print the resolved configuration, and exit")
     dry_run: bool = Field(
         False,
@@ -31,6 +35,11 @@ class TrainerSettings(RedisSettings):
     overrides: CliPositionalArg[list[str]] = Field(
         default_factory=list, description="Hydra overrides, e.g. actor_rollout_ref.actor.optim.lr=1e-5"
     )
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra reads it in an override, whatever is in it."""
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def explain_overrides() -> str:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.nearest import did_you_mean
 from lachesis.trainer.metrics import under_verls_names
 
 # verl's backends and the module each needs
@@ -32,9 +33,13 @@ def check_backends(backends: Any) -> tuple[str, ...]:
     """The names in `lachesis.tracking`. Raises ConfigurationError for one that verl does not know or that lacks its package."""
     if isinstance(backends, str):
         backends = [backends]
+    if not isinstance(backends, Sequence | None):
+        raise ConfigurationError(f"lachesis.tracking = {backends!r}: must be a list, such as [console,tensorboard]")
     for name in backends or ():
         if name not in BACKENDS:
-            raise ConfigurationError(f"lachesis.tracking: no backend {name!r}; verl has {', '.join(BACKENDS)}")
+            raise ConfigurationError(
+                f"lachesis.tracking: no backend {name!r}; verl has {', '.join(BACKENDS)}{did_you_mean(str(name), BACKENDS)}"
+            )
         if importlib.util.find_spec(BACKENDS[name]) is None:
             raise ConfigurationError(
                 f"lachesis.tracking: {name} needs a package that is not installed: pip install {BACKENDS[name]}"
@@ -74,6 +79,11 @@ class Tracker:
     ) -> None:
         if self._tracking is not None:
             self._tracking.finish(exit_code=1 if error else 0)
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody is told."""
+        return self._tracking is not None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One step's values, under our names."""

@@ -56,6 +56,8 @@ class Upkeep:
         if plan.shadow is None:
             self._broker.call(parties.register_trainer, config)
             self._broker.call(parties.start)
+        if plan.kept is not None:
+            self._broker.call(parties.keep_configuration, plan.policy, plan.kept)
         self._broker.call(self._broker.broker.queue.subscribe, plan.policy, plan.shadow)
         if plan.shadow is None:
             self._broker.call(self._broker.broker.queue.refit.if_due, plan.policy)

@@ -19,6 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.settings import make_folder
 from lachesis.envs.arithmetic.tasks import Arithmetic, wrong_answer
 
 PAD, EOS = 0, 1
@@ -28,6 +30,7 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
 )
 VOCAB = 320  # 256 bytes and the special tokens, rounded up
+POSITIONS = 128  # tokens of a sequence
 WARM_UP_STEPS = 320
 WARM_UP_BATCH = 128
 WARM_UP_LR = 3e-3
@@ -41,10 +44,12 @@ def ensure_base_model(
 ) -> Path:
     """The folder with model and tokenizer, made unless it exists; whole or absent, and made once if many ask at a time."""
     folder = Path(folder).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", folder.parent)
     with open(folder.parent / f".{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists():
+            if not (folder / "config.json").is_file():
+                raise ConfigurationError(f"--out = {str(folder)!r}: is there, and is no model; give another folder")
             return folder
         temporary = folder.parent / f".tmp-{folder.name}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -76,7 +81,7 @@ def make_tokenizer() -> Any:
         eos_token=SPECIALS[EOS],
         additional_special_tokens=SPECIALS[2:],
         clean_up_tokenization_spaces=False,
-        model_max_length=128,
+        model_max_length=POSITIONS,
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
@@ -97,7 +102,7 @@ def make_model(seed: int, on_progress: Callable[[str], None], *, steps: int) -> 
         num_hidden_layers=2,
         num_attention_heads=6,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=POSITIONS,
         tie_word_embeddings=False,
         initializer_range=0.05,
         pad_token_id=PAD,

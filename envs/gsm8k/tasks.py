@@ -90,7 +90,11 @@ def _rows(data: str) -> list[Any]:
     if not path.is_file():
         raise ConfigurationError(f"data = {data!r}: no such file")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"data = {data!r}: can't be read as text: {error}") from None
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))

@@ -13,9 +13,12 @@ import pytest
 from commands import lachesis
 from rich.console import Console
 
-from lachesis.broker import EmbeddedRedis
+from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.cli.main import COMMANDS, main
+from lachesis.cli.options import all_names, parse
 from lachesis.cli.progress import View, sparkline
+from lachesis.cli.status import StatusSettings
+from lachesis.cli.up import UpSettings
 
 EXPLAIN_ALL = """
 import sys
@@ -91,21 +94,46 @@ def test_an_occupied_port_is_named_and_nothing_stays_behind(tmp_path: Path) -> N
     assert not (tmp_path / ".lachesis" / "redis").exists()
 
 
-def test_status_and_audit_of_an_empty_run(shared_redis: EmbeddedRedis) -> None:
-    done = lachesis("status", "--redis-url", shared_redis.url, "--run", "empty", "--json")
+@pytest.mark.anyio
+async def test_status_and_audit_of_an_empty_run(broker: Broker) -> None:
+    await broker.enlist()
+    where = ("--redis-url", broker.url, "--run", broker.keys.run)
+    done = lachesis("status", *where, "--json")
     assert json.loads(done.stdout)["queue"]["groups"] == 0
     assert json.loads(done.stdout)["redis"]["append_only"]
-    shown = lachesis("status", "--redis-url", shared_redis.url, "--run", "empty").stdout
-    assert "keeps an append-only file" in shown
-    done = lachesis("audit", "--redis-url", shared_redis.url, "--run", "empty", "--json")
+    assert "keeps an append-only file" in lachesis("status", *where).stdout
+    done = lachesis("audit", *where, "--json")
     assert (done.returncode, json.loads(done.stdout)["clean"]) == (0, True)
 
 
-def test_a_setting_has_one_name_everywhere(shared_redis: EmbeddedRedis, tmp_path: Path) -> None:
+@pytest.mark.anyio
+async def test_a_setting_has_one_name_everywhere(broker: Broker, shared_redis: EmbeddedRedis, tmp_path: Path) -> None:
+    for run in ("from-toml", "from-flag"):
+        await broker.for_run(run).enlist()
     (tmp_path / "lachesis.toml").write_text(f'redis_url = "{shared_redis.url}"\nrun = "from-toml"\nport = 1\n')
     assert json.loads(lachesis("status", "--json", cwd=tmp_path).stdout)["run"] == "from-toml"
     flag = lachesis("status", "--json", "--run", "from-flag", cwd=tmp_path)
     assert json.loads(flag.stdout)["run"] == "from-flag"
+
+
+def test_overrides_keep_their_commas_and_may_stand_before_and_after_options() -> None:
+    words = ["a=[b,c]", "--steps", "3", "d={e:1,f:2}", "--fresh", 'g="h,i"', "+j='k,l'"]
+    settings = parse(UpSettings, "up", words)
+    assert settings.overrides == ["a=[b,c]", "d={e:1,f:2}", 'g="h,i"', "+j='k,l'"]
+    assert (settings.steps, settings.fresh) == (3, True)
+    assert parse(UpSettings, "up", []).overrides == []
+
+
+def test_a_setting_with_another_name_on_the_command_line_has_a_variable_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LACHESIS_JSON", "1")
+    monkeypatch.setenv("JSON", "not ours")
+    assert parse(StatusSettings, "status", []).json_output
+
+
+def test_help_takes_no_heavy_imports_and_all_settings_have_one_name() -> None:
+    names = all_names()
+    assert {"redis_url", "shim_port", "json", "overrides", "keep_bytes", "sglang_python", "max_deliveries"} <= names
+    assert "json_output" not in names
 
 
 def test_the_view_shows_what_a_person_asks_for() -> None:
@@ -113,6 +141,8 @@ def test_the_view_shows_what_a_person_asks_for() -> None:
         title="t", steps=10, step=3, reward=0.5, lag=1, queue=4, tokens_per_s=1234.0, wait_share=0.07, version=3
     )
     assert view.line() == "step 3/10  reward 0.500  lag 1  queue 4  1234 tokens/s  trainer wait 7%  version 3"
+    view.scores, view.warnings = {"sums": 0.5, "words": 0.25}, ["pool main: pinned to version 2"]
+    assert view.line().endswith("version 3  sums 0.500  words 0.250  WARNING pool main: pinned to version 2")
 
 
 def test_the_panel_gives_every_row_a_line_of_its_own() -> None:
@@ -124,6 +154,15 @@ def test_the_panel_gives_every_row_a_line_of_its_own() -> None:
     assert set(lines[2]) <= set("━╸╺ ")
     assert lines[3].split() == ["reward", "lag", "queue", "tokens/s", "trainer", "wait", "version"]
     assert lines[4].split()[:2] == ["0.500", "0"]
+
+
+def test_the_panel_shows_the_curve_of_held_out_accuracy_and_what_is_wrong_now() -> None:
+    view = View(title="t", steps=10, held_out=[(0, 0.25), (4, 0.5), (8, 1.0)], warnings=["s0: version 3 is gone"])
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(view.panel())
+    shown = console.export_text()
+    assert "held-out  0.250 (version 0)  ▃▅█  1.000 (version 8)" in shown
+    assert "! s0: version 3 is gone" in shown
 
 
 def test_sparkline_averages_into_its_width() -> None:

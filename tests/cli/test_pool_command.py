@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import anyio.to_thread
 import pytest
 from commands import lachesis
 
 from lachesis.broker import Broker
-from lachesis.broker.records import ServerStatus, WeightsEntry
+from lachesis.broker.pools import NONE
+from lachesis.broker.records import PoolRule, ServerStatus, WeightsEntry
+from lachesis.cli.main import main
 
 pytestmark = pytest.mark.anyio
 
@@ -54,7 +58,7 @@ async def test_the_list_shows_what_is_served(where: tuple[str, ...]) -> None:
     ("arguments", "says"),
     [
         (["pin", "9"], "version = 9: policy 'main' has not published it; its newest is 5"),
-        (["pin", "-1"], "--version = '-1'"),
+        (["pin", "-1"], "VERSION = '-1'"),
         (["canary", "4", "--share", "1"], "--share = '1'"),
         (["promote"], "pool 'main' has no canary to promote or roll back: follows the newest version"),
         (["rollback"], "pool 'main' has no canary"),
@@ -66,3 +70,38 @@ async def test_what_makes_no_sense_is_refused(where: tuple[str, ...], arguments:
     done = lachesis("pool", *arguments, *where)
     assert done.returncode == 2
     assert says in done.stderr
+
+
+@pytest.fixture
+async def kept(broker: Broker, tmp_path: Path) -> tuple[str, ...]:
+    """A run with versions 0 to 9, of which the files of 7 to 9 are left."""
+    for version in range(10):
+        folder = tmp_path / f"v{version:06d}"
+        await broker.weights.publish("main", WeightsEntry(version, version, str(folder), "0", 1, "BF16", version - 1))
+        if version > 6:
+            folder.mkdir()
+    return ("--redis-url", broker.url, "--run", broker.keys.run)
+
+
+@pytest.mark.parametrize("action", [("pin", "4"), ("canary", "4"), ("rollback",), ("promote",)])
+async def test_a_version_whose_files_are_gone_is_refused_and_those_there_are_named(
+    broker: Broker, kept: tuple[str, ...], action: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if action[0] in ("rollback", "promote"):  # they went while the canary was out
+        version, rest = (4, 8) if action[0] == "promote" else (8, 4)
+        assert await broker.pools.steer("main", PoolRule("canary", version, rest, 0.5), NONE)
+    before = await broker.pools.rule("main")
+    assert await anyio.to_thread.run_sync(main, ["pool", *action, *kept]) == 2
+    told = capsys.readouterr().err
+    assert "version = 4: its files are gone; there are 0, 7 to 9 (0 is the base model)" in told
+    assert await broker.pools.rule("main") == before
+
+
+async def test_a_version_that_is_there_and_the_base_model_can_be_pinned(broker: Broker, kept: tuple[str, ...]) -> None:
+    for version in (8, 0):  # servers have the base model from their --model
+        assert await anyio.to_thread.run_sync(main, ["pool", "pin", str(version), *kept]) == 0
+        assert (await broker.pools.rule("main"))[1] == PoolRule("pin", version)
+
+
+async def test_files_that_cannot_be_seen_from_here_are_left_to_the_servers(where: tuple[str, ...]) -> None:
+    assert await anyio.to_thread.run_sync(main, ["pool", "pin", "4", *where]) == 0

@@ -36,6 +36,7 @@ async def train(broker: Broker, policy: str, kind: str, loss: float) -> None:
 
 
 async def test_a_run_that_nobody_trains(broker: Broker, where: tuple[str, ...]) -> None:
+    await broker.enlist()
     assert lachesis("shadow", *where).stdout == f"run {broker.keys.run!r}: no policy is trained yet\n"
 
 

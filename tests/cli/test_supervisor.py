@@ -75,6 +75,46 @@ async def test_giving_up_shows_the_end_of_the_log(tmp_path: Path, monkeypatch: p
     assert f"{supervising.GIVE_UP} times in a row" in str(caught.value)
 
 
+async def test_a_part_that_fails_slowly_again_and_again_is_given_up_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "BACKOFF_S", (0.01,))
+    monkeypatch.setattr(supervising, "STEADY_S", 0.0)  # every life is a long one
+    supervisor = Supervisor(lambda text: None)
+    supervisor.start(part(tmp_path, "raise SystemExit('no memory')"))
+    with pytest.raises(PartFailed, match=f"{supervising.GIVE_UP} times in a row.*\n.*no memory"):
+        await supervisor.wait("part")
+
+
+async def test_a_part_that_was_of_use_in_between_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "BACKOFF_S", (0.01,))
+    monkeypatch.setattr(supervising, "STEADY_S", 0.0)
+    supervisor = Supervisor(lambda text: supervisor.of_use("part"))
+    lives = tmp_path / "lives"
+    code = f"""
+import sys, time
+with open({str(lives)!r}, "a+") as lives:
+    lives.write("x")
+    lives.seek(0)
+    count = len(lives.read())
+if count > {2 * supervising.GIVE_UP}:
+    sys.exit(0)
+while not __import__("os").path.exists({str(lives)!r} + str(count)):
+    time.sleep(0.01)
+sys.exit(1)
+"""
+    worker = part(tmp_path, code)
+    supervisor.start(worker)
+    for life in range(1, 2 * supervising.GIVE_UP + 1):
+        await until(lambda life=life: lives.exists() and len(lives.read_text()) == life and worker.state == "running")
+        supervisor.of_use("part")
+        Path(f"{lives}{life}").touch()
+    await supervisor.wait("part")
+    assert (worker.state, worker.restarts) == ("done", 2 * supervising.GIVE_UP)
+
+
 async def test_another_parts_failure_ends_the_wait(tmp_path: Path) -> None:
     supervisor = Supervisor(lambda text: None)
     supervisor.start(part(tmp_path, "import time; time.sleep(60)", "good"))

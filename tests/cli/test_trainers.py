@@ -26,6 +26,7 @@ async def fill(broker: Broker, groups: int) -> None:
 
 
 async def test_a_run_that_nobody_trains(broker: Broker, where: tuple[str, ...]) -> None:
+    await broker.enlist()
     assert lachesis("trainers", *where).stdout == f"run {broker.keys.run!r}: no policy is trained yet\n"
     await broker.queue.subscribe("main")
     await fill(broker, 2)

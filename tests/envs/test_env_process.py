@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import queue
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -132,6 +133,38 @@ def test_it_names_what_is_missing() -> None:
         run(EnvSettings(name="chess", model="m"))
     with pytest.raises(ConfigurationError, match=r"which tokenizer\? Give --model"):
         run(EnvSettings(name="arithmetic"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "holds no tokenizer (none of tokenizer.json"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "has no chat template, which gsm8k's prompts need"),
+    ],
+    ids=["tokenizer", "chat template"],
+)
+def test_a_model_that_it_cannot_use_is_refused_at_once(
+    spoil: Callable[[Path], None], says: str, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    spoil(folder)
+    problems = tmp_path / "problems"
+    problems.write_text("".join(f'{{"question": "{n} + 1?", "answer": "#### {n + 1}"}}\n' for n in range(50)))
+    command = [
+        sys.executable,
+        "-m",
+        "lachesis.cli.main",
+        "env",
+        "gsm8k",
+        "--data",
+        str(problems),
+        "--model",
+        str(folder),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)  # no shim is there to wait for
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_atropos_own_command_line_knows_it() -> None:

@@ -107,6 +107,26 @@ async def test_a_version_sglang_can_not_start_from_is_refused_the_second_time(
         feed.did_not_start(found)
 
 
+async def test_version_0_is_the_base_model_where_its_published_files_are_gone(
+    broker: Broker, base: Path, tmp_path: Path
+) -> None:
+    for version in (0, 1):
+        await publish(broker, base, tmp_path, version)
+    shutil.rmtree(tmp_path / "v000000")
+    assert await broker.pools.steer("main", PoolRule("pin", 0), "0-0")
+    serving = read_model_folder(tmp_path / "v000001")
+
+    fresh = await feed_of(broker, base).first()
+    following = await feed_of(broker, base).next(1, serving, 0.0)
+
+    assert (fresh.version, fresh.model.folder) == (0, base)
+    assert following is not None
+    assert (following.version, following.model.folder) == (0, base)
+    heartbeat = heartbeat_of(broker)
+    assert await feed_of(broker, None, heartbeat).next(1, serving, 0.0) is None
+    assert "version 0" in heartbeat.status.last_error  # it says why it stays where it is
+
+
 async def test_a_refused_version_is_not_looked_at_again(broker: Broker, base: Path, tmp_path: Path) -> None:
     await publish(broker, base, tmp_path, 1)
     feed, model = feed_of(broker, base), read_model_folder(base)

@@ -17,7 +17,7 @@ STEPS = 8
 def test_a_finished_run_trains_on_when_it_is_given_more_steps(first_run: Demo) -> None:
     found = outcome(first_run.folder)
     assert [entry.step for entry in found.ledger] == list(range(1, FIRST_STEPS + 1))
-    assert len(found.held_out) == 2
+    assert len(found.held_out) >= 2  # before and after, and on the way
     again = Demo(first_run.folder, "--steps", str(2 * FIRST_STEPS))
     try:
         assert "audit clean" in again.end()

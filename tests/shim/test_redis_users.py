@@ -19,7 +19,7 @@ from trajectories import ENV, TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.codec import tokens_digest
-from lachesis.broker.records import LedgerEntry, Lineage, PoolRule, ServerStatus, WeightsEntry
+from lachesis.broker.records import KeptConfiguration, LedgerEntry, Lineage, PoolRule, ServerStatus, WeightsEntry
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 
@@ -61,11 +61,11 @@ async def roles(server: EmbeddedRedis) -> AsyncIterator[dict[str, Broker]]:
         await broker.aclose()
 
 
-async def command(server: EmbeddedRedis, user: str, name: str, *options: str) -> str:
+async def command(server: EmbeddedRedis, user: str, name: str, *options: str, code: int = 0) -> str:
     """What a command says that connects as that user."""
     arguments = (name, "--redis-url", url_of(server, user), "--run", "teamA", *options)
     done = await asyncio.to_thread(lachesis, *arguments)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     return done.stdout
 
 
@@ -110,7 +110,12 @@ async def test_every_user_can_do_its_part(server: EmbeddedRedis, roles: dict[str
         assert said.startswith("archived 1 batches")
         assert await trainer.weights.publish("main", WeightsEntry(1, 1, "file:///v1", "0", 1, "BF16", 0))
         assert await trainer.queue.retire("main", await trainer.queue.settled("main")) == 1
-        await trainer.journal.metric("step", {"reward": 0.5})
+        await trainer.journal.metric("step", {"step": 1, "reward": 0.5})
+        await trainer.parties.keep_configuration(
+            "main", KeptConfiguration(("lachesis.seed=1",), "/state", "lachesis: …")
+        )
+        assert (await trainer.parties.configurations())["main"].overrides == ("lachesis.seed=1",)
+        assert len(await trainer.parties.envs()) == 1
         await trainer.journal.control("training", "t")
         assert [done.step async for done in trainer.queue.ledger("main")] == [1]
         await trainer.queue.wait_for_group(0.01, after=await trainer.queue.newest_group())
@@ -142,7 +147,10 @@ async def test_every_user_can_do_its_part(server: EmbeddedRedis, roles: dict[str
         assert "no batches now" not in await command(server, "shim", "retention", "--keep-bytes", "1MB")
         assert "2 of them were there" in await command(server, "shim", "replay", "--archive", str(tmp_path))
 
-    await command(server, "observer", "status", "--json")
+    assert not json.loads(await command(server, "observer", "status", "--json", code=1))[
+        "healthy"
+    ]  # its parts are gone
+    assert "training" in await command(server, "observer", "tail", "--control")
     report = json.loads(await command(server, "observer", "audit", "--json"))
     assert (report["clean"], report["accepted"], report["trained"]) == (True, 3, 2)
     refused = [entry["object"] for entry in await roles["root"].redis.acl_log()]

@@ -221,7 +221,8 @@ async def test_a_stored_group_is_answered_as_stored(sick: Sick) -> None:
 
 def _all_but_envs(broker: Broker) -> list[str]:
     prefix = broker.keys.groups.removesuffix("groups")
-    names = ("groups", "blob:*", "seen:*", "state", "trainers", "weights:*", "pools", "lineage*", "batches", "tokens")
+    names = ("groups", "blob:*", "seen:*", "state", "trainers", "trained", "weights:*", "pools", "served", "lineage*")
+    names += ("batches", "tokens")
     return [prefix + name for name in names]
 
 

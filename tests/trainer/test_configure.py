@@ -12,8 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 from trainer_kit import start_trainer
 
-from lachesis.broker import ConfigurationError, EmbeddedRedis
-from lachesis.trainer.configure import compose_config, find_model, make_plan
+from lachesis.broker import BlockingBroker, ConfigurationError, EmbeddedRedis
+from lachesis.cli.main import main
+from lachesis.trainer.algorithms import ESTIMATORS, LOSSES, REJECTIONS
+from lachesis.trainer.configure import check_config, compose_config, find_model, make_plan
+from lachesis.trainer.like_run import kept_configuration, like_run
 from lachesis.trainer.settings import TrainerSettings, explain_overrides
 
 if TYPE_CHECKING:
@@ -174,6 +177,90 @@ def test_the_configuration_can_be_printed(tiny_model: Path, tmp_path: Path, caps
         printed = OmegaConf.create(capsys.readouterr().out)
         assert printed.lachesis.num_steps == printed.actor_rollout_ref.actor.optim.total_training_steps == 7
         assert list(tmp_path.iterdir()) == []
+
+
+def test_lists_with_commas_are_overrides_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    lists = ["lachesis.tracking=[tensorboard,file]", "actor_rollout_ref.model.target_modules=[q_proj,v_proj]"]
+    assert main(["trainer", lists[0], "--cfg", "job", lists[1]]) == 0
+    printed = OmegaConf.create(capsys.readouterr().out)
+    assert printed.lachesis.tracking == ["tensorboard", "file"]
+    assert printed.actor_rollout_ref.model.target_modules == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+lachesis.nosuch=1", "lachesis.nosuch: no such setting, so nothing would read it"),
+        ("++algorithm.nosuch=1", "algorithm.nosuch: no such setting"),
+        ("lachesis.batchsize=1", "did you mean 'lachesis.batch_size'?"),
+        ("~lachesis.seed", "can't be removed"),
+        ("trainer.logger=[console]", "trainer.logger: not read by this trainer; lachesis.tracking takes its place"),
+        ("actor_rollout_ref.actor={}", "give each of its settings by its full name"),
+        ("lachesis.seed=abc", "lachesis.seed = 'abc': must be a whole number"),
+        ("lachesis.lease_s=soon", "lachesis.lease_s = 'soon': must be at least 1 second"),
+        ("lachesis.elastic=maybe", "lachesis.elastic = 'maybe': must be true or false"),
+        ("lachesis.batch_size=true", "lachesis.batch_size = True: must be a whole number"),
+        ("lachesis.policy=5", "lachesis.policy = 5: must be a text"),
+        ("lachesis.tracking=5", "lachesis.tracking = 5: must be a list"),
+        ("actor_rollout_ref.actor.optim.lr=abc", "optim.lr = 'abc': must be a number, as its default, 1e-06"),
+        ("actor_rollout_ref.model.path=5", "actor_rollout_ref.model.path = 5: must be a folder"),
+        ("algorithm.rollout_correction.rollout_rs=seq_men_k1", "did you mean 'seq_mean_k1'?"),
+    ],
+)
+def test_a_name_or_a_value_that_nothing_can_read_is_refused_before_there_is_a_model(
+    override: str, message: str
+) -> None:
+    with pytest.raises(ConfigurationError) as refusal:
+        check_config(compose_config([override], device="cpu"))
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_is_handed_on_takes_any_name() -> None:
+    config = compose_config(["+actor_rollout_ref.model.override_config.rope_theta=1e6"], device="cpu")
+    assert config.actor_rollout_ref.model.override_config.rope_theta == 1e6
+
+
+@pytest.mark.verl
+def test_the_names_known_without_verl_are_verls() -> None:
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
+    from verl.trainer.ppo.rollout_corr_helper import SUPPORTED_ROLLOUT_RS_OPTIONS
+
+    assert set(ESTIMATORS) == set(ADV_ESTIMATOR_REGISTRY)
+    assert set(LOSSES) == set(POLICY_LOSS_REGISTRY)
+    assert set(REJECTIONS) == SUPPORTED_ROLLOUT_RS_OPTIONS
+
+
+@pytest.mark.parametrize("given", [(), ("lachesis.seed=9", "lachesis.policy=main")])
+def test_one_more_trainer_is_told_what_the_run_kept(
+    blocking: BlockingBroker, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tiny_model.parent)
+    overrides = [
+        f"actor_rollout_ref.model.path={tiny_model.name}",
+        "lachesis.seed=7",
+        "lachesis.tracking=[file,console]",
+    ]
+    overrides += ["lachesis.weights_dir='w,1'", "lachesis.replica=first"]
+    first = TrainerSettings(state_dir=tmp_path / "state", run=blocking.broker.keys.run, overrides=overrides)
+    kept = kept_configuration(first, compose_config(overrides[:4], device="cpu"))
+    blocking.call(blocking.broker.parties.keep_configuration, "main", kept)
+    assert OmegaConf.create(kept.resolved).lachesis.seed == 7
+
+    monkeypatch.chdir(tmp_path)
+    asked = TrainerSettings(
+        redis_url=blocking.broker.url, run=blocking.broker.keys.run, overrides=list(given), like_run=True
+    )
+    second = like_run(asked)
+    config = compose_config(second.overrides, device="cpu")
+    assert config.actor_rollout_ref.model.path == str(tiny_model)
+    assert config.lachesis.weights_dir == str(tiny_model.parent / "w,1")
+    assert (config.lachesis.seed, config.lachesis.replica) == (9 if given else 7, None)
+    assert list(config.lachesis.tracking) == ["file", "console"]
+    assert (second.state_dir, second.like_run) == (tmp_path / "state", False)
+    elsewhere = asked.model_copy(update={"overrides": ["lachesis.policy=b"]})
+    with pytest.raises(ConfigurationError, match="no configuration of policy 'b'; it has main"):
+        like_run(elsewhere)
 
 
 @pytest.mark.verl

@@ -7,19 +7,26 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from trainer_kit import scored_group, stored
 
+from lachesis.broker import BlockingBroker
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.records import Group, LedgerEntry
+from lachesis.broker.logs import configure_logging
+from lachesis.broker.records import EnvConfig, Group, LedgerEntry
 from lachesis.trainer import tracking
 from lachesis.trainer.batch import TrainingBatch
+from lachesis.trainer.configure import make_plan
 from lachesis.trainer.examples import SHOWN, examples
 from lachesis.trainer.mapping import to_batch
-from lachesis.trainer.metrics import VERLS, batch_metrics, mfu, under_verls_names
+from lachesis.trainer.metrics import VERLS, batch_metrics, env_scores, mfu, under_verls_names
+from lachesis.trainer.reporter import Reporter
+from lachesis.trainer.settings import TrainerSettings
 from lachesis.trainer.tracking import BACKENDS, Tracker, check_backends
 
 if TYPE_CHECKING:
@@ -120,6 +127,49 @@ def test_staleness_is_that_of_the_tokens_where_their_versions_are_known() -> Non
     assert [values[f"training/off_policy/trajectory_spans/{what}"] for what in ("mean", "max", "min")] == [2, 3, 1]
     assert values["lag_mean"] == 6 - (2 * 3 + 6 * 5 + 8 * 5 + 8 * 4 + 4 * 5 + 4 * 3) / 32
     assert values["version_known"] == 28 / 32
+
+
+def test_scores_are_told_by_environment_however_often_it_registered() -> None:
+    groups = some_groups(count=4)
+    for group, env, score in zip(groups, (0, 1, 7, None), (1.0, 0.0, 0.25, 0.5), strict=True):
+        group.env, group.scores = env, np.full(4, score)
+    names = {0: "sums", 1: "sums", 7: "a/b: words"}
+    assert env_scores(groups, names) == {"env_score/a_b_words": 0.25, "env_score/sums": 0.5, "env_score/unnamed": 0.5}
+    assert env_scores(groups[:1], {}) == {"env_score/0": 1.0}
+
+
+@pytest.mark.verl
+@pytest.mark.usefixtures("clean_environment")
+def test_a_step_tells_scores_by_environment_and_the_tracker_of_evaluations_since_the_step_before(
+    blocking: BlockingBroker, configured: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    broker, metric = blocking.broker, blocking.broker.journal.metric
+    env = blocking.call(broker.parties.register_env, EnvConfig(16, "sums", 1.0, 4), "nonce")
+    blocking.call(metric, "eval", {"env": "sums", "version": 2, "accuracy": 0.125, "n": 10})  # told of already
+    blocking.call(metric, "step", {"step": 6})
+    blocking.call(metric, "eval", {"env": "sums", "version": 6, "accuracy": 0.75, "n": 10})
+    config = configured("lachesis.examples_every=1", "lachesis.num_steps=9")
+    plan = make_plan(config, TrainerSettings(state_dir=tmp_path, run=broker.keys.run))
+    groups = some_groups()
+    for group in groups:
+        group.env = env.env_id
+    engine: Any = SimpleNamespace(flops_counter=None, tokenizer=Letters)
+    values = {"loss": 0.5, "grad_norm": 1.0, "wait_s": 1.0, "step_s": 2.0, "train_s": 0.5, "version": 6}
+    with Tracker(("file",), project="p", name="n", folder=tmp_path, config={}) as tracker:
+        reporter = Reporter(blocking, plan, engine, tracker, configure_logging("test"))
+        for step in (7, 8):
+            batch = mapped(groups)
+            entry = structs.replace(ENTRY, step=step)
+            reporter.report(batch_metrics(entry, groups, batch, None) | values, groups, batch, None)
+    (file,) = tmp_path.glob("*.jsonl")
+    first, second = (json.loads(line)["data"] for line in file.read_text().splitlines())
+    assert (first["val-core/sums/acc/mean@1"], first["val-aux/version"]) == (0.75, 6)
+    assert "val-core/sums/acc/mean@1" not in second
+    assert first["env_score/sums"] == pytest.approx(float(np.mean([group.scores for group in groups])))
+    _, steps = blocking.call(broker.journal.newest, 1, {"step"})
+    assert float(steps[0][1]["env_score/sums"]) == pytest.approx(first["env_score/sums"], abs=1e-5)
+    _, told = blocking.call(broker.journal.newest, 1, {"example"})
+    assert told[0][1]["env_name"] == "sums"
 
 
 def test_trackers_get_verls_names_and_ours_only_for_what_is_ours() -> None:

@@ -1,0 +1,63 @@
+"""Who of a run is alive, and what is wrong with it: judged by heartbeats, locks and when somebody last called."""
+
+from __future__ import annotations
+
+import msgspec
+
+from lachesis.broker.client import Broker
+from lachesis.broker.environments import is_alive
+from lachesis.broker.records import EnvRecord, LedgerEntry, ServerStatus, TrainerConfig
+
+SERVER_STALE_S = 10.0  # a heartbeat older than this is a dead server's
+REPLICA_STALE_S = 30.0  # likewise; the others of its policy take it out earlier, if there are any
+HTTP_TRAINER_S = 60.0  # a trainer that calls over HTTP is alive for so long after it called
+
+
+class Parties(msgspec.Struct, frozen=True):
+    """Of one policy of a run."""
+
+    trainers: list[str]  # alive now, in words
+    servers: list[ServerStatus]
+    environments: list[EnvRecord]
+    finished: bool  # every step that was asked for is committed
+    at: float
+
+
+async def read_parties(broker: Broker, policy: str, newest: LedgerEntry | None, config: TrainerConfig | None, now: float) -> Parties:  # fmt: skip
+    return Parties(
+        trainers=await _trainers(broker, policy, newest, now),
+        servers=sorted(await broker.parties.servers(), key=lambda status: status.server),
+        environments=await broker.parties.envs(),
+        finished=config is not None and newest is not None and newest.step >= config.num_steps,
+        at=now,
+    )
+
+
+async def _trainers(broker: Broker, policy: str, newest: LedgerEntry | None, now: float) -> list[str]:
+    members = await broker.members.members(policy)
+    alive = [member.id.partition(":")[0] for member in members if now - member.heartbeat < REPLICA_STALE_S]
+    if alive:
+        return [f"replica {name}" for name in alive]
+    if await broker.members.is_held(policy):
+        return [newest.replica if newest and not newest.replica.startswith("http:") else "a trainer"]
+    called = await broker.redis.hgetall(broker.keys.trainers)
+    return [
+        name.decode() for name, at in called.items() if name.startswith(b"http:") and now - float(at) < HTTP_TRAINER_S
+    ]
+
+
+def serves(server: ServerStatus, now: float) -> bool:
+    """Whether it takes requests, now or in a moment."""
+    return now - server.heartbeat < SERVER_STALE_S and server.state in ("ready", "updating")
+
+
+def problems(parties: Parties) -> list[str]:
+    """What keeps the run from going on, a line each; nothing is wrong with one that has all its steps."""
+    if parties.finished:
+        return []
+    found = [] if parties.trainers else ["no trainer is alive"]
+    if parties.servers and not any(serves(server, parties.at) for server in parties.servers):
+        found.append("no server is ready")
+    if not any(is_alive(env, parties.at) for env in parties.environments):
+        found.append("no environment is alive")
+    return found
