@@ -22,7 +22,7 @@ from lachesis.broker.audit import audit
 from lachesis.broker.errors import Conflict
 from lachesis.broker.logs import configure_logging
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 POINTS = ("segment", "segment-written", "segment-named", "segment-covered")
 
 

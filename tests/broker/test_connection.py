@@ -26,7 +26,7 @@ from lachesis.broker.logs import configure_logging
 from lachesis.broker.lua import Scripts
 from lachesis.broker.server import check_server
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 
 def unused_port() -> int:

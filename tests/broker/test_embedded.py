@@ -21,7 +21,7 @@ from lachesis.broker import Broker, Conflict, EmbeddedRedis, RedisUnreachable, e
 from lachesis.broker.connection import open_redis
 from lachesis.broker.embedded import Keeper
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 OWNER = """
 import sys, time

@@ -20,7 +20,7 @@ from lachesis.broker.environments import ALIVE_S
 from lachesis.broker.forming import PATIENCE_S
 from lachesis.broker.records import EnvConfig
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 
 async def put(broker: Broker, numbers: range, size: int, env: int | None = 0) -> None:

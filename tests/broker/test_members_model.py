@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from typing import ParamSpec, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -23,6 +24,8 @@ from lachesis.broker.audit import audit
 from lachesis.broker.errors import Moved
 from lachesis.broker.members import CONSUMER, NO_WEIGHTS, Meeting
 from lachesis.broker.records import Membership
+
+pytestmark = pytest.mark.slow
 
 P = ParamSpec("P")
 T = TypeVar("T")

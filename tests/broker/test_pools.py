@@ -16,7 +16,7 @@ from lachesis.broker import Broker, EmbeddedRedis, connection
 from lachesis.broker.connection import COMMANDS, open_redis, wait_for_entries
 from lachesis.broker.records import ServerStatus
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 STATUS = ServerStatus("s", "main", "http://s", "ready", 0, -1, 0.0)
 SOON_S = 20.0  # far below what a trap would cost, far above what a busy machine needs
 

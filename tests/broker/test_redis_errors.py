@@ -19,7 +19,7 @@ from lachesis.broker.heartbeat import is_stopped
 from lachesis.broker.redis_errors import Trouble, describe, trouble
 from lachesis.trainer.tenure import Tenure
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 REPLIES = {
     "NOREPLICAS Not enough good replicas to write.": Trouble.UNREADY,

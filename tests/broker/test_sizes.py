@@ -19,7 +19,7 @@ from lachesis.broker.packing import pack, to_arrays, to_blob
 from lachesis.broker.queue import SLICE_BYTES, SLICE_GROUPS, queue_entry
 from lachesis.broker.records import Lease, Limits, Lineage, ScoredGroup, WeightsEntry
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 MANY = 16_000
 ONE = group(1, 1)
 PACKED = pack(ONE)

@@ -17,7 +17,7 @@ from scored import group, trained
 from lachesis.broker import Broker, RedisUnreachable
 from lachesis.broker.embedded import die_with_parent
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 
 @dataclass

@@ -14,7 +14,7 @@ from lachesis.broker import Broker, EmbeddedRedis, wire
 from lachesis.broker.connection import open_redis
 from lachesis.broker.wire import Wire
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 
 @pytest.fixture

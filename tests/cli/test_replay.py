@@ -17,7 +17,7 @@ from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.keys import ARCHIVE
 from lachesis.broker.records import Group, LedgerEntry, ScoredGroup, WeightsEntry
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 BATCH, STEPS = 6, 8
 SIZES = (4, 2, 1, 3, 5)
 

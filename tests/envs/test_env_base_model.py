@@ -13,6 +13,8 @@ import pytest
 
 from lachesis.envs.arithmetic.base_model import EOS, VOCAB, ensure_base_model
 
+pytestmark = pytest.mark.slow
+
 INFERENCE = Path(__file__).parents[2] / ".venv-sglang" / "bin" / "python"
 TEXTS = ["max 37 52=", "rev 482=", "hi", "", "  two  spaces ", "don't\n\tß €", "<eos>"]
 ENCODE = """

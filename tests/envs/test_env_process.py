@@ -21,6 +21,8 @@ from lachesis.broker.errors import ConfigurationError
 from lachesis.envs.main import run
 from lachesis.envs.settings import EnvSettings
 
+pytestmark = pytest.mark.slow
+
 RUN = """
 import atexit, sys
 atexit.register(lambda: print("torch is", sys.modules.get("torch"), file=sys.stderr))

@@ -23,7 +23,7 @@ from lachesis.envs.registry import entry
 from lachesis.envs.settings import EnvSettings
 from lachesis.envs.task import Problem
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 PROMPT_MASK, PROMPT_LOGPROB = -100, 1.0  # what Atropos puts where nothing was sampled
 BATCH, GROUP = 16, 4
 

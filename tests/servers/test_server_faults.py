@@ -23,7 +23,7 @@ from lachesis.broker.server import check_server
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 GROUPS, KILL_AT = 60, (15, 30, 45)
 
 

@@ -23,7 +23,7 @@ from lachesis.broker.records import Role
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 ROLES: tuple[Role, ...] = ("environment", "trainer", "admin")
 ALL = set(ROLES)

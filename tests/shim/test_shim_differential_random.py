@@ -24,6 +24,8 @@ from wrong_bodies import PROFILE, SCALE
 
 from lachesis.broker import EmbeddedRedis
 
+pytestmark = pytest.mark.slow
+
 JOBS = 60 * SCALE
 LENGTH = 3
 PLAIN, GZIP = {"Accept-Encoding": "identity"}, {"Accept-Encoding": "gzip"}

@@ -25,6 +25,8 @@ from warm import WarmProcess, WarmPython
 from lachesis.broker import EmbeddedRedis, connect_blocking
 from lachesis.broker.audit import audit
 
+pytestmark = pytest.mark.slow
+
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 atropos = WarmPython("atroposlib.envs.base", "transformers.models.auto.tokenization_auto", env=OFFLINE)
 STEPS, BATCH, SIZE, OFF_POLICY = 8, 8, 4, 2

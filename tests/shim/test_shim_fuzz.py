@@ -29,6 +29,8 @@ from lachesis.broker.packing import PACKED_TYPE, pack
 from lachesis.broker.records import ScoredGroup
 from lachesis.shim.openapi import document
 
+pytestmark = pytest.mark.slow
+
 packb, unpackb = msgspec.msgpack.encode, msgspec.msgpack.decode
 MIB = 1 << 20
 LIMIT = 24 * MIB

@@ -24,7 +24,7 @@ from lachesis.shim.app import build_app
 from lachesis.shim.pressure import LOOK_EVERY_S, WHY, Hold, Pressure, Size
 from lachesis.shim.settings import ShimSettings
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 SCORED = scored(1)
 
 

@@ -21,7 +21,7 @@ from lachesis.shim import status
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 PASSES = ("NOREPLICAS", "MISCONF", "BUSY", "READONLY", "MASTERDOWN", "OOM", "NOPERM")
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import time
 
+import pytest
 from trainer_kit import fill, until
 
 from lachesis.broker import BlockingBroker, LeaseLost
 from lachesis.trainer.tenure import Tenure
+
+pytestmark = pytest.mark.slow
 
 TTL_S = 3.0
 
