@@ -30,8 +30,8 @@ from lachesis.cli.watch import watch
 
 POLICY = "main"
 ALL_PROBLEMS = 500  # at most, of the held-out ones
-EVALUATIONS = 8  # while it trains, evenly over its steps
-CURVE_PROBLEMS = 100  # of the held-out ones, asked in each of those
+EVALUATIONS = 5  # while it trains, evenly over its steps
+CURVE_PROBLEMS = 50  # of the held-out ones, asked in each of those
 SERVE_PATIENCE_S = 120.0  # how long the pool may take to serve the last version
 
 

@@ -16,8 +16,8 @@ AT = 2  # the step that is spoilt
 
 class TrainsOneTwice(TinyCompute):
     def accumulate(self, batch: BatchEntry, claimed: Sequence[tuple[int, Group]]) -> list[bytes]:
-        if batch.step == AT and claimed[0][0] == 0:
-            super().accumulate(batch, claimed)
+        if batch.step == AT and (first := [(place, group) for place, group in claimed if place == 0]):
+            super().accumulate(batch, first)
         return super().accumulate(batch, claimed)
 
 
