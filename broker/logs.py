@@ -23,7 +23,7 @@ def configure_logging(role: str) -> structlog.stdlib.BoundLogger:
             else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping().get(level, logging.INFO)),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # what stderr is then
     )
     log: structlog.stdlib.BoundLogger = structlog.get_logger(role=role)
     return log
