@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from redis import asyncio as redis_asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import BusyLoadingError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
 
 from lachesis.broker import EmbeddedRedis
 
@@ -29,7 +33,8 @@ class SickRedis:
 
     def __init__(self, server: EmbeddedRedis) -> None:
         self._server = server
-        self._redis = redis_asyncio.Redis(unix_socket_path=str(server.socket), protocol=2)
+        at_once = Retry(NoBackoff(), 0)
+        self._redis = redis_asyncio.Redis(unix_socket_path=str(server.socket), protocol=2, retry=at_once)
 
     async def aclose(self) -> None:
         await self._redis.aclose()
@@ -98,12 +103,43 @@ class SickRedis:
         yield
         await self._do("ACL", "SETUSER", "shim", "+@write")
 
+    @asynccontextmanager
+    async def _loading(self) -> AsyncIterator[None]:
+        """It reads its file again, and has much of it to read, until it is started anew."""
+        await self._do("DEBUG", "POPULATE", 20_000, "filler", 1024)
+        await self._do("CONFIG", "SET", "key-load-delay", 10_000)  # microseconds
+        await self._do("CONFIG", "SET", "loading-process-events-interval-bytes", 1024)
+        other = redis_asyncio.Redis(unix_socket_path=str(self._server.socket), socket_timeout=None)
+        reading = asyncio.create_task(other.execute_command("DEBUG", "RELOAD"))
+        await until(self._refuses_writes)
+        yield
+        assert self._server.pid is not None
+        os.kill(self._server.pid, signal.SIGKILL)
+        with contextlib.suppress(RedisConnectionError):
+            await reading
+        await other.aclose()
+        await until(self._revived)
+
+    async def _revived(self) -> bool:
+        return self._server.revive()
+
+    @asynccontextmanager
+    async def _clusterdown(self) -> AsyncIterator[None]:
+        """Nobody serves one of the slots, which the run has no key in."""
+        await self._do("CLUSTER", "DELSLOTS", 0)
+        await until(self._refuses_writes)
+        yield
+        await self._do("CLUSTER", "ADDSLOTS", 0)
+
     async def _refuses_writes(self) -> bool:
         try:
             await self._do("SETRANGE", "probe", 0, "")
-        except ResponseError:
+        except (ResponseError, BusyLoadingError):
             return True
         return False
+
+    async def _takes_writes(self) -> bool:
+        return not await self._refuses_writes()
 
 
 async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 30) -> None:
@@ -119,8 +155,13 @@ async def sick_redis(
     folder: Path, *, cluster: bool = False, user: bool = False
 ) -> AsyncIterator[tuple[str, SickRedis]]:
     """(URL, what makes it sick) of a server of one's own. `user`: the URL is that of a user whose rights can be taken."""
-    with EmbeddedRedis(folder, config=CONFIG) as server:
+    port = free_port()
+    more = ("cluster-enabled yes", f"port {port}", "bind 127.0.0.1") if cluster else ()
+    with EmbeddedRedis(folder, config=(*CONFIG, *more)) as server:
         sick = SickRedis(server)
+        if cluster:
+            await sick._do("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            await until(sick._takes_writes)
         await sick._do("ACL", "SETUSER", "shim", "on", ">pw", "~*", "+@all")
         yield server.url.replace("unix://", "unix://shim:pw@") if user else server.url, sick
         await sick.aclose()

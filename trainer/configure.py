@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -157,24 +158,34 @@ def compose_config(overrides: Sequence[str], *, device: str) -> DictConfig:
     searchpath = f"hydra.searchpath=[file://{verl.submodule_search_locations[0]}/trainer/config]"
     chosen = (searchpath, f"device={device}", *(word for word in overrides if word.split("=", 1)[0] in GROUPS))
     try:
-        default = _leaves(in_force(_compose(chosen)))
+        config = copy.deepcopy(_compose(chosen))
+        default = _leaves(in_force(config))
         for override in overrides:
             _check_known(override_name(override), default)
-        config = _compose((searchpath, f"device={device}", *overrides))
+        _apply(config, [word for word in overrides if word not in chosen])
+        OmegaConf.resolve(config.lachesis)
         _check_rules(config)
         _check_kinds(default, _leaves(in_force(config)))
     except (HydraException, OmegaConfBaseException) as error:
         said = str(error).split("Config search path")[0].split("See https://")[0]  # which is of Hydra's inner life
         raise ConfigurationError(" ".join(said.split())) from None
-    return copy.deepcopy(config)
+    return config
 
 
 @functools.lru_cache(maxsize=8)
 def _compose(overrides: tuple[str, ...]) -> DictConfig:
     with initialize_config_module("lachesis.trainer.config", version_base=None):
         config: DictConfig = compose("trainer", overrides=list(overrides))
-    OmegaConf.resolve(config.lachesis)
     return config
+
+
+def _apply(config: DictConfig, overrides: Sequence[str]) -> None:
+    """As Hydra's compose does it, which reads all files again for that: a second."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_sweep_override():
+            raise ConfigurationError(f"{override.input_line}: several values; as a list they are written [a,b]")
+        added = override.is_add() or override.is_force_add()
+        OmegaConf.update(config, override.key_or_group, override.value(), merge=True, force_add=added)
 
 
 def in_force(config: DictConfig) -> DictConfig:

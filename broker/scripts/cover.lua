@@ -7,7 +7,7 @@ if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 for _, reader in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
   for i = 1, #reader, 2 do
     if reader[i] == 'name' and reader[i + 1] == ARGV[1] then
-      local covered = tonumber(redis.call('HGET', KEYS[2], 'covered:' .. ARGV[1]) or '0')
+      local covered = tonumber(redis.call('HGET', KEYS[2], 'covered:' .. ARGV[1]) or '') or 0
       if covered < tonumber(ARGV[2]) then redis.call('HSET', KEYS[2], 'covered:' .. ARGV[1], ARGV[2]) end
       return 1
     end

@@ -16,7 +16,7 @@ if #readers == 0 then return 'wanted' end
 for _, reader in ipairs(readers) do
   local at = {}
   for i = 1, #reader, 2 do at[reader[i]] = reader[i + 1] end
-  local covered = tonumber(redis.call('HGET', KEYS[2], 'covered:' .. at.name) or '0')
+  local covered = tonumber(redis.call('HGET', KEYS[2], 'covered:' .. at.name) or '') or 0
   local most = string.match(redis.call('HGET', KEYS[3], 'shadow:' .. at.name) or '', '^lossy (%d+)$')
   if not most then
     if covered < step then return 'wanted' end
@@ -28,7 +28,7 @@ for _, reader in ipairs(readers) do
     if unread then lossy[#lossy + 1] = at.name end
   end
 end
-local keep = tonumber(redis.call('HGET', KEYS[3], 'keep_bytes') or '0')
+local keep = tonumber(redis.call('HGET', KEYS[3], 'keep_bytes') or '') or 0
 local kept = tonumber(redis.call('HGET', KEYS[2], 'kept_bytes') or '0')
 if keep > 0 and kept <= keep then return 'kept' end
 

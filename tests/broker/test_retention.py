@@ -88,6 +88,16 @@ async def test_what_is_kept_is_what_is_needed_or_fits(
         await broker.aclose()
 
 
+async def test_settings_and_marks_spoilt_by_hand_hold_nothing_back(broker: Broker) -> None:
+    await broker.queue.retention.keep(1 << 30)
+    await train(broker, 3)
+    await broker.redis.hset(broker.keys.settings, "keep_bytes", "much")
+    await broker.redis.hset(broker.keys.state, "covered:main", "all of them")
+    assert await broker.queue.retention.free() == 0  # a mark that can't be read covers nothing
+    assert await broker.queue.retire("main", 3) == 3
+    assert (await broker.queue.retention.kept()).keep_bytes == 0
+
+
 async def test_a_setting_survives_a_reset_and_the_counters_start_again(broker: Broker) -> None:
     await broker.queue.retention.keep(12345)
     await train(broker, 2)

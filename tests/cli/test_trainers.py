@@ -70,6 +70,16 @@ async def test_replicas_and_what_they_hold(broker: Broker, where: tuple[str, ...
     assert [(one["id"], one["trained"]) for one in told["replicas"]] == [("a", 2), ("late:0123456789ab", 0)]
 
 
+async def test_replicas_that_fell_silent_do_not_look_alive(broker: Broker, where: tuple[str, ...]) -> None:
+    await fill(broker, 4)
+    await opened(broker)
+    await broker.redis.zadd(broker.keys.beats("main"), {"a": 1000})
+    shown = lachesis("trainers", *where)
+    first, row = shown.stdout.splitlines()
+    assert first.startswith("policy main: no replica is alive, ")
+    assert "gone: last heartbeat " in row
+
+
 async def test_the_open_step_and_who_has_voted_for_it(broker: Broker, where: tuple[str, ...]) -> None:
     await fill(broker, 2)
     await founded(broker, "a:1")

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from published import VOCAB
 
-CLIENTS = 32
+CLIENTS = 16
 
 
 def request(tokens: int = 48) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A pool of two real SGLang servers while parts of it are killed and bad versions are published, under 32 clients.
+"""A pool of two real SGLang servers while parts of it are killed and bad versions are published, under 16 clients.
 
 Every token that a client got has to have the log-prob that Hugging Face computes with the weights of the one version
 under which it was labelled. A table of what was counted is written beside the servers' logs and shown with -s.

@@ -23,7 +23,7 @@ from lachesis.shim.settings import ShimSettings
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
-PASSES = ("NOREPLICAS", "MISCONF", "BUSY", "READONLY", "MASTERDOWN", "OOM", "NOPERM")
+PASSES = ("NOREPLICAS", "MISCONF", "BUSY", "READONLY", "MASTERDOWN", "OOM", "NOPERM", "LOADING", "CLUSTERDOWN")
 
 
 class Sick:
@@ -59,7 +59,7 @@ async def sick(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
     """With the server in which the parameter `code` of the test can happen."""
     code = request.node.callspec.params.get("code", "") if hasattr(request.node, "callspec") else ""
     monkeypatch.setattr(status, "LOOK_S", 0.05)
-    async with sick_redis(tmp_path, user=code == "NOPERM") as (url, make):
+    async with sick_redis(tmp_path, user=code == "NOPERM", cluster=code == "CLUSTERDOWN") as (url, make):
         broker = await Broker.connect(url)
         app = build_app(broker, ShimSettings())
         async with serving(app) as base, httpx.AsyncClient(base_url=base, timeout=60) as client:
@@ -111,7 +111,7 @@ async def test_nothing_but_503_with_retry_after_in_the_end(
         ("POST", "/scored_data", group(1, env_id=0)), ("POST", "/scored_data_list", [group(2)]), ("GET", "/info", None),
         ("POST", "/disconnect-env", {"env_id": 0}), ("GET", "/status-env", {"env_id": 0}), ("GET", "/latest_example", None),
     ]  # fmt: skip
-    async with sick_redis(tmp_path, user=code == "NOPERM") as (url, make):
+    async with sick_redis(tmp_path, user=code == "NOPERM", cluster=code == "CLUSTERDOWN") as (url, make):
         broker = await Broker.connect(url)
         async with (
             serving(build_app(broker, ShimSettings(), hold_s=0.1)) as base,

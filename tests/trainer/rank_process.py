@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ports import free_port
-from trainer_kit import context, scored_group, stored
+from trainer_kit import PATIENCE_S, context, scored_group, stored
 
 from lachesis.broker.records import Group
-
-PATIENCE_S = 120.0
 
 
 def uneven_groups(seed: int) -> list[Group]:

@@ -6,8 +6,9 @@ of 1 and its own size (a gradient: of its tensor's largest element), in float32.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,25 @@ MODES: dict[str, dict[str, Any]] = {
     "padded": {"actor_rollout_ref.model.use_remove_padding": False},
     "packed": {"actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 64},  # several micro-batches
 }
+RATIOS = ("token_tis", "bypass_ppo_clip")  # are 1, and are not
+KL_KINDS = ("kl", "abs", "mse", "low_var_kl", "k3+")
 Configured = Callable[..., "DictConfig"]
 Planned = Callable[..., "tuple[Engine, DictConfig]"]
+
+
+def half(*values: Collection[Any]) -> list[Any]:
+    """Every combination, for parametrize; every second one is long.
+
+    Of three, the last two of two values each, what is left holds every pair; of two, every value, and each mode with
+    half of the others.
+    """
+    combinations = itertools.product(*(enumerate(one) for one in values))
+    return [
+        pytest.param(
+            *(value for _, value in chosen), marks=pytest.mark.long if sum(index for index, _ in chosen) % 2 else ()
+        )
+        for chosen in combinations
+    ]
 
 
 @pytest.fixture
@@ -149,9 +167,7 @@ def assert_same_step(
     return mine
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("correction", ["token_tis", "bypass_ppo_clip"])  # ratios are 1, and are not
-@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize(("algo", "correction", "mode"), half(ALGORITHMS, RATIOS, MODES))
 def test_an_algorithms_step_is_verls(
     planned: Planned, groups: list[Group], algo: str, correction: str, mode: str
 ) -> None:
@@ -159,8 +175,7 @@ def test_an_algorithms_step_is_verls(
     assert (mine["clip_frac"] > 0) == (correction == "bypass_ppo_clip")
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize(("correction", "mode"), half(CORRECTIONS, MODES))
 def test_a_corrections_step_is_verls(planned: Planned, groups: list[Group], correction: str, mode: str) -> None:
     mine = assert_same_step(planned, groups, f"correction={correction}", **MODES[mode])
     if "_rs" in correction:
@@ -174,8 +189,7 @@ def test_the_entropy_bonus_is_verls(planned: Planned, groups: list[Group], mode:
     assert mine["actor/entropy_loss"] == pytest.approx(mine["entropy"], rel=1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["kl", "abs", "mse", "low_var_kl", "k3+"])
+@pytest.mark.parametrize(("kind", "mode"), half(KL_KINDS, MODES))
 def test_kl_loss_against_the_reference_is_verls(planned: Planned, groups: list[Group], kind: str, mode: str) -> None:
     actor = {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": kind}
     values = MODES[mode] | {f"actor_rollout_ref.actor.{name}": value for name, value in actor.items()}
@@ -183,8 +197,7 @@ def test_kl_loss_against_the_reference_is_verls(planned: Planned, groups: list[G
     assert abs(mine["actor/kl_loss"]) > 1e-3
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("algo", ["grpo", "reinforce_plus_plus", "rloo"])
+@pytest.mark.parametrize(("algo", "mode"), half(["grpo", "reinforce_plus_plus", "rloo"], MODES))
 def test_kl_in_the_reward_is_verls(planned: Planned, groups: list[Group], algo: str, mode: str) -> None:
     values = MODES[mode] | {"algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.kl_coef": 0.1}
     mine = assert_same_step(planned, groups, f"algo={algo}", **values)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from omegaconf import OmegaConf
-from trainer_kit import start_trainer
+from trainer_kit import PATIENCE_S, start_trainer
 
 from lachesis.broker import BlockingBroker, ConfigurationError, EmbeddedRedis
 from lachesis.cli.main import main
@@ -269,7 +269,7 @@ def test_a_dry_run_writes_the_resolved_configuration_and_says_where(
 ) -> None:
     overrides = [f"actor_rollout_ref.model.path={tiny_model}", "lachesis.num_steps=7", "lachesis.policy=p"]
     process = start_trainer(shared_redis.url, "dry", tmp_path, overrides, dry_run=True)
-    process.join(60)
+    process.join(PATIENCE_S)
     assert process.exitcode == 0
     written = tmp_path / "runs/dry/trainer-p.yaml"
     assert OmegaConf.load(written).actor_rollout_ref.actor.optim.total_training_steps == 7

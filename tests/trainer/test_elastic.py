@@ -29,6 +29,11 @@ POINTS = (
     *("leased", "claimed", "accumulated", "reducing", "reduced", "voted", "committed", "applied"),
     *("published", "saving", "saved"),
 )
+POINTS_AND_OTHERS = [  # at each point alone and with one or two others; with the other number of them in the long form
+    pytest.param(point, others, marks=pytest.mark.long if others == 1 + number % 2 else ())
+    for number, point in enumerate(POINTS)
+    for others in (0, 1, 2)
+]
 LEADS = ("leased", "published", "saving", "saved")  # only the first replica gets there
 
 
@@ -135,8 +140,7 @@ def with_leader(run: Run, **settings: Any) -> None:
         until(lambda: broker.call(broker.broker.members.members, "main"))
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("others", [0, 1, 2])
+@pytest.mark.parametrize(("point", "others"), POINTS_AND_OTHERS)
 def test_a_replica_killed_at_any_point_is_not_missed(
     shared_redis: EmbeddedRedis,
     run_name: str,

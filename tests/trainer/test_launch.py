@@ -15,7 +15,7 @@ import psutil
 import pytest
 from ray_nodes import ray_cluster
 from safetensors.numpy import load_file
-from trainer_kit import fill, start_trainer, until
+from trainer_kit import PATIENCE_S, fill, start_trainer, until
 
 from lachesis.broker import BlockingBroker, Broker, EmbeddedRedis, connect_blocking
 from lachesis.broker.audit import audit
@@ -24,7 +24,6 @@ from lachesis.broker.records import LedgerEntry
 pytestmark = pytest.mark.verl
 
 STEPS, BATCH, GROUP = 4, 8, 4
-PATIENCE_S = 180.0
 TRAINER = ("-m", "lachesis.cli.main", "trainer")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--rdzv-endpoint", "127.0.0.1:0",
             "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1", "-m", "--", "lachesis.cli.main", "trainer")  # fmt: skip
@@ -127,6 +126,7 @@ def test_ray_places_ranks_on_two_nodes(
     check(url, run_name, tmp_path, one_process)
 
 
+@pytest.mark.long  # the test above, and test_together's of replicas of two ranks, each prove a half of it
 def test_a_ray_group_and_a_torchrun_train_as_two_replicas(
     shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path, tiny_model: Path, one_process: dict[str, Any]
 ) -> None:
@@ -140,7 +140,7 @@ def test_a_ray_group_and_a_torchrun_train_as_two_replicas(
             start([*TORCHRUN, *told, *elastic, "lachesis.replica=here"], logs[1]),
         ]
         try:
-            until(lambda: len(blocking.call(blocking.broker.members.members, "main")) == 2, PATIENCE_S)
+            until(lambda: len(blocking.call(blocking.broker.members.members, "main")) == 2)
             blocking.call(fill, blocking.broker, groups=STEPS * BATCH // GROUP)
         finally:
             for process, log in zip(processes, logs, strict=True):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import lachesis
 from together_kit import EXACT, GROUPS, STEPS, Run, check_clean, distance, fill, train, train_in_ranks
 from trainer_kit import PATIENCE_S, until
 
@@ -84,9 +83,9 @@ def test_commands_killed_and_added_in_the_middle(make_run: Callable[[], Run], un
     expected, _ = undisturbed(1, EXACT)
     run = make_run()
     with connect_blocking(run.url, run.name) as broker:
-        processes = {"first": run.command("first", EXACT)}
+        first = run.command("first", EXACT)
         run.wait_for(broker, 1)
-        processes |= {name: run.command(name, EXACT) for name in ("second", "third")}
+        others = [run.start(name, EXACT) for name in ("second", "third")]
         run.wait_for(broker, 3)
         broker.call(fill, broker.broker, STEPS * GROUPS)
 
@@ -95,34 +94,41 @@ def test_commands_killed_and_added_in_the_middle(make_run: Callable[[], Run], un
             return newest.step if newest else 0
 
         until(lambda: step() >= 4)
-        os.kill(processes["first"].pid, signal.SIGKILL)
+        os.kill(first.pid, signal.SIGKILL)
         assert step() < STEPS
-        processes["late"] = run.command("late", EXACT)
-        for name, process in processes.items():
-            process.wait(PATIENCE_S)
-            assert process.returncode == (-signal.SIGKILL if name == "first" else 0), run.log(name)
+        late = run.command_like_run("late")  # it is told nothing else
+        assert late.wait(PATIENCE_S) == 0, run.log("late")
+        for process in others:
+            process.join(PATIENCE_S)
+            assert process.exitcode == 0, run.log("second") + run.log("third")
+        assert first.wait(PATIENCE_S) == -signal.SIGKILL
         ledger = check_clean(run, broker)
         assert "first" in ledger[0].replica
         assert "first" not in ledger[-1].replica
     for version in range(STEPS + 1):
         assert distance(expected.weights(version), run.weights(version)) == 0.0
-    told = subprocess.run(
-        [sys.executable, "-m", "lachesis.cli.main", "audit", "--redis-url", run.url, "--run", run.name],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    told = lachesis("audit", "--redis-url", run.url, "--run", run.name)
     assert told.returncode == 0, told.stdout
 
 
-@pytest.mark.parametrize("point", ["publish:4", "announce:4", "checkpoint:3", "voted:5", "committed:4", "healed:0"])
-def test_a_replica_killed_at_its_worst_moment_is_not_missed(make_run: Callable[[], Run], point: str) -> None:
+@pytest.mark.parametrize(
+    ("point", "others"),
+    [
+        *(("publish:4", ["other"]), ("announce:4", ["other"]), ("checkpoint:3", ["other"])),
+        *(("voted:5", ["other", "third"]), ("committed:4", ["other", "third"]), ("healed:0", ["other", "third"])),
+    ],
+)
+def test_a_replica_killed_at_its_worst_moment_is_not_missed(
+    make_run: Callable[[], Run], point: str, others: list[str]
+) -> None:
     run = make_run()
     with connect_blocking(run.url, run.name) as broker:
         leads = not point.startswith("healed")
         processes = {"leader": run.start("leader", crash_at=point if leads else "")}
         run.wait_for(broker, 1)
         broker.call(fill, broker.broker, STEPS * GROUPS)
-        processes["other"] = run.start("other", crash_at="" if leads else point)
-        processes["third"] = run.start("third")
+        for name in others:
+            processes[name] = run.start(name, crash_at=point if name == "other" and not leads else "")
         for name, process in processes.items():
             process.join(PATIENCE_S)
             dies = name == ("leader" if leads else "other")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import anyio
 import pytest
-from trainer_kit import fill, scored_group
-from verl_run import BATCH, GROUP, PATIENCE_S, STEPS, Run, ledger, same, versions
+from trainer_kit import PATIENCE_S, fill, scored_group
+from verl_run import BATCH, GROUP, STEPS, Run, ledger, same, versions
 
 from lachesis.broker import BlockingBroker, Broker, EmbeddedRedis
 from lachesis.broker.audit import audit

@@ -80,12 +80,17 @@ class Run:
 
     def command(self, name: str, *overrides: str) -> subprocess.Popen[bytes]:
         """As a user starts it."""
-        where = ("--redis-url", self.url, "--run", self.name, "--state-dir", str(self.folder))
+        return self._command(name, "--state-dir", str(self.folder), *self.words(name, *overrides))
+
+    def command_like_run(self, name: str) -> subprocess.Popen[bytes]:
+        """As a user starts one more."""
+        return self._command(name, "--like-run", f"lachesis.replica={name}")
+
+    def _command(self, name: str, *told: str) -> subprocess.Popen[bytes]:
+        where = ("--redis-url", self.url, "--run", self.name)
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "lachesis.cli.main", "trainer", *where, *self.words(name, *overrides)],
-                stdout=log,
-                stderr=log,
+                [sys.executable, "-m", "lachesis.cli.main", "trainer", *where, *told], stdout=log, stderr=log
             )
         self._ends.append(process.kill)
         return process

@@ -1,10 +1,20 @@
 """Imported by the process that trainers are forked from: what takes each of them ten seconds otherwise."""
 
-import verl.workers.engine  # noqa: F401
+import verl.workers.engine
+import verl.workers.engine_workers_tinker  # noqa: F401
 from transformers import Qwen2Config
 from verl.utils.model import get_hf_auto_model_class
 
+import lachesis.trainer.algo
+import lachesis.trainer.checkpoint
+import lachesis.trainer.feed
 import lachesis.trainer.main
-import lachesis.trainer.replica  # noqa: F401
+import lachesis.trainer.publisher
+import lachesis.trainer.replica
+import lachesis.trainer.reporter
+import lachesis.trainer.together
+import lachesis.trainer.upkeep  # noqa: F401
+from lachesis.trainer.configure import compose_config
 
 get_hf_auto_model_class(Qwen2Config(architectures=["Qwen2ForCausalLM"]))  # imports every model that transformers knows
+compose_config((), device="cpu")  # reads verl's files of configuration

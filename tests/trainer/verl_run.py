@@ -8,13 +8,12 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
-from trainer_kit import start_trainer
+from trainer_kit import PATIENCE_S, start_trainer
 
 from lachesis.broker import BlockingBroker, Broker, connect_blocking
 from lachesis.broker.records import LedgerEntry
 
 STEPS, BATCH, GROUP = 6, 8, 4
-PATIENCE_S = 60.0
 
 
 class Run:
