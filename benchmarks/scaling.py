@@ -3,7 +3,7 @@
 Runs `lachesis up` with lachesis.elastic=true twice, same seed: with one trainer throughout, and with two more that join
 after step 20, of which one is killed with SIGKILL after step 50. Prints what happened as it happens, step by step, and
 writes it, with both curves, to benchmarks/results/scaling.txt. The groups that arrive depend on timing, so the curves are
-alike, not the same; that the sums are is shown by tests/trainer/test_elastic.py.
+alike, not the same; that the sums are is shown by tests/trainer/elastic/test_elastic.py.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from trainer_kit import make_tiny_model, preload
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
 
+pytest.register_assert_rewrite("elastic_run", "same_step", "together_kit")
 os.environ["VERL_PLATFORM"] = "cpu"  # before anything imports verl
 os.environ["VERL_LOGGING_LEVEL"] = "WARN"
 

@@ -1,4 +1,4 @@
-"""Where the reference's log-probs come from. That KL terms made of them are verl's is for test_algorithms.py."""
+"""Where the reference's log-probs come from. That KL terms made of them are verl's is for algorithms/test_loss_terms.py."""
 
 from __future__ import annotations
 

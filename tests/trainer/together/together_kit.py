@@ -114,6 +114,9 @@ class Run:
         until(lambda: [member.step >= 0 for member in self.members(broker)] == [True] * count)
 
 
+Undisturbed = Callable[..., tuple[Run, list[dict[str, str]]]]  # of so many replicas, with overrides
+
+
 async def ledger_of(broker: Broker) -> list[LedgerEntry]:
     return [entry async for entry in broker.queue.ledger("main")]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from elastic_run import SILENT_S, Run, check, step_of
 from holding_proxy import HoldingProxy
 from network import PORT, Network, forbidden
-from test_elastic import SILENT_S, Run, check, make_run, step_of, undisturbed  # noqa: F401  # two of them are fixtures
 from trainer_kit import until
 
 from lachesis.broker import EmbeddedRedis, connect_blocking
@@ -40,8 +40,8 @@ def server(network: Network, tmp_path: Path) -> Iterator[EmbeddedRedis]:
 def test_one_cut_off_from_redis_is_left_out_and_comes_back_as_another(
     server: EmbeddedRedis,
     network: Network,
-    make_run: Callable[..., Run],  # noqa: F811
-    undisturbed: list[tuple[int, str]],  # noqa: F811
+    make_run: Callable[..., Run],
+    undisturbed: list[tuple[int, str]],
     cut_from: tuple[str, ...],
 ) -> None:
     run = start(server, network, make_run, queued=2)
@@ -56,8 +56,8 @@ def test_one_cut_off_from_redis_is_left_out_and_comes_back_as_another(
 def test_cut_off_by_a_proxy_too(
     shared_redis: EmbeddedRedis,
     run_name: str,
-    make_run: Callable[..., Run],  # noqa: F811
-    undisturbed: list[tuple[int, str]],  # noqa: F811
+    make_run: Callable[..., Run],
+    undisturbed: list[tuple[int, str]],
 ) -> None:
     run = make_run(shared_redis.url, run_name, compute_s=0.15, silent_s=SILENT_S, queued=2)
     with HoldingProxy(str(shared_redis.socket)) as proxy:
@@ -92,8 +92,8 @@ def goes_on_without_it(
 def test_while_one_does_not_reach_the_others_nothing_is_committed_and_nothing_lost(
     server: EmbeddedRedis,
     network: Network,
-    make_run: Callable[..., Run],  # noqa: F811
-    undisturbed: list[tuple[int, str]],  # noqa: F811
+    make_run: Callable[..., Run],
+    undisturbed: list[tuple[int, str]],
 ) -> None:
     """All reach Redis, which so can't know whom to leave out."""
     run = start(server, network, make_run, compute_s=0.5)  # in the middle of a step, and long before the last
@@ -106,7 +106,7 @@ def test_while_one_does_not_reach_the_others_nothing_is_committed_and_nothing_lo
     check(run, undisturbed, *NAMES)
 
 
-def start(server: EmbeddedRedis, network: Network, make_run: Callable[..., Run], **settings: Any) -> Run:  # noqa: F811
+def start(server: EmbeddedRedis, network: Network, make_run: Callable[..., Run], **settings: Any) -> Run:
     """Three replicas that have found each other."""
     run = make_run(server.url, "partition", **({"compute_s": 0.15, "silent_s": SILENT_S} | settings))
     run.url = f"redis://{network.address('redis')}:{PORT}/0"
