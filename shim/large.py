@@ -70,7 +70,17 @@ class Read(NamedTuple):
 
 def is_large(body: bytes) -> bool:
     """Whether a body of JSON is not for the event loop to decode."""
-    return len(body) > INLINE_BYTES or body.count(b"[") + body.count(b"{") > INLINE_LISTS
+    return len(body) > INLINE_BYTES or _holds_more(body, INLINE_LISTS)
+
+
+def _holds_more(body: bytes, lists: int) -> bool:
+    """Whether there are more opening brackets: few as a rule, and found at the speed of memchr(3), unlike a count."""
+    for bracket in (b"[", b"{"):
+        place = body.find(bracket)
+        while place >= 0 and lists >= 0:
+            lists -= 1
+            place = body.find(bracket, place + 1)
+    return lists < 0
 
 
 async def read_apart(body: bytes, form: str, max_lists: int) -> list[Read]:

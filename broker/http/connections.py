@@ -19,7 +19,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from lachesis.broker.http.settings import ConnectionSettings
 
 SWEEP_S = 1.0
-PIECE_BYTES = 4 << 10  # so much is parsed at once where it may hold the heads of many requests
+PIECE_BYTES = 4 << 10  # so much is parsed at once where it may hold the heads of many requests,
+CHUNKED_BYTES = 32 << 10  # and so much of a body whose length is not known
 SPARE_DESCRIPTORS = 256  # for Redis, files and child processes
 
 
@@ -50,7 +51,8 @@ class Connections:
     def add(self, connection: BoundedProtocol) -> bool:
         """Count one more, in the place of the one that waits longest if need be. False if there is none."""
         if len(self._open) >= self.policy.max_connections:
-            if (longest := next(iter(self.idle), None)) is None:
+            answered = (each for each in self.idle if not each.transport.get_write_buffer_size())
+            if (longest := next(answered, None)) is None:
                 return False
             longest.transport.abort()
             self.remove(longest)
@@ -60,6 +62,11 @@ class Connections:
             self._swept = connection.loop.time()
             self._sweep = connection.loop.call_later(SWEEP_S, self._look, connection.loop)
         return True
+
+    def rest(self, connection: BoundedProtocol) -> None:
+        """It has no request under way any more."""
+        if connection in self._open:
+            self.idle[connection] = None
 
     def remove(self, connection: BoundedProtocol) -> None:
         self._open.discard(connection)
@@ -138,7 +145,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Parse what is held, until requests queue up."""
         while self._held and not self.transport.is_closing():
             data = self._held.pop(0)
-            size = max(PIECE_BYTES, self._body_left)
+            size = max(CHUNKED_BYTES if self._in_body else PIECE_BYTES, self._body_left)
             if size < len(data):
                 self._held.insert(0, data[size:])
                 data = data[:size]
@@ -187,7 +194,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_body = self._begun = self._first = False
         self._clock, self._unclaimed = 0.0, 0
         if self.cycle.response_complete:
-            self._shared.idle[self] = None
+            self._shared.rest(self)
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -197,7 +204,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._in_body and not self._begun:
             self._clock = 0.0
             if self.cycle.response_complete and not self.pipeline:
-                self._shared.idle[self] = None
+                self._shared.rest(self)
 
     # -- its end --------------------------------------------------------------------------------------------------
 
@@ -243,7 +250,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, message: str) -> None:
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        silent = self.cycle is None or self.cycle.response_complete or not self.cycle.response_started
+        if silent and not self.pipeline:  # nothing is in the midst of an answer
             head = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
             self.transport.write(STATUS_LINE[status] + head % len(message) + message.encode("ascii"))
         self.transport.close()
