@@ -1,4 +1,5 @@
-"""The fabric: records, codec, keys, scripts and the client that every other room meets in. No torch, no HTTP.
+"""The fabric: records, codec, keys, scripts and the client that every other room meets in. No torch; of HTTP
+only what two rooms share, in `http`.
 
 The client is imported when it is first named, so that `--help` and settings need not wait for redis-py and numpy.
 """

@@ -9,7 +9,7 @@ every value is exactly a float32 (as those from an inference server are) and 8 w
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -56,6 +56,13 @@ class _Packed(Struct):
     weight_versions: list[Spans] | None = None
 
 
+class _Opened(_Packed):
+    """The same with what is nested left as MessagePack."""
+
+    rest: msgspec.Raw = msgspec.Raw(b"\x80")  # type: ignore[assignment]
+    weight_versions: msgspec.Raw = msgspec.Raw(b"\xc0")  # type: ignore[assignment]
+
+
 class _Blob(Struct, array_like=True):
     gid: str
     v_min: int
@@ -77,9 +84,12 @@ class _Zstd(threading.local):
 
 
 REST = _Rest.__struct_fields__
+_UNREADABLE = (zstandard.ZstdError, msgspec.DecodeError, ValueError, RecursionError)
 _zstd = _Zstd()
 _encoder = msgspec.msgpack.Encoder()
-_packed_decoder = msgspec.msgpack.Decoder(_Packed)
+_opened_decoder = msgspec.msgpack.Decoder(_Opened)
+_rest_decoder = msgspec.msgpack.Decoder(_Rest)
+_versions_decoder = msgspec.msgpack.Decoder(list[Spans] | None)
 _blob_decoder = msgspec.msgpack.Decoder(_Blob)
 
 
@@ -148,16 +158,24 @@ def unpacked_bytes(packed: bytes) -> int:
     return int(size)
 
 
-def unpack(packed: bytes) -> Group:
+def unpack(packed: bytes, *, check: Callable[[bytes], None] | None = None, rest: bool = True) -> Group:
     """Decode a packed group; its arrays are read-only views of one buffer.
 
-    Takes at most `unpacked_bytes` of memory for them. Raises InvalidGroup where the bytes are not a packed group; that
-    shapes agree and numbers make sense is for `check_group` to see.
+    Takes at most `unpacked_bytes` of memory for them. What is nested, and so may become far more, `check` is shown
+    before, as MessagePack. Raises InvalidGroup where the bytes are not a packed group; that shapes agree and numbers
+    make sense is for `check_group` to see. Without `rest` the keys that no trainer computes with stay in `packed`.
     """
     unpacked_bytes(packed)
     try:
         data = _zstd.decompressor.decompress(packed, allow_extra_data=False)
-        found = _packed_decoder.decode(data)
+        found = _opened_decoder.decode(data)
+    except _UNREADABLE as error:
+        raise _not_packed(f"must be a packed group ({error})") from None
+    if check:
+        check(bytes(found.rest))
+        check(bytes(found.weight_versions))
+    try:
+        more = _rest_decoder.decode(found.rest) if rest else _Rest()
         tokens, masks = _flat(found.tokens, "<i4", "<i8"), _flat(found.masks, "<i4", "<i8")
         return Group(
             env=found.env,
@@ -167,10 +185,10 @@ def unpack(packed: bytes) -> Group:
             advantages=_unpack_floats(found.advantages),
             ref_logprobs=_unpack_floats(found.ref_logprobs),
             inference_logprobs=_unpack_floats(found.inference_logprobs),
-            rest={name: value for name in REST if (value := getattr(found.rest, name)) is not None},
-            versions=found.weight_versions,
+            rest={name: value for name in REST if (value := getattr(more, name)) is not None},
+            versions=_versions_decoder.decode(found.weight_versions),
         )
-    except (zstandard.ZstdError, msgspec.DecodeError, ValueError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise _not_packed(f"must be a packed group ({error})") from None
 
 

@@ -23,6 +23,7 @@ from structlog.stdlib import BoundLogger
 
 from lachesis.broker import Broker, ConfigurationError
 from lachesis.broker.access import ENVIRONMENT, Access
+from lachesis.broker.http.connections import uvicorn_options
 from lachesis.broker.keys import check_name
 from lachesis.broker.logs import configure_logging
 from lachesis.inference.lineage import Lineages
@@ -43,7 +44,7 @@ class FrontDoor:
     """Wires the parts: the pool, refreshed from Redis; the relay; the routes."""
 
     def __init__(self, settings: FrontDoorSettings, broker: Broker, log: BoundLogger) -> None:
-        self._settings, self._broker = settings, broker
+        self.settings, self._broker = settings, broker
         self._pool = Pool(settings.max_lag)
         self.watch = PoolWatch(self._pool, settings, broker, lambda: self.relay.waiting, log)
         self.relay = Relay(self._pool, settings.patience_s, self.watch.look_now)
@@ -51,7 +52,11 @@ class FrontDoor:
         record = self.record if settings.lineage_bytes else None
         routes = [
             *(
-                Route(path, GenerationRoute(path, self.relay, record, direct=not settings.upstream), methods=methods)
+                Route(
+                    path,
+                    GenerationRoute(path, self.relay, record, settings.max_body_bytes, direct=not settings.upstream),
+                    methods=methods,
+                )
                 for path, methods in GENERATION.items()
             ),
             Route("/v1/models", self._models),
@@ -72,7 +77,7 @@ class FrontDoor:
         """Keep the lineage of an answer, so that it is there when the environment posts what it made of it."""
         with anyio.move_on_after(LINEAGE_S):
             try:
-                dropped = await self._broker.lineage.record(found, max_bytes=self._settings.lineage_bytes)
+                dropped = await self._broker.lineage.record(found, max_bytes=self.settings.lineage_bytes)
                 self._lineage_dropped += dropped
                 return
             except (RedisError, OSError):
@@ -80,7 +85,7 @@ class FrontDoor:
         self._lineage_lost += len(found)  # the answer is worth more; /health shows the count
 
     async def _models(self, request: Request) -> Response:
-        model = {"id": self._settings.pool, "object": "model", "created": 0, "owned_by": "lachesis"}
+        model = {"id": self.settings.pool, "object": "model", "created": 0, "owned_by": "lachesis"}
         return JSONResponse({"object": "list", "data": [model]})
 
     async def _health(self, request: Request) -> Response:
@@ -123,11 +128,8 @@ async def serve(door: FrontDoor, listeners: Sequence[socket.socket], stop: anyio
     server = _Server(
         uvicorn.Config(
             door.app,
-            http="httptools",
-            lifespan="off",
+            **uvicorn_options(door.settings),
             log_level="error",
-            access_log=False,
-            proxy_headers=False,  # nobody here asks who the client is
             server_header=False,
             timeout_graceful_shutdown=DRAIN_S,
         )

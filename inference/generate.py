@@ -105,7 +105,7 @@ def read_request(raw: bytes) -> dict[str, Any]:
     """Raises BadRequest unless the body is a JSON object."""
     try:
         return _request.decode(raw)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise BadRequest("body", raw[:40].decode(errors="replace"), f"must be a JSON object: {error}") from None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import anyio
+import anyio.to_thread
 from redis.exceptions import RedisError
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
@@ -14,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lachesis.broker.access import Access, Denied
+from lachesis.broker.http.counts import TooMany, check_json
 from lachesis.broker.records import Role
 from lachesis.inference.generate import BadRequest, read_request
 from lachesis.inference.lineage import Lineages, StreamLineage, lineages, to_ask, without
@@ -22,7 +24,8 @@ from lachesis.inference.relay import Answer, Relay, Served, StreamBroken, Unansw
 from lachesis.inference.several import merge, singles
 from lachesis.inference.vllm_shape import is_vllms, to_sglang, to_vllm
 
-MAX_BODY = 64 << 20  # bytes
+MAX_CONTAINERS, MAX_VALUES = 100_000, 1_200_000  # of one request: it is decoded, and encoded, in a tenth of a second
+INLINE_BYTES = 1 << 20  # what is larger is counted in a thread
 
 Record: TypeAlias = Callable[[Lineages], Awaitable[None]]
 
@@ -34,13 +37,20 @@ class GenerationRoute:
     servers are SGLang's own, and not a router that may ask another one each time.
     """
 
-    def __init__(self, path: str, relay: Relay, record: Record | None, *, direct: bool = True) -> None:
+    def __init__(
+        self, path: str, relay: Relay, record: Record | None, max_body_bytes: int, *, direct: bool = True
+    ) -> None:
         self._path, self._relay, self._record, self._direct = path, relay, record, direct
+        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = read_request(await _read(Request(scope, receive)))
+            body = read_request(await _read(Request(scope, receive), self._max_body_bytes))
         except ClientDisconnect:
+            return
+        except TooMany as error:
+            more = {"field": error.field, "value": error.value, "rule": error.rule}
+            await _error(413, str(error), **more)(scope, receive, send)
             return
         except BadRequest as error:
             await _refusal(error)(scope, receive, send)
@@ -192,14 +202,20 @@ class _OpenAIStream(_Stream):
             await super().write(sent)
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request, limit: int) -> bytes:
+    """The body. Raises TooMany, for one that is too large, too."""
     pieces, size = [], 0
     async for piece in request.stream():
         size += len(piece)
-        if size > MAX_BODY:
-            raise BadRequest("body", f"more than {MAX_BODY} bytes", "too large")
+        if size > limit:
+            raise TooMany(f"more than {limit} bytes", "must not be larger than max_body_bytes")
         pieces.append(piece)
-    return b"".join(pieces)
+    body = b"".join(pieces)
+    if size > INLINE_BYTES:
+        await anyio.to_thread.run_sync(check_json, body, MAX_CONTAINERS, MAX_VALUES)
+    else:
+        check_json(body, MAX_CONTAINERS, MAX_VALUES)
+    return body
 
 
 def _refusal(error: BadRequest) -> Response:

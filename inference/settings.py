@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from lachesis.broker.http.settings import ConnectionSettings
 from lachesis.broker.lineage import MAX_BYTES
 from lachesis.broker.settings import RedisSettings
 
@@ -62,7 +63,7 @@ class AgentSettings(RedisSettings):
         return value
 
 
-class FrontDoorSettings(RedisSettings):
+class FrontDoorSettings(ConnectionSettings):
     """Serve one pool of SGLang servers at one address."""
 
     host: str = Field("127.0.0.1", description="address to listen on")

@@ -18,6 +18,7 @@ from lachesis.broker.access import ADMIN, ANY, ENVIRONMENT, OPEN, TRAINER, Acces
 from lachesis.broker.records import Role
 from lachesis.shim.access import Guard
 from lachesis.shim.batches_out import BatchEndpoint, LatestExample
+from lachesis.shim.bodies import SMALL_BYTES
 from lachesis.shim.errors import HANDLERS
 from lachesis.shim.groups_in import GroupsIn
 from lachesis.shim.openapi import openapi
@@ -61,14 +62,16 @@ def _routes(
     versions = Versions(broker, settings.policy)
     trainers = HttpTrainers(broker, versions, settings)
     pressure = Pressure(broker, settings.limits, draining, hold_s)
-    groups = GroupsIn(broker, versions, lambda: Hold(pressure), limit, settings.duplicate_window_s)
-    parties = PartyRoutes(broker, trainers, limit)
+    groups = GroupsIn(
+        broker, versions, lambda: Hold(pressure), limit, settings.duplicate_window_s, settings.max_body_lists
+    )
+    parties = PartyRoutes(broker, trainers, min(limit, SMALL_BYTES))
     access = Access(broker, required=settings.require_tokens)
 
     def counts() -> dict[str, Any]:
         return {"groups": groups.counts, "lineage": versions.counts}
 
-    status = StatusRoutes(broker, counts, limit)
+    status = StatusRoutes(broker, counts, min(limit, SMALL_BYTES))
 
     def route(method: str, path: str, endpoint: Callable[..., Any], roles: Collection[Role]) -> Route:
         before = [Middleware(Patient, draining, hold_s)] if path in POSTS else []

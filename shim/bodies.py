@@ -11,13 +11,14 @@ import io
 import json
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import anyio.to_thread
 import msgspec
 from isal import igzip, isal_zlib
 from msgspec import Struct
-from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, FailFast, TypeAdapter, ValidationError, create_model
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -27,7 +28,9 @@ from lachesis.shim.direct import read_group, read_groups
 from lachesis.shim.errors import SHOWN_ERRORS, InvalidGzip, Location, Malformed, detail
 
 _BadStream: Any = isal_zlib.error  # its stubs make an instance of it
-INLINE_BYTES = 1 << 20  # compressed bodies above this are inflated in a thread
+SMALL_BYTES = 64 << 10  # of a body that holds no groups
+ALL_ERRORS_BYTES = 16 << 10  # of what is larger, only the first error of each list is looked for
+INLINE_BYTES, INLINE_INFLATED = 1 << 20, 4 << 20  # bodies of more, compressed or not, are inflated in a thread
 CHUNK_BYTES = 1 << 20
 _NOT_STRICT = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
@@ -53,12 +56,16 @@ async def read_body(request: Request, limit: int) -> bytes:
             raise too_large(limit)
         if chunk:  # the last one is empty, and to join one alone copies nothing
             chunks.append(chunk)
-    body = b"".join(chunks)
+    body = b"".join(chunks) if size <= INLINE_BYTES else await anyio.to_thread.run_sync(b"".join, chunks)
     if "gzip" not in request.headers.get("content-encoding", "").lower():
         return body
-    if len(body) > INLINE_BYTES:
-        return await anyio.to_thread.run_sync(inflate, body, limit)
-    return inflate(body, limit)
+    if len(body) <= INLINE_BYTES:
+        try:
+            return inflate(body, min(limit, INLINE_INFLATED))
+        except HTTPException:
+            if limit <= INLINE_INFLATED:
+                raise
+    return await anyio.to_thread.run_sync(inflate, body, limit)
 
 
 def inflate(body: bytes, limit: int) -> bytes:
@@ -88,7 +95,7 @@ def decode(kind: type[T], body: bytes) -> T:
         found: T = _decoder(kind).decode(body)
         return found
     except _NOT_STRICT:
-        record = _structs(kind, _validate(kind, _loads(body)))
+        record = _structs(kind, _validate(kind, body))
         _check_finite(record)
         _check_text(record)
         return record
@@ -102,7 +109,7 @@ def decode_group(body: bytes) -> Posted:
         try:
             posted = Posted([_decoder(ScoredGroup).decode(body)])
         except _NOT_STRICT:
-            posted = Posted([_structs(ScoredGroup, _validate(ScoredGroup, _loads(body)))], lax=True)
+            posted = Posted([_structs(ScoredGroup, _validate(ScoredGroup, body))], lax=True)
     check_messages(posted.groups[0])
     return posted
 
@@ -115,7 +122,7 @@ def decode_groups(body: bytes) -> Posted:
         try:
             posted = Posted(_decoder(list[ScoredGroup]).decode(body))
         except _NOT_STRICT:
-            models = _validate(list[ScoredGroup], _loads(body))
+            models = _validate(list[ScoredGroup], body)
             posted = Posted([_structs(ScoredGroup, model) for model in models], lax=True)
     for index, group in enumerate(posted.groups):
         check_messages(group, (index,))
@@ -123,7 +130,8 @@ def decode_groups(body: bytes) -> Posted:
 
 
 def too_large(limit: int) -> HTTPException:
-    return HTTPException(413, f"the body is larger than {limit} bytes (max_body_bytes)")
+    whose = "of this route" if limit == SMALL_BYTES else "max_body_bytes"
+    return HTTPException(413, f"the body is larger than {limit} bytes ({whose})")
 
 
 @cache
@@ -131,21 +139,42 @@ def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(kind)
 
 
+class _ToFirst(FailFast):
+    """pydantic's, as part of a union of types, whose parts have to be hashable."""
+
+    __hash__ = object.__hash__
+
+
 @cache
-def _model(kind: type[Struct]) -> type[BaseModel]:
+def _model(kind: type[Struct], first: bool) -> type[BaseModel]:
     fields: dict[str, Any] = {
-        field.name: (field.type, ... if field.default is msgspec.NODEFAULT else field.default)
+        field.name: (
+            _to_first_error(field.type) if first else field.type,
+            ... if field.default is msgspec.NODEFAULT else field.default,
+        )
         for field in msgspec.structs.fields(kind)
     }
     return create_model(kind.__name__, **fields)
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(kind: Any, first: bool) -> TypeAdapter[Any]:
     if get_origin(kind) is list:
-        of: Any = _model(get_args(kind)[0])
-        return TypeAdapter(list[of])
-    return TypeAdapter(_model(kind))
+        of: Any = list[_model(get_args(kind)[0], first)]  # type: ignore[misc]
+        return TypeAdapter(Annotated[of, _ToFirst()] if first else of)
+    return TypeAdapter(_model(kind, first))
+
+
+def _to_first_error(kind: Any) -> Any:
+    """The type, whose lists are validated to their first error: a wrong list of a million has a million."""
+    origin, of = get_origin(kind), get_args(kind)
+    if origin is list:
+        return Annotated[list[_to_first_error(of[0])], _ToFirst()]  # type: ignore[misc]
+    if origin is tuple and of[-1] is ...:
+        return Annotated[kind, _ToFirst()]
+    if origin in (Union, UnionType):
+        return Union[tuple(map(_to_first_error, of))]  # noqa: UP007
+    return kind
 
 
 def _structs(kind: type[T], model: BaseModel) -> T:
@@ -171,9 +200,10 @@ def _loads(body: bytes) -> Any:
     raise Malformed([{**entry, "loc": ["body", place], "input": {}, "ctx": {"error": reason}}])
 
 
-def _validate(kind: Any, value: Any) -> Any:
+def _validate(kind: Any, body: bytes) -> Any:
+    value = _loads(body)
     try:
-        return _adapter(kind).validate_python(value, from_attributes=True)
+        return _adapter(kind, len(body) > ALL_ERRORS_BYTES).validate_python(value, from_attributes=True)
     except ValidationError as error:
         entries = error.errors(include_url=False, include_context=False)[:SHOWN_ERRORS]
         raise Malformed(

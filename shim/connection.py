@@ -14,14 +14,15 @@ from collections.abc import Callable
 from typing import cast
 
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from lachesis.broker.http.connections import BoundedProtocol
 
 ON_CUT, IN_WHOLE, PIPELINED = "lachesis.on_cut", "lachesis.in_whole", "lachesis.pipelined"
 PIECE_BYTES = 1 << 20
 
 
-class Protocol(HttpToolsProtocol):
-    """uvicorn's, plus three ASGI extensions.
+class Protocol(BoundedProtocol):
+    """uvicorn's under our policy, plus three ASGI extensions.
 
     `lachesis.on_cut`: a list of functions to call if the response is cut off. `lachesis.in_whole`: a function after
     whose call the body comes whole, or in pieces of about PIECE_BYTES. `lachesis.pipelined`: there if the request came
@@ -49,9 +50,9 @@ class Protocol(HttpToolsProtocol):
     def _gather(self) -> None:
         self._in_whole = True
 
-    def on_body(self, body: bytes) -> None:
+    def take_body(self, body: bytes) -> None:
         if not self._in_whole:
-            super().on_body(body)
+            super().take_body(body)
             return
         self._parts.append(body)
         if sum(map(len, self._parts)) >= PIECE_BYTES:
@@ -64,7 +65,7 @@ class Protocol(HttpToolsProtocol):
     def _hand_over(self) -> None:
         if self._parts:
             body, self._parts = b"".join(self._parts), []
-            super().on_body(body)
+            super().take_body(body)
 
     def eof_received(self) -> None:
         self._cut = self.transport.get_write_buffer_size() > 0

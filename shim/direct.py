@@ -1,7 +1,8 @@
 """Posted groups straight from JSON into arrays: one pass, and no Python object per number.
 
 simdjson's types are strict, which suits nearly every post. What it refuses, and the little that it would read otherwise
-than the lax rules of the Atropos API, is left to bodies.py; both ways give the same groups.
+than the lax rules of the Atropos API, is left to bodies.py; both ways give the same groups. So is what is long: simdjson keeps the length of a list in 24 bits,
+and pysimdjson, which believes it, writes behind a list that has more (docs/security.md).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lachesis.broker.codec import narrowed
 from lachesis.broker.packing import REST
 from lachesis.broker.records import Group, ScoredGroup
 
-REUSED_BYTES = 8 << 20  # a parser keeps several times the memory of the longest body it has read
+LONGEST = 4 << 20  # bytes of a body; a parser keeps fourteen times as much. A longer one msgspec reads about as fast
 NUMBERS = ("tokens", "masks", "scores", "advantages", "ref_logprobs", "inference_logprobs")
 
 _parser = Parser()
@@ -39,9 +40,10 @@ def read_groups(body: bytes) -> list[Group] | None:
 
 
 def _read(body: bytes, *, many: bool) -> list[Group] | None:
-    parser = _parser if len(body) <= REUSED_BYTES else Parser()
+    if len(body) > LONGEST:
+        return None
     try:  # references to the document end with this function; before that the parser can't be used again
-        document = parser.parse(body)
+        document = _parser.parse(body)
         objects = list(_is(Array, document)) if many else [document]
         groups = [_group(_is(Object, item)) for item in objects]
         _check_flat(body, objects, groups, many)

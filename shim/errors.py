@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -18,6 +19,7 @@ from lachesis.broker.redis_errors import Trouble, describe, trouble
 
 SHOWN = 1000  # characters of a wrong value that are repeated to its sender
 SHOWN_IN_TEXT = 100
+SHOWN_DEPTH = 100
 SHOWN_ERRORS = 20
 
 Location = Sequence[str | int]
@@ -37,7 +39,7 @@ class InvalidGzip(Exception):
 
 def detail(kind: str, location: Location, value: object, rule: str, *, of: str = "body", **more: Any) -> dict[str, Any]:
     """One entry of a 422 answer; its `msg` names field, value and rule. `location` is relative to the body, or to `of`."""
-    text = repr(value)
+    text = repr(_beginning(value, SHOWN_IN_TEXT))
     text = text if len(text) <= SHOWN_IN_TEXT else f"{text[:SHOWN_IN_TEXT]}…"
     found = "" if kind == "missing" else f" = {text}"
     return {
@@ -63,6 +65,7 @@ def path(location: Location) -> str:
 
 def shown(value: object) -> Any:
     """The value if it can stand in an answer, else its beginning as text."""
+    value = _beginning(value, SHOWN)
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
         text.encode()
@@ -70,6 +73,27 @@ def shown(value: object) -> Any:
         text = repr(value)
         return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
     return value if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def _beginning(value: Any, characters: int) -> Any:
+    """The value, or so much of it that its text begins with the same characters: not to write megabytes, to cut them."""
+    left = characters + 1  # of each value's text at least one
+
+    def cut(value: Any, depth: int) -> Any:
+        nonlocal left
+        if isinstance(value, str | bytes):
+            left -= 2 + len(value)
+            return value[: characters + 1]
+        left -= 1
+        if depth > SHOWN_DEPTH:
+            return "…"
+        if isinstance(value, list | tuple):
+            return [cut(item, depth + 1) for item in takewhile(lambda _: left > 0, value)]
+        if isinstance(value, dict):
+            return {cut(key, depth): cut(item, depth + 1) for key, item in takewhile(lambda _: left > 0, value.items())}
+        return value
+
+    return cut(value, 0)
 
 
 async def http_error(_: Request, error: Exception) -> Response:

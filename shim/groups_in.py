@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,11 +23,16 @@ from lachesis.broker.redis_errors import describe, trouble
 from lachesis.broker.validation import check_group
 from lachesis.shim.bodies import check_messages, decode_group, decode_groups, non_finite, read_body, too_large
 from lachesis.shim.errors import Malformed, detail, path, refusal
+from lachesis.shim.large import INLINE_BYTES, Read, is_large, read_apart
 from lachesis.shim.pressure import Hold, Size
 from lachesis.shim.status import buffered
 from lachesis.shim.versions import Arrival, Versions
 
 log = structlog.get_logger(role="shim")
+
+MAX_LISTS = 250_000  # and objects in a body
+MAX_SEQUENCES = 8192  # of a group: each is looked at by itself
+INLINE_NESTED_BYTES = 64 << 10  # of a packed group's nested values
 
 
 class Post(NamedTuple):
@@ -55,10 +60,11 @@ class GroupsIn:
         hold: Callable[[], Hold],
         max_body_bytes: int,
         window_s: int = DUPLICATE_WINDOW_S,
+        max_lists: int = MAX_LISTS,
     ) -> None:
         self.counts: Counter[str] = Counter(stored=0, duplicate=0, refused=0)
         self._broker, self._versions, self._hold = broker, versions, hold
-        self._max_body_bytes, self._window_s = max_body_bytes, window_s
+        self._max_body_bytes, self._window_s, self._max_lists = max_body_bytes, window_s, max_lists
 
     async def scored_data(self, request: Request) -> Response:
         hold = self._hold()
@@ -80,19 +86,25 @@ class GroupsIn:
         hold = self._hold()
         await hold.room()
         body = await read_body(request, self._max_body_bytes)
-        groups, lax = decode_groups(body)
         post = _post(request, body)
+        groups: Sequence[Group | ScoredGroup | Read]
+        if is_large(body):
+            groups, lax = await read_apart(body, "groups", self._max_lists), False
+        else:
+            groups, lax = decode_groups(body)
         refused, odd, duplicates = [], [], 0
         for index, group in enumerate(groups):
             gid = gid_of(f"{post.gid}[{index}]".encode())  # equal groups of one list are different groups
             try:
-                accepted = await self._accept(gid, group, hold, lax=lax, key=post)
+                if isinstance(group, Read):
+                    accepted = await self._accept(gid, await group.group(), hold, packed=group.packed, key=post)
+                else:
+                    accepted = await self._accept(gid, group, hold, lax=lax, key=post)
                 duplicates += accepted.duplicate
                 if accepted.waiting is not None:
                     odd.append(accepted.waiting)
             except InvalidGroup as error:
-                scored = to_scored(group) if isinstance(group, Group) else group
-                await self._bury(gid, json.dumps(msgspec.to_builtins(scored)).encode(), error)
+                await self._bury(gid, _posted(group), error)
                 refused.append(refusal(error, (index,)))
         if refused and len(refused) == len(groups):
             raise Malformed(refused)
@@ -108,9 +120,13 @@ class GroupsIn:
         Raises Malformed, also where `key` was used for another body; InvalidGroup if the group can't be trained.
         """
         if packed:
-            return await self._accept(gid, self._unpack(body), hold, packed=body, key=key)
-        groups, lax = decode_group(body)
-        return await self._accept(gid, groups[0], hold, lax=lax, key=key)
+            if (group := self._unpack(body)) is not None:
+                return await self._accept(gid, group, hold, packed=body, key=key)
+        elif not is_large(body):
+            groups, lax = decode_group(body)
+            return await self._accept(gid, groups[0], hold, lax=lax, key=key)
+        (read,) = await read_apart(body, "packed" if packed else "group", self._max_lists)
+        return await self._accept(gid, await read.group(), hold, packed=read.packed, key=key)
 
     async def _accept(
         self,
@@ -122,10 +138,9 @@ class GroupsIn:
         packed: bytes = b"",
         key: Post | None = None,
     ) -> Accepted:
-        _check_depth(group)
-        if lax and (found := non_finite(msgspec.to_builtins(group))):
-            raise InvalidGroup(path(found[0]), found[1], "must be finite")
-        arrays = to_arrays(group) if isinstance(group, ScoredGroup) else group
+        if (count := len(group.tokens)) > MAX_SEQUENCES:
+            raise InvalidGroup("tokens", f"{count} sequences", f"must hold at most {MAX_SEQUENCES}")
+        arrays = prepared(group, lax=lax)
         arrival = await self._versions.arrival(arrays)
         try:
             reply = await self._store(gid, arrays, arrival, hold, packed, key)
@@ -149,10 +164,7 @@ class GroupsIn:
         config = arrival.trainer
         limits = {"max_token_len": config.max_token_len, "batch_size": config.batch_size} if config else {}
         check_group(arrays, **limits)
-        try:
-            packed = packed or pack(arrays)
-        except (OverflowError, UnicodeEncodeError):
-            raise _unstorable(arrays) from None
+        packed = packed or pack_group(arrays)
         told = self._versions.stamp(arrival, arrays)
         put = partial(
             self._broker.queue.put,
@@ -170,13 +182,16 @@ class GroupsIn:
             self._versions.counts.update(told)
         return reply
 
-    def _unpack(self, body: bytes) -> Group:
-        if unpacked_bytes(body) > self._max_body_bytes:
+    def _unpack(self, body: bytes) -> Group | None:
+        """The group in a packed body; None where it is not for the event loop to decode."""
+        if (size := unpacked_bytes(body)) > self._max_body_bytes:
             raise too_large(self._max_body_bytes)
-        group = unpack(body)
-        if group.rest:
-            _check_json(group.rest)
-            check_messages(group)
+        try:
+            group = unpack(body, check=_check_inline) if size <= INLINE_BYTES else None
+        except _Large:
+            group = None
+        if group and group.rest:
+            check_nested(group)
         return group
 
     def _repeated(self, post: Post) -> str:
@@ -201,6 +216,47 @@ def _post(request: Request, body: bytes) -> Post:
     """What makes a repeated post the same post: the client's Idempotency-Key, else its decompressed body."""
     key, digest = request.headers.get("idempotency-key"), gid_of(body)
     return Post(digest) if key is None else Post(gid_of(b"Idempotency-Key: " + key.encode()), key, digest)
+
+
+class _Large(Exception):
+    """Not for the event loop to decode."""
+
+
+def _check_inline(nested: bytes) -> None:
+    if len(nested) > INLINE_NESTED_BYTES:
+        raise _Large
+
+
+def _posted(group: Group | ScoredGroup | Read) -> bytes:
+    """The JSON of one group of a list."""
+    if isinstance(group, Read):
+        if group.posted:
+            return group.posted
+        group = unpack(group.packed)
+    scored = to_scored(group) if isinstance(group, Group) else group
+    return json.dumps(msgspec.to_builtins(scored)).encode()
+
+
+def check_nested(group: Group) -> None:
+    """Raise InvalidGroup or Malformed for what is nested in a packed group and could not have been posted as JSON."""
+    _check_json(group.rest)
+    check_messages(group)
+
+
+def prepared(group: Group | ScoredGroup, *, lax: bool) -> Group:
+    """The group as arrays. Raises InvalidGroup for what could not be handed out again; `lax`: so may numbers be."""
+    _check_depth(group)
+    if lax and (found := non_finite(msgspec.to_builtins(group.rest if isinstance(group, Group) else group))):
+        raise InvalidGroup(path(found[0]), found[1], "must be finite")
+    return to_arrays(group) if isinstance(group, ScoredGroup) else group
+
+
+def pack_group(group: Group) -> bytes:
+    """The packed form. Raises InvalidGroup for numbers and text that can't be packed."""
+    try:
+        return pack(group)
+    except (OverflowError, UnicodeEncodeError):
+        raise _unstorable(group) from None
 
 
 def _size(gid: str, group: Group, packed: bytes) -> Size:

@@ -9,12 +9,14 @@ import signal
 import socket
 import ssl
 from types import FrameType
+from typing import Any
 
 import uvicorn
 import uvloop
 
 from lachesis.broker import Broker, ConfigurationError
 from lachesis.broker.connection import hide_password
+from lachesis.broker.http.connections import Policy, uvicorn_options
 from lachesis.broker.keys import check_name
 from lachesis.broker.logs import configure_logging
 from lachesis.shim.app import build_app
@@ -32,9 +34,18 @@ def run(settings: ShimSettings) -> int:
     check_certificate(settings)
     listener = listen(settings)
     keep_freed_memory()
-    with settings.redis() as url, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with settings.redis() as url, asyncio.Runner(loop_factory=_Loop) as runner:
         runner.run(serve(settings, url, listener))
     return 0
+
+
+class _Loop(uvloop.Loop):
+    """uvloop's, where a TLS handshake may take as long as a request's head, which uvicorn has no setting for."""
+
+    async def create_server(self, *arguments: Any, **named: Any) -> Any:
+        if named.get("ssl"):
+            named["ssl_handshake_timeout"] = Policy.head_s
+        return await super().create_server(*arguments, **named)
 
 
 def keep_freed_memory() -> None:
@@ -56,10 +67,7 @@ async def serve(settings: ShimSettings, redis_url: str, listener: socket.socket)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            http=Protocol,
-            ws="none",
-            lifespan="off",
-            access_log=False,
+            **uvicorn_options(settings, Protocol),
             log_config=None,
             timeout_graceful_shutdown=DRAIN_S,
             backlog=1024,

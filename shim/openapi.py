@@ -186,7 +186,7 @@ DESCRIPTIONS = {
     401: "The run has tokens, and this call has none of them",
     403: "The token is for another role",
     409: "A live trainer has registered other settings for this run",
-    413: "A body of more than max_body_bytes after decompression",
+    413: "A body of more than max_body_bytes after decompression, or with more in it than is read",
     422: "A malformed body, or a group that can't be trained",
     503: "Redis does not answer or refuses, or the queue stayed full for as long as a post may wait",
 }

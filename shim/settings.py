@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pydantic import Field
 
+from lachesis.broker.http.settings import ConnectionSettings
 from lachesis.broker.records import DUPLICATE_WINDOW_S, LONGEST_WINDOW_S, MAX_DELIVERIES, Limits
-from lachesis.broker.settings import RedisSettings
 
 
-class ShimSettings(RedisSettings):
+class ShimSettings(ConnectionSettings):
     """The Atropos Trajectory API over Redis. Stateless: run as many as you like behind one address."""
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every network")
@@ -30,8 +30,8 @@ class ShimSettings(RedisSettings):
     lease_s: float = Field(
         600, gt=0, description="seconds after which a batch that an HTTP trainer has not finished may go to another one"
     )
-    max_body_bytes: int = Field(
-        256 << 20, gt=0, description="largest request body, in bytes after decompression; larger ones get 413"
+    max_body_lists: int = Field(
+        250_000, gt=0, description="lists and objects that a request body may hold; more get 413"
     )
     queue_quota_bytes: int = Field(
         0, ge=0, description="stored bytes of queued groups above which posts wait for up to 240 s (0: no limit)"

@@ -9,6 +9,7 @@ What was sent is kept in Redis: another replica of the shim, or the next process
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import time
 
 import msgspec
@@ -46,7 +47,16 @@ def consumer_of(request: Request) -> str:
         return f"http:{check_name('X-Trainer-Id', name)}"
     if (name := request.scope.get(TRAINER)) is not None:
         return f"http:{check_name('the trainer in the URL', name)}"
-    return f"http:{request.client.host if request.client else 'local'}"
+    return f"http:{check_name('the address of the trainer', _address(request))}"
+
+
+def _address(request: Request) -> str:
+    """The address as a name: that of IPv6 in full, and with - between its words."""
+    host = request.client.host if request.client else "local"
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).exploded.replace(":", "-")
+    except ValueError:
+        return host  # a proxy's word for it
 
 
 class HttpTrainers:

@@ -14,7 +14,7 @@ from lachesis.shim.settings import ShimSettings
 @pytest.fixture
 async def client(broker: Broker) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a shim on the test's own run."""
-    async with serving(build_app(broker, ShimSettings())) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(build_app(broker, ShimSettings())) as url, httpx.AsyncClient(base_url=url, timeout=60) as client:
         yield client
 
 

@@ -17,6 +17,7 @@ from commands import LACHESIS, python
 from starlette.applications import Starlette
 from warm import WarmProcess
 
+from lachesis.broker.http.connections import uvicorn_options
 from lachesis.shim.connection import Protocol
 from lachesis.shim.main import listen
 from lachesis.shim.settings import ShimSettings
@@ -61,7 +62,7 @@ async def serving(app: Starlette) -> AsyncIterator[str]:
     """The app behind a real socket, in this loop; yields its URL."""
     listener = listen(ShimSettings(port=0))
     server = uvicorn.Server(
-        uvicorn.Config(app, http=Protocol, ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=1)
+        uvicorn.Config(app, **uvicorn_options(ShimSettings(), Protocol), log_config=None, timeout_graceful_shutdown=1)
     )
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
     async with anyio.create_task_group() as tasks:
