@@ -144,9 +144,9 @@ class RunList(Struct):
 
 class Health(Struct):
     status: Literal["ok", "no redis", "redis demoted", "redis unready", "redis full", "redis forbids"]
-    run: str
-    groups: dict[str, int]  # counts of this process, as are those of lineage
-    lineage: dict[str, int]
+    run: str | UnsetType = UNSET  # all the rest only for who may read the run
+    groups: dict[str, int] | UnsetType = UNSET  # counts of this process, as are those of lineage
+    lineage: dict[str, int] | UnsetType = UNSET
     dead: int | UnsetType = UNSET  # of the run, as is dropped: not known without Redis
     dropped: dict[str, int] | UnsetType = UNSET
     duplicates: dict[str, int] | UnsetType = UNSET  # likewise; posts dropped as repeats, by environment

@@ -258,7 +258,7 @@ def environment(
 
 def told_of(envs: list[EnvRecord], status: QueueStatus) -> dict[str, Any]:
     """What the first of these environments is told."""
-    return env_status(envs[0], 0, Alive(env for env in envs if is_alive(env, NOW)), status, CONFIG)
+    return env_status(envs[0], "0", Alive(env for env in envs if is_alive(env, NOW)), status, CONFIG)
 
 
 def queue(**sequences: int) -> QueueStatus:

@@ -150,14 +150,14 @@ def test_compressed_bodies(both: Both, content: Any, encoding: str) -> None:
 def test_a_connection_is_kept_and_requests_may_be_pipelined(both: Both) -> None:
     body = json.dumps(group(1)).encode()
     post = (
-        b"POST /scored_data HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        b"POST /scored_data HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
         % len(body)
     )
     requests = (
         post
         + body
-        + b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n"
-        + b"GET /info HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        + b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        + b"GET /info HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     )
     answers = []
     for client in (both.upstream, both.shim):
