@@ -23,9 +23,9 @@ from structlog.stdlib import BoundLogger
 
 from lachesis.broker import Broker, ConfigurationError
 from lachesis.broker.access import ENVIRONMENT, Access
+from lachesis.broker.http.web_pages import guarded
 from lachesis.broker.keys import check_name
 from lachesis.broker.logs import configure_logging
-from lachesis.broker.web_pages import guarded
 from lachesis.inference.lineage import Lineages
 from lachesis.inference.pool import Pool
 from lachesis.inference.pool_watch import PoolWatch

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from lachesis.broker.http_settings import HttpSettings
+from lachesis.broker.http.callers import CallerSettings
 from lachesis.broker.lineage import MAX_BYTES
 from lachesis.broker.settings import RedisSettings
 
@@ -63,7 +63,7 @@ class AgentSettings(RedisSettings):
         return value
 
 
-class FrontDoorSettings(HttpSettings):
+class FrontDoorSettings(CallerSettings):
     """Serve one pool of SGLang servers at one address."""
 
     port: int = Field(9000, ge=0, le=65535, description="port to listen on (0: any free one)")

@@ -14,8 +14,8 @@ from starlette.routing import Mount, Route, Router
 
 from lachesis.broker import Broker
 from lachesis.broker.access import ADMIN, ANY, ENVIRONMENT, OPEN, TRAINER, Access, Seen
+from lachesis.broker.http.web_pages import guarded
 from lachesis.broker.records import Role
-from lachesis.broker.web_pages import guarded
 from lachesis.shim.access import Guard
 from lachesis.shim.batches_out import BatchEndpoint, LatestExample
 from lachesis.shim.errors import HANDLERS, refuse

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lachesis.broker.http_settings import HttpSettings
+from lachesis.broker.http.callers import CallerSettings
 from lachesis.broker.records import DUPLICATE_WINDOW_S, LONGEST_WINDOW_S, MAX_DELIVERIES, Limits
 
 
-class ShimSettings(HttpSettings):
+class ShimSettings(CallerSettings):
     """The Atropos Trajectory API over Redis. Stateless: run as many as you like behind one address."""
 
     port: int = Field(8000, ge=0, le=65535, description="port to listen on (0: any free one)")

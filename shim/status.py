@@ -157,23 +157,16 @@ class StatusRoutes:
         To who may read the run also why, what it dropped, and counts of this process.
         """
         told = {"run": self._broker.keys.run, **self._counts()}
-        looked, may_read = await asyncio.gather(
-            asyncio.wait_for(self._look(), REDIS_S),
-            self._access.may_read(request.headers.get("authorization", "")),
-            return_exceptions=True,
-        )
-        if isinstance(looked, TimeoutError | RedisError | OSError):
-            kind = trouble(looked) or Trouble.LOST
-            headers = {"Retry-After": retry_after(kind)}
-            told = {"status": kind.value, "reason": describe(looked), **told}
-            return JSONResponse(told if may_read is True else {"status": kind.value}, 503, headers)
-        if isinstance(looked, BaseException):
-            raise looked
-        if may_read is not True:
-            return JSONResponse({"status": "ok"})
-        return JSONResponse(
-            {"status": "ok", **told, "dead": looked.dead, "dropped": looked.dropped, "duplicates": looked.duplicates}
-        )
+        code, headers = 200, {}
+        try:
+            queue = await asyncio.wait_for(self._look(), REDIS_S)
+            told |= {"status": "ok", "dead": queue.dead, "dropped": queue.dropped, "duplicates": queue.duplicates}
+        except (TimeoutError, RedisError, OSError) as error:
+            kind = trouble(error) or Trouble.LOST
+            code, headers = 503, {"Retry-After": retry_after(kind)}
+            told |= {"status": kind.value, "reason": describe(error)}
+        may_read = await self._access.may_read(request.headers.get("authorization", ""))
+        return JSONResponse(told if may_read else {"status": told["status"]}, code, headers)
 
     async def _look(self) -> QueueStatus:
         with patience(LOOK_S):

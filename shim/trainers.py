@@ -1,8 +1,8 @@
 """HTTP trainers: who asks for batches, and what each of them was sent.
 
 Trainers of the Atropos API neither name themselves nor acknowledge. So one is known by its `X-Trainer-Id` header, by
-`/trainers/<name>` in its URL or else by its address, together with the name of its token where the run has tokens, and its request for the next batch acknowledges the one before, if
-that was sent to its last byte.
+`/trainers/<name>` in its URL or else by its address, together with the name of its token where the run has tokens; and
+its request for the next batch acknowledges the one before, if that was sent to its last byte.
 What was sent is kept in Redis: another replica of the shim, or the next process, goes on where this one ended.
 """
 

@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 from trajectories import ENV, TRAINER, group, number_of, serving, shim_process, wait_until_up
 
 from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis, access, connect_blocking
-from lachesis.broker.http_settings import HttpSettings, is_loopback
+from lachesis.broker.http.callers import CallerSettings, is_loopback
 from lachesis.broker.records import Role
 from lachesis.inference import front_door
 from lachesis.inference.settings import FrontDoorSettings
@@ -321,9 +321,9 @@ def bound(address: str) -> socket.socket:
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_beyond_this_machine_runs_are_closed_by_default(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the processes make of their settings, short of serving."""
-    served: list[HttpSettings] = []
+    served: list[CallerSettings] = []
 
-    async def serve(settings: HttpSettings, *_: object) -> None:
+    async def serve(settings: CallerSettings, *_: object) -> None:
         served.append(settings)
 
     monkeypatch.setattr(main, "serve", serve)

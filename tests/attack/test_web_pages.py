@@ -24,7 +24,7 @@ from doors import Upstream, answers, door
 from trajectories import ENV, TRAINER, group, serving
 
 from lachesis.broker import Broker, ConfigurationError
-from lachesis.broker.http_settings import HttpSettings
+from lachesis.broker.http.callers import CallerSettings
 from lachesis.cli.options import parse
 from lachesis.inference.settings import FrontDoorSettings
 from lachesis.shim.app import build_app
@@ -246,7 +246,7 @@ def test_origins_and_hosts_are_checked_when_they_are_given(monkeypatch: pytest.M
 
 def test_compose_serves_its_own_services() -> None:
     services = yaml.safe_load((Path(__file__).parents[2] / "compose.yaml").read_text())["services"]
-    kinds: dict[str, type[HttpSettings]] = {"shim": ShimSettings, "front-door": FrontDoorSettings}
+    kinds: dict[str, type[CallerSettings]] = {"shim": ShimSettings, "front-door": FrontDoorSettings}
     for name, kind in kinds.items():
         command, *options = services[name]["command"].split()
         settings = parse(kind, command, options)

@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lachesis.broker.http_settings import HttpSettings
+from lachesis.broker.http.callers import CallerSettings
 
 _WATCHED = frozenset((b"host", b"origin", b"sec-fetch-site", b"referer", b"accept", b"user-agent"))
 _READS = ("GET", "HEAD", "OPTIONS")
@@ -28,7 +28,7 @@ _SHOWN = 100  # characters of a header that are repeated to its sender
 Refuse = Callable[[int, str], ASGIApp]  # makes the answer
 
 
-def guarded(settings: HttpSettings, refuse: Refuse, *, changing: tuple[str, ...] = ()) -> list[Middleware]:
+def guarded(settings: CallerSettings, refuse: Refuse, *, changing: tuple[str, ...] = ()) -> list[Middleware]:
     """The outermost middleware of a server; CORS only where a page may call. `changing`: as for WebPages."""
     pages = Middleware(WebPages, settings, refuse, changing)
     if not settings.allow_origin:
@@ -48,7 +48,7 @@ class WebPages:
     redirect to such a GET whoever typed its own address.
     """
 
-    def __init__(self, app: ASGIApp, settings: HttpSettings, refuse: Refuse, changing: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, settings: CallerSettings, refuse: Refuse, changing: tuple[str, ...]) -> None:
         self._app, self._refuse, self._changing = app, refuse, changing
         self._origins = frozenset(settings.allow_origin)
         self._names = [*settings.allowed_host, "localhost", "*.localhost", settings.host.lower(), _own_name()]
@@ -77,7 +77,9 @@ class WebPages:
             if site not in ("same-origin", "none"):
                 return 403, f"Sec-Fetch-Site = {_shown(site)}: pages of other origins may not call (--allow-origin)"
         reads, changes = scope["method"] in _READS, scope["path"].endswith(self._changing)
-        if (reads and changes and "none" in sites) or (not sites and (changes or not reads) and _is_browsers(said)):
+        if (reads and changes and "none" in sites) or (
+            not sites and (changes or not reads) and _is_browsers(said, reads)
+        ):
             rule = "a browser may not make this request, whoever asked it to: use curl or another program"
             return 403, f"{scope['method']} {_shown(scope['path'])}: {rule}"
         return None
@@ -113,9 +115,9 @@ def _own_name() -> str:
     return socket.gethostname().lower()
 
 
-def _is_browsers(said: Mapping[bytes, Sequence[str]]) -> bool:
-    """Whether a browser sent it, though it tells of no page. A page can choose none of these so that it is not."""
-    agents, accepted = said.get(b"user-agent", ()), said.get(b"accept", ())
+def _is_browsers(said: Mapping[bytes, Sequence[str]], reads: bool) -> bool:
+    """Whether a browser sent it, though it tells of no page. A page can't have its browser leave `User-Agent` out."""
+    agents, accepted = said.get(b"user-agent", ()), said.get(b"accept", ()) if reads else ()
     return (
         b"referer" in said
         or any(agent.startswith(("Mozilla/", "Opera/")) for agent in agents)

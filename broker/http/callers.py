@@ -21,6 +21,8 @@ _HOST = re.compile(r"\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 def _words(value: Any) -> Any:
     """Given once or several times, each with commas or without."""
     given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
+        return value  # which is refused
     return [word.strip().lower() for text in given for word in text.split(",") if word.strip()]
 
 
@@ -38,7 +40,7 @@ def _are_hosts(words: list[str]) -> list[str]:
     return words
 
 
-class HttpSettings(RedisSettings):
+class CallerSettings(RedisSettings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every network")
     require_tokens: bool = Field(
         False,
