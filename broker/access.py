@@ -13,7 +13,8 @@ import base64
 import binascii
 import time
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from typing import TypeAlias
 
 from redis.exceptions import RedisError
 
@@ -34,6 +35,8 @@ ENVIRONMENT: tuple[Role, ...] = ("environment", "admin")
 TRAINER: tuple[Role, ...] = ("trainer", "admin")
 ADMIN: tuple[Role, ...] = ("admin",)
 
+Seen: TypeAlias = dict[str, set[str]]
+
 
 class Denied(LachesisError, PermissionError):
     """401 who are you, with a challenge for the header WWW-Authenticate; 403 not with that role."""
@@ -50,21 +53,24 @@ class Denied(LachesisError, PermissionError):
 class Access:
     """The tokens of one run. A run that never had one is open, unless `required`.
 
-    While Redis is in trouble the tokens known last go on to count; where none were read yet nobody is let in.
+    While Redis is in trouble the tokens known last go on to count; where none were read yet nobody is let in. And what
+    was once seen stays so, whatever Redis holds later: an emptied or restored one opens no run and revives no token.
+    `seen` is where that is kept: by run, the digests of its revoked tokens.
     """
 
-    def __init__(self, broker: Broker, *, required: bool) -> None:
+    def __init__(self, broker: Broker, *, required: bool, seen: Seen | None = None) -> None:
         self._broker, self._required = broker, required
+        self._seen: Seen = {} if seen is None else seen
         self._records: list[TokenRecord] = []
         self._read_at = float("-inf")
         self._rereading = asyncio.Lock()
 
-    async def check(self, authorization: str, roles: Collection[Role]) -> None:
-        """Return if the header's sender has one of `roles`, else raise Denied."""
+    async def check(self, authorization: str, roles: Collection[Role]) -> TokenRecord | None:
+        """The token of the header's sender, who has one of `roles`; None on an open run. Else raises Denied."""
         if time.monotonic() - self._read_at > REMEMBERED_S:
             await self._read()
-        if not self._records and not self._required:
-            return
+        if not self._required and self._broker.keys.run not in self._seen:
+            return None
         token = presented(authorization)
         if token is None:
             raise self._unknown("a token is needed")
@@ -77,16 +83,39 @@ class Access:
         if record.role not in roles:
             needed = " or ".join(roles)
             raise Denied(403, f"this takes the role {needed}; the token {record.name!r} has {record.role}")
+        return record
+
+    async def prepare(self) -> None:
+        """Read the tokens now: they are known then, should Redis be away when the first request comes."""
+        with suppress(RedisError, OSError):
+            await self._read()
+
+    async def may_read(self, authorization: str) -> bool:
+        """Whether the header's sender may be told of the run; not where Redis, which knows, can't be asked in a moment."""
+        try:
+            with patience(LOOK_S):
+                await self.check(authorization, ANY)
+        except (Denied, RedisError, OSError):
+            return False
+        return True
 
     async def _read(self) -> None:
         known = self._read_at > float("-inf")
         try:
             with patience(LOOK_S) if known else nullcontext():
-                self._records = await self._broker.tokens.all()
+                self._records = self._as_seen(await self._broker.tokens.all())
         except (RedisError, OSError) as error:
             if not known or trouble(error) is None:
                 raise
         self._read_at = time.monotonic()
+
+    def _as_seen(self, records: list[TokenRecord]) -> list[TokenRecord]:
+        """Those that were never seen revoked."""
+        if not records:
+            return []
+        revoked = self._seen.setdefault(self._broker.keys.run, set())
+        revoked.update(record.sha256 for record in records if record.revoked_at is not None)
+        return [record for record in records if record.sha256 not in revoked]
 
     async def _reread(self) -> None:
         """Read what was made up to now; those who ask for that together wait for one reading."""

@@ -15,7 +15,7 @@ from msgspec import structs
 from lachesis.broker.codec import read_json
 from lachesis.broker.connection import Redis
 from lachesis.broker.keys import Keys
-from lachesis.broker.records import EnvRecord
+from lachesis.broker.records import EnvRecord, TokenRecord
 
 ALIVE_S = 60.0  # an environment silent for longer counts for nothing; environments call ten times a second
 SLICE = 1000  # records read at a time
@@ -62,6 +62,11 @@ def share(env: EnvRecord) -> float:
 def is_alive(env: EnvRecord, now: float) -> bool:
     """Whether the environment has a share in weights and batches: it is connected, and called within ALIVE_S."""
     return env.connected and now - env.heard_at < ALIVE_S
+
+
+def may_act_for(caller: TokenRecord | None, env: EnvRecord) -> bool:
+    """Whether who came with that token, or with none to an open run, may act for the environment."""
+    return caller is None or caller.role == "admin" or env.owner in ("", caller.name)
 
 
 class Environments:

@@ -21,7 +21,7 @@ PATIENCE_S = 30.0  # a batch waits this long for a living environment with a min
 MAX_SLICE = 1024  # entries read at a time
 ATTEMPTS = 100  # while other replicas are faster
 
-_WAITING = re.compile(rb"waiting:([\w-]+):(\d+)")
+_WAITING = re.compile(rb"waiting:(@?[\w.-]+):(\d+)")
 
 Entry = tuple[bytes, Mapping[bytes, bytes]]  # a queued group's id and fields, as Redis replies them
 

@@ -13,10 +13,10 @@ from redis.exceptions import LockNotOwnedError, RedisError
 
 from lachesis.broker.codec import read_json
 from lachesis.broker.connection import Redis, patience
-from lachesis.broker.environments import Environments, read_env
+from lachesis.broker.environments import Environments, may_act_for, read_env
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Script, Scripts
-from lachesis.broker.records import EnvConfig, EnvRecord, KeptConfiguration, ServerStatus, TrainerConfig
+from lachesis.broker.records import EnvConfig, EnvRecord, KeptConfiguration, ServerStatus, TokenRecord, TrainerConfig
 from lachesis.broker.redis_errors import trouble
 
 TRAINER = "trainer:"  # before the policy's name, in the hash `settings`
@@ -114,9 +114,9 @@ class Parties:
 
     # -- environments ---------------------------------------------------------------------------------------------
 
-    async def register_env(self, config: EnvConfig, nonce: str) -> EnvRecord:
-        """Give the environment an id. The same `nonce` gets the same id, so a resent request registers once."""
-        record = EnvRecord(env_id=-1, name="", config=config, registered_at=time.time())
+    async def register_env(self, config: EnvConfig, nonce: str, owner: str = "") -> EnvRecord:
+        """Give the environment an id, for the token `owner`. The same `nonce` gets the same id, so a resent request registers once."""
+        record = EnvRecord(env_id=-1, name="", config=config, registered_at=time.time(), owner=owner)
         env_id = await self._scripts.register_env(
             keys=[self._keys.envs, self._keys.heard, self._keys.once(nonce)],
             args=[ONCE_S, config.desired_name, msgspec.json.encode(record)],
@@ -140,20 +140,24 @@ class Parties:
         found = [read_env(value, heard.get(key)) for key, value in raw.items() if key.isdigit()]
         return sorted((env for env in found if env), key=lambda env: env.env_id)
 
-    async def hear(self, env_id: int) -> EnvRecord | None:
-        """An environment called: note when, and say who it is, as of a few seconds ago; None if it is not registered."""
+    async def hear(self, env_id: int, by: TokenRecord | None = None) -> EnvRecord | None:
+        """An environment called: note when, and say who it is, as of a few seconds ago; None if it is not registered.
+
+        `by`: the token that calls for it. Nothing is noted where it is another's.
+        """
         now = time.monotonic()
         noted, known = self._heard.get(env_id, (-HEARD_EVERY_S, None))
         if known and now - noted < HEARD_EVERY_S:
             return known
         try:
             with patience(0):
-                raw = await self._scripts.hear(keys=[self._keys.envs, self._keys.heard], args=[env_id])
+                name = "" if by is None or by.role == "admin" else by.name
+                raw = await self._scripts.hear(keys=[self._keys.envs, self._keys.heard], args=[env_id, name])
         except RedisError as error:
             if trouble(error) is None:
                 raise
             return await self.env(env_id)  # it calls again soon, and is noted then
-        if (found := read_json(EnvRecord, raw)) is not None:
+        if (found := read_json(EnvRecord, raw)) is not None and may_act_for(by, found):
             if len(self._heard) >= MOST_HEARD:
                 self._heard.clear()
             self._heard[env_id] = now, structs.replace(found, heard_at=time.time())

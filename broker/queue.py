@@ -85,6 +85,7 @@ class Queue:
         believed: Believed | None = None,
         digest: str = "",
         window_s: int = DUPLICATE_WINDOW_S,
+        account: str = "",
     ) -> str:
         """Store a valid group durably, once. Returns "stored"; or, and then nothing is stored, "duplicate"; or what it is
         over: "late" (max_lag), "full" (a quota of the queue), "env_full" (a quota of its environment); or "changed": what
@@ -94,7 +95,8 @@ class Queue:
         is neither trained nor given up. After that it is a group of its own, with another id where the first is still
         kept. Where the id is not made of the body, `digest` is: another body under a known id is a "conflict".
 
-        `packed` is the group's packed form where the caller has it already: it is stored as it is.
+        `packed` is the group's packed form where the caller has it already: it is stored as it is. `account` is what the
+        group is counted under, if that is not its environment's id.
         """
         if isinstance(group, ScoredGroup):
             group = to_arrays(group)
@@ -113,6 +115,8 @@ class Queue:
                 sampled_logprobs=group.sampled_logprobs,
             )
             entry = queue_entry(structs.replace(group, gid=gid, v_min=v_min, v_max=v_max), len(blob))
+            if account and account != entry.env:
+                entry = structs.replace(entry, env=account)
             keys = [names.groups, names.blob(gid), names.seen(post), names.state, names.trainers]
             keys += [names.weights(believed.policy if believed else "main"), names.pools]
             keys += [names.lineage, names.old_lineage, names.trained]

@@ -254,6 +254,7 @@ class EnvRecord(Struct, frozen=True):
     connected: bool = True
     registered_at: float = 0.0
     heard_at: float = 0.0  # when it last called, to within a few seconds
+    owner: str = ""  # name of the token that it registered with; empty: any may act for it
 
 
 class ServerStatus(Struct, frozen=True):

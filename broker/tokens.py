@@ -25,6 +25,7 @@ from lachesis.broker.records import Role, TokenRecord
 from lachesis.broker.wire import Wire
 
 PREFIX = "lachesis_"  # by which people, and scanners for leaked secrets, know it
+LOST = TokenRecord("unreadable", "environment", "", created_at=0.0, revoked_at=0.0)
 
 
 class Tokens:
@@ -56,19 +57,13 @@ class Tokens:
 
         One that can't be read counts as revoked: the run does not become open to everyone.
         """
-        [raw] = await self._wire.call(("HGETALL", self._keys.tokens))
-        records = [
-            read_json(TokenRecord, value) or _lost(name) for name, value in zip(raw[::2], raw[1::2], strict=True)
-        ]
+        [raw] = await self._wire.call(("HVALS", self._keys.tokens))
+        records = [read_json(TokenRecord, value) or LOST for value in raw]
         return sorted(records, key=lambda record: record.created_at)
 
     async def _find(self, name: str) -> TokenRecord | None:
         raw = await self._redis.hget(self._keys.tokens, name)
         return read_json(TokenRecord, raw)
-
-
-def _lost(name: bytes) -> TokenRecord:
-    return TokenRecord(name.decode(errors="replace"), "environment", "", created_at=0.0, revoked_at=0.0)
 
 
 def digest(token: bytes) -> str:

@@ -23,8 +23,9 @@ usage: lachesis token create --role environment|trainer|admin [--name NAME] [--r
        lachesis token list [--json] [--run RUN]
        lachesis token revoke NAME [--run RUN]
 
-Bearer tokens for the shim, of one run. A run that never had a token is open to everyone who reaches the shim;
-once it has one, every call needs one. `lachesis token create --help` lists the options, docs/security.md explains."""
+Bearer tokens for shim and front door, of one run. A run that never had a token is open to every program that reaches
+a shim on this machine's loopback address; once it has one, and at any other address, every call needs one.
+`lachesis token create --help` lists the options, docs/security.md explains."""
 
 
 class CreateSettings(RedisSettings):
@@ -70,7 +71,9 @@ def list_(arguments: Sequence[str]) -> int:
     elif records:
         _show(records)
     else:
-        print(f"run {settings.run!r} has no tokens: it is open, unless the shim runs with --require-tokens")
+        print(
+            f"run {settings.run!r} has no tokens: it is open where a shim listens on a loopback address or with --open-runs"
+        )
     return 0
 
 

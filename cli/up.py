@@ -19,6 +19,7 @@ from rich.console import Console
 from lachesis.broker.audit import audit
 from lachesis.broker.client import Broker
 from lachesis.broker.embedded import EmbeddedRedis, Keeper
+from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.settings import RedisSettings, make_folder
 from lachesis.cli import parts, preflight
 from lachesis.cli.audit import render as render_audit
@@ -107,6 +108,11 @@ class Run:
     async def main(self) -> int:
         broker = await Broker.connect(self.url, self.settings.run)
         try:
+            if await broker.tokens.all():
+                raise ConfigurationError(
+                    f"run {self.settings.run!r} has tokens, and `lachesis up` has none for its environment: give another --run, "
+                    "or start the parts one by one"
+                )
             make_folder("--state-dir", self.settings.state_dir)
             if self.settings.fresh:
                 await broker.forget()

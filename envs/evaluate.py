@@ -13,6 +13,7 @@ from msgspec import Struct
 from lachesis.broker.errors import LachesisError
 from lachesis.envs.registry import entry
 from lachesis.envs.task import Problem, Task
+from lachesis.envs.urls import split_token
 
 CONCURRENCY = 8
 PROMPTS_PER_CALL = 25
@@ -37,17 +38,19 @@ def evaluate(
     front_door_url: str, name: str, model: str = "policy", *, data: str | None = None, limit: int = 500
 ) -> Evaluation:
     """Ask `limit` held-out problems of environment `name`. Raises EvaluationFailed if the front door refuses."""
-    return anyio.run(_evaluate, front_door_url.rstrip("/"), entry(name).task(data), model or "policy", limit)
+    url, token = split_token(front_door_url.rstrip("/"))
+    return anyio.run(_evaluate, url, token, entry(name).task(data), model or "policy", limit)
 
 
-async def _evaluate(url: str, task: Task, model: str, limit: int) -> Evaluation:
+async def _evaluate(url: str, token: str, task: Task, model: str, limit: int) -> Evaluation:
     began = time.monotonic()
     problems = list(task.held_out()[:limit])
     size = 1 if task.chat else PROMPTS_PER_CALL
     chunks = [problems[start : start + size] for start in range(0, len(problems), size)]
     texts: list[list[str]] = [[] for _ in chunks]
     limiter = anyio.CapacityLimiter(CONCURRENCY)
-    async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    async with httpx.AsyncClient(timeout=TIMEOUT_S, headers=headers) as client:
 
         async def ask(index: int) -> None:
             async with limiter:

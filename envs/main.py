@@ -19,6 +19,7 @@ from lachesis.broker.logs import configure_logging
 from lachesis.envs.registry import entry
 from lachesis.envs.settings import EnvSettings
 from lachesis.envs.task import Task
+from lachesis.envs.urls import split_token
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 RETRY_S = 0.3
@@ -98,7 +99,7 @@ async def _rollouts(settings: EnvSettings, env_class: Any, log: Any) -> None:
     await _wait_for_shim(settings.shim_url.rstrip("/"), log)
     env = make_env(settings, env_class)
     shim = hide_password(settings.shim_url)
-    log.info("making rollouts", env=settings.name, shim=shim, front_door=settings.front_door_url)
+    log.info("making rollouts", env=settings.name, shim=shim, front_door=hide_password(settings.front_door_url))
     await env.env_manager()
 
 
@@ -139,10 +140,12 @@ def make_env(settings: EnvSettings, env_class: Any) -> Any:
         }
     )
     workers = config.max_num_workers
+    front_door, token = split_token(settings.front_door_url.rstrip("/"))
     server = server.model_copy(
         update={
             "model_name": settings.model,
-            "base_url": f"{settings.front_door_url.rstrip('/')}/v1",
+            "base_url": f"{front_door}/v1",
+            "api_key": token or server.api_key,
             "num_max_requests_at_once": 4 * workers,
             "num_requests_for_eval": workers,
         }

@@ -17,7 +17,10 @@ class EnvSettings(Settings):
         description="address of the shim, with /runs/RUN for a run that is not its own, and x:TOKEN@ before the host "
         "where that run has tokens; or of any Atropos API server",
     )
-    front_door_url: str = Field("http://127.0.0.1:9000", description="address of the front door, without /v1")
+    front_door_url: str = Field(
+        "http://127.0.0.1:9000",
+        description="address of the front door, without /v1; with x:TOKEN@ before the host where the run has tokens",
+    )
     model: str = Field("", description="folder or name of the model, for its tokenizer")
     seed: int = Field(0, ge=0, description="decides the order of the training problems")
     data: str = Field("", description="file of problems, for environments that take one")

@@ -24,6 +24,7 @@ from structlog.stdlib import BoundLogger
 from lachesis.broker import Broker, ConfigurationError
 from lachesis.broker.access import ENVIRONMENT, Access
 from lachesis.broker.http.connections import uvicorn_options
+from lachesis.broker.http.web_pages import guarded
 from lachesis.broker.keys import check_name
 from lachesis.broker.logs import configure_logging
 from lachesis.inference.lineage import Lineages
@@ -31,7 +32,7 @@ from lachesis.inference.pool import Pool
 from lachesis.inference.pool_watch import PoolWatch
 from lachesis.inference.ports import bind
 from lachesis.inference.relay import Relay
-from lachesis.inference.routes import GenerationRoute, Guard
+from lachesis.inference.routes import GenerationRoute, Guard, refuse
 from lachesis.inference.settings import FrontDoorSettings
 
 LINEAGE_S = 1.0  # an answer waits this long at most for its lineage to be kept
@@ -61,11 +62,11 @@ class FrontDoor:
             ),
             Route("/v1/models", self._models),
         ]
-        if settings.require_tokens:
-            access = Access(broker, required=True)
-            for route in routes:
-                route.app = Guard(route.app, access, ENVIRONMENT)
-        self.app = Starlette(routes=[*routes, Route("/health", self._health), Route("/healthz", self._health)])
+        self.access = Access(broker, required=settings.require_tokens)
+        for route in routes:
+            route.app = Guard(route.app, self.access, ENVIRONMENT)
+        routes += [Route("/health", self._health), Route("/healthz", self._health)]
+        self.app = Starlette(routes=routes, middleware=guarded(settings, refuse))
         self.app.router.redirect_slashes = False
 
     def close(self) -> None:
@@ -89,7 +90,9 @@ class FrontDoor:
         return JSONResponse({"object": "list", "data": [model]})
 
     async def _health(self, request: Request) -> Response:
-        """200 as long as requests are taken; whether they have to wait stands in the body."""
+        """200 as long as requests are taken; to who may read the run the body says whether they have to wait."""
+        if not await self.access.may_read(request.headers.get("authorization", "")):
+            return JSONResponse({"status": "ok"})
         return JSONResponse(
             {
                 "status": "ok",
@@ -141,6 +144,7 @@ async def serve(door: FrontDoor, listeners: Sequence[socket.socket], stop: anyio
         server.should_exit = True
 
     try:
+        await door.access.prepare()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(door.watch.keep_pool)
             tasks.start_soon(door.watch.follow_versions)
@@ -186,5 +190,6 @@ def run(settings: FrontDoorSettings) -> int:
             open_sockets.enter_context(listener)
             for listener in (_listener(settings), *(bind(settings.host, port) for port in more))
         ]
+        settings = settings.on(listeners)
         anyio.run(_main, settings, url, listeners, log, backend_options={"use_uvloop": True})
     return 0

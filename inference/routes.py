@@ -226,3 +226,7 @@ def _error(status: int, message: str, **more: object) -> Response:
     """OpenAI's shape of an error."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "code": status, **more}}, status)
+
+
+def refuse(status: int, message: str) -> Response:
+    return _error(status, message)

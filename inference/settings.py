@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from lachesis.broker.http.settings import ConnectionSettings
+from lachesis.broker.http.callers import CallerSettings
 from lachesis.broker.lineage import MAX_BYTES
 from lachesis.broker.settings import RedisSettings
 
@@ -63,10 +63,9 @@ class AgentSettings(RedisSettings):
         return value
 
 
-class FrontDoorSettings(ConnectionSettings):
+class FrontDoorSettings(CallerSettings):
     """Serve one pool of SGLang servers at one address."""
 
-    host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(9000, ge=0, le=65535, description="port to listen on (0: any free one)")
     fd: int | None = Field(
         None, ge=0, description="listening socket inherited from a supervisor, in place of host and port"
@@ -85,9 +84,6 @@ class FrontDoorSettings(ConnectionSettings):
         MAX_BYTES,
         ge=0,
         description="bytes of the run's Redis for what is known of finished generations; the oldest go first (0: record none)",
-    )
-    require_tokens: bool = Field(
-        False, description="answer only who has a token of the run with the role environment or admin"
     )
     atropos_ports: bool = Field(
         False,

@@ -7,19 +7,19 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route, Router
 
 from lachesis.broker import Broker
-from lachesis.broker.access import ADMIN, ANY, ENVIRONMENT, OPEN, TRAINER, Access
+from lachesis.broker.access import ADMIN, ANY, ENVIRONMENT, OPEN, TRAINER, Access, Seen
+from lachesis.broker.http.web_pages import guarded
 from lachesis.broker.records import Role
 from lachesis.shim.access import Guard
 from lachesis.shim.batches_out import BatchEndpoint, LatestExample
 from lachesis.shim.bodies import SMALL_BYTES
-from lachesis.shim.errors import HANDLERS
+from lachesis.shim.errors import HANDLERS, refuse
 from lachesis.shim.groups_in import GroupsIn
 from lachesis.shim.openapi import openapi
 from lachesis.shim.parties import PartyRoutes
@@ -31,6 +31,7 @@ from lachesis.shim.trainers import HttpTrainers
 from lachesis.shim.versions import Versions
 
 POSTS = ("/scored_data", "/scored_data_list")  # what an environment loses where they fail
+CHANGING_GETS = ("/batch", "/reset_data")
 
 
 def build_app(
@@ -41,21 +42,24 @@ def build_app(
     `draining` says whether the process is about to stop.
     """
 
+    seen: Seen = {}
+
     def serve(run: str) -> Router:
-        return Router(_routes(broker.for_run(run), settings, draining, hold_s, own=run == broker.keys.run))
+        own = run == broker.keys.run
+        view = broker.for_run(run)
+        access = Access(view, required=settings.require_tokens, seen=seen)
+        return Router(_routes(view, settings, access, draining, hold_s, own=own))
 
     middleware = [
+        *guarded(settings, refuse, changing=CHANGING_GETS),
         Middleware(GZipMiddleware, minimum_size=1000, compresslevel=1),
-        Middleware(
-            CORSMiddleware, allow_origins=["*"], allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
-        ),
     ]
     runs = Mount("", Runs(serve, broker.keys.run))
     return Starlette(routes=[runs], middleware=middleware, exception_handlers=HANDLERS)
 
 
 def _routes(
-    broker: Broker, settings: ShimSettings, draining: Callable[[], bool], hold_s: float, *, own: bool
+    broker: Broker, settings: ShimSettings, access: Access, draining: Callable[[], bool], hold_s: float, *, own: bool
 ) -> list[Route]:
     """One run's parts, made and joined, under its routes. `own`: the run of the bare paths, whose admins list all runs."""
     limit = settings.max_body_bytes
@@ -66,12 +70,11 @@ def _routes(
         broker, versions, lambda: Hold(pressure), limit, settings.duplicate_window_s, settings.max_body_lists
     )
     parties = PartyRoutes(broker, trainers, min(limit, SMALL_BYTES))
-    access = Access(broker, required=settings.require_tokens)
 
     def counts() -> dict[str, Any]:
         return {"groups": groups.counts, "lineage": versions.counts}
 
-    status = StatusRoutes(broker, counts, min(limit, SMALL_BYTES))
+    status = StatusRoutes(broker, access, counts, min(limit, SMALL_BYTES))
 
     def route(method: str, path: str, endpoint: Callable[..., Any], roles: Collection[Role]) -> Route:
         before = [Middleware(Patient, draining, hold_s)] if path in POSTS else []

@@ -124,6 +124,10 @@ async def denied(_: Request, error: Exception) -> Response:
     return JSONResponse({"detail": str(error)}, error.status, headers=error.headers)
 
 
+def refuse(status: int, message: str) -> Response:
+    return JSONResponse({"detail": message}, status)
+
+
 async def bad_request(_: Request, error: Exception) -> Response:
     return JSONResponse({"detail": str(error)}, 400)
 

@@ -18,14 +18,15 @@ from starlette.responses import JSONResponse, Response
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.codec import gid_of
 from lachesis.broker.packing import PACKED_TYPE, REST, pack, to_arrays, to_blob, to_scored, unpack, unpacked_bytes
-from lachesis.broker.records import DUPLICATE_WINDOW_S, Group, ScoredGroup
+from lachesis.broker.records import DUPLICATE_WINDOW_S, Group, ScoredGroup, TokenRecord
 from lachesis.broker.redis_errors import describe, trouble
 from lachesis.broker.validation import check_group
+from lachesis.shim.access import caller_of, environment_of
 from lachesis.shim.bodies import check_messages, decode_group, decode_groups, non_finite, read_body, too_large
 from lachesis.shim.errors import Malformed, detail, path, refusal
 from lachesis.shim.large import INLINE_BYTES, Read, is_large, read_apart
 from lachesis.shim.pressure import Hold, Size
-from lachesis.shim.status import buffered
+from lachesis.shim.status import account_of, buffered
 from lachesis.shim.versions import Arrival, Versions
 
 log = structlog.get_logger(role="shim")
@@ -36,11 +37,15 @@ INLINE_NESTED_BYTES = 64 << 10  # of a packed group's nested values
 
 
 class Post(NamedTuple):
-    """What a post is known by: the id of its group, and where that is made of a key of the client's, key and body's digest."""
+    """What a post is known by: the id of its group, and where that is made of a key of the client's, key and body's digest.
+
+    And the token that it came with.
+    """
 
     gid: str
     key: str | None = None
     digest: str = ""
+    caller: TokenRecord | None = None
 
 
 class Accepted(NamedTuple):
@@ -92,6 +97,8 @@ class GroupsIn:
             groups, lax = await read_apart(body, "groups", self._max_lists), False
         else:
             groups, lax = decode_groups(body)
+        for env_id in {env_of(group) for group in groups}:
+            await self._account(post, env_id)  # a list with a group of another token's environment is refused whole
         refused, odd, duplicates = [], [], 0
         for index, group in enumerate(groups):
             gid = gid_of(f"{post.gid}[{index}]".encode())  # equal groups of one list are different groups
@@ -141,16 +148,17 @@ class GroupsIn:
         if (count := len(group.tokens)) > MAX_SEQUENCES:
             raise InvalidGroup("tokens", f"{count} sequences", f"must hold at most {MAX_SEQUENCES}")
         arrays = prepared(group, lax=lax)
+        account = await self._account(key, arrays.env)
         arrival = await self._versions.arrival(arrays)
         try:
-            reply = await self._store(gid, arrays, arrival, hold, packed, key)
+            reply = await self._store(gid, arrays, arrival, hold, packed, key, account)
         except InvalidGroup:
             if not arrival.believed:
                 raise
             reply = "changed"  # perhaps
         if reply == "changed":
             arrival = await self._versions.arrival(arrays, ask=True)
-            reply = await self._store(gid, arrays, arrival, hold, packed, key)
+            reply = await self._store(gid, arrays, arrival, hold, packed, key, account)
         if reply == "conflict":
             rule = "was used for another body; use a new key for each post, and the same one to repeat it"
             raise Malformed([detail("value_error", ["Idempotency-Key"], key and key.key, rule, of="header")])
@@ -158,7 +166,7 @@ class GroupsIn:
         return Accepted(reply == "duplicate", await buffered(self._broker, arrays.env, len(arrays.tokens)))
 
     async def _store(
-        self, gid: str, arrays: Group, arrival: Arrival, hold: Hold, packed: bytes, key: Post | None
+        self, gid: str, arrays: Group, arrival: Arrival, hold: Hold, packed: bytes, key: Post | None, account: str
     ) -> str:
         """Check the group against what the run knew at its arrival, and PUT it. Returns what PUT replies."""
         config = arrival.trainer
@@ -176,11 +184,20 @@ class GroupsIn:
             believed=arrival.believed,
             digest=key.digest if key else "",
             window_s=self._window_s,
+            account=account,
         )
-        reply = await hold.store(lambda limits: put(limits=limits), partial(_size, gid, arrays, packed))
+        reply = await hold.store(lambda limits: put(limits=limits), partial(_size, gid, arrays, packed, account))
         if reply == "stored":
             self._versions.counts.update(told)
         return reply
+
+    async def _account(self, post: Post | None, env_id: int | None) -> str:
+        """What a group with that `env_id` is counted under. Raises Denied where that is another token's environment."""
+        caller = post.caller if post else None
+        env = None
+        if caller is not None and env_id is not None:
+            env = await environment_of(self._broker, caller, env_id)
+        return account_of(caller, env, env_id)
 
     def _unpack(self, body: bytes) -> Group | None:
         """The group in a packed body; None where it is not for the event loop to decode."""
@@ -214,8 +231,11 @@ class GroupsIn:
 
 def _post(request: Request, body: bytes) -> Post:
     """What makes a repeated post the same post: the client's Idempotency-Key, else its decompressed body."""
-    key, digest = request.headers.get("idempotency-key"), gid_of(body)
-    return Post(digest) if key is None else Post(gid_of(b"Idempotency-Key: " + key.encode()), key, digest)
+    key, digest, caller = request.headers.get("idempotency-key"), gid_of(body), caller_of(request)
+    if key is None:
+        return Post(digest, caller=caller)
+    whose = f"{caller.name} " if caller else ""  # nobody can use another token's keys up
+    return Post(gid_of(f"{whose}Idempotency-Key: {key}".encode()), key, digest, caller)
 
 
 class _Large(Exception):
@@ -259,7 +279,11 @@ def pack_group(group: Group) -> bytes:
         raise _unstorable(group) from None
 
 
-def _size(gid: str, group: Group, packed: bytes) -> Size:
+def env_of(group: Group | ScoredGroup | Read) -> int | None:
+    return group.env_id if isinstance(group, ScoredGroup) else group.env
+
+
+def _size(gid: str, group: Group, packed: bytes, account: str) -> Size:
     """What the group adds to the queue once it is stored."""
     blob = to_blob(
         packed,
@@ -269,7 +293,7 @@ def _size(gid: str, group: Group, packed: bytes) -> Size:
         versions=group.versions,
         sampled_logprobs=group.sampled_logprobs,
     )
-    return Size("-" if group.env is None else str(group.env), len(group.tokens), len(blob))
+    return Size(account, len(group.tokens), len(blob))
 
 
 def _is_packed(request: Request) -> bool:

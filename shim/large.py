@@ -51,6 +51,7 @@ class Reply(msgspec.Struct, array_like=True):
     kind: str
     told: bytes = b"null"  # as JSON: it may hold what MessagePack does not
     packed: Sequence[bytes] = ()
+    envs: Sequence[int | None] = ()
     posted: Sequence[bytes] = ()  # the JSON of those refused
 
 
@@ -58,6 +59,7 @@ class Read(NamedTuple):
     """One group of a large body: packed, or refused."""
 
     packed: bytes
+    env: int | None = None
     refusal: Refusal | None = None
     posted: bytes = b""
 
@@ -101,7 +103,7 @@ async def read_apart(body: bytes, form: str, max_lists: int) -> list[Read]:
             raise HTTPException(413, told)
         case "died":
             raise HTTPException(503, "the process that read the body has died", headers={"Retry-After": "1"})
-    return [Read(*each) for each in zip(reply.packed, told, reply.posted, strict=True)]
+    return [Read(*each) for each in zip(reply.packed, reply.envs, told, reply.posted, strict=True)]
 
 
 def _workers() -> CapacityLimiter:

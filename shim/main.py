@@ -33,6 +33,7 @@ def run(settings: ShimSettings) -> int:
     check_name("policy", settings.policy)
     check_certificate(settings)
     listener = listen(settings)
+    settings = settings.on([listener])
     keep_freed_memory()
     with settings.redis() as url, asyncio.Runner(loop_factory=_Loop) as runner:
         runner.run(serve(settings, url, listener))
@@ -69,6 +70,7 @@ async def serve(settings: ShimSettings, redis_url: str, listener: socket.socket)
             app,
             **uvicorn_options(settings, Protocol),
             log_config=None,
+            proxy_headers=False,  # who may call, and as which trainer, is not for the caller to say
             timeout_graceful_shutdown=DRAIN_S,
             backlog=1024,
             ssl_certfile=settings.tls_cert,
@@ -81,6 +83,7 @@ async def serve(settings: ShimSettings, redis_url: str, listener: socket.socket)
         "listening",
         url=_url(listener, "https" if settings.tls_cert else "http"),
         run=settings.run,
+        tokens="required" if settings.require_tokens else "of a run that has some",
         redis=hide_password(redis_url),
     )
     try:

@@ -144,9 +144,9 @@ class RunList(Struct):
 
 class Health(Struct):
     status: Literal["ok", "no redis", "redis demoted", "redis unready", "redis full", "redis forbids"]
-    run: str
-    groups: dict[str, int]  # counts of this process, as are those of lineage
-    lineage: dict[str, int]
+    run: str | UnsetType = UNSET  # all the rest only for who may read the run
+    groups: dict[str, int] | UnsetType = UNSET  # counts of this process, as are those of lineage
+    lineage: dict[str, int] | UnsetType = UNSET
     dead: int | UnsetType = UNSET  # of the run, as is dropped: not known without Redis
     dropped: dict[str, int] | UnsetType = UNSET
     duplicates: dict[str, int] | UnsetType = UNSET  # likewise; posts dropped as repeats, by environment
@@ -184,9 +184,10 @@ DESCRIPTIONS = {
     200: "Answer",
     400: "A body that is not the gzip it says it is, or an impossible X-Trainer-Id",
     401: "The run has tokens, and this call has none of them",
-    403: "The token is for another role",
+    403: "The token is for another role, or another token's environment is named, or a web page calls",
     409: "A live trainer has registered other settings for this run",
     413: "A body of more than max_body_bytes after decompression, or with more in it than is read",
+    421: "The header Host has a name that is not this server's",
     422: "A malformed body, or a group that can't be trained",
     503: "Redis does not answer or refuses, or the queue stayed full for as long as a post may wait",
 }
@@ -255,8 +256,8 @@ def _kinds(route: Route) -> list[Any]:
 
 
 def _operation(route: Route, schema_of: dict[str, Any]) -> dict[str, Any]:
-    guarded = {} if route.path in OPEN else {401: (Refusal,), 403: (Refusal,)}
-    answers = {**guarded, 503: (Refusal,), **route.answers}
+    guarded = {} if route.path in OPEN else {401: (Refusal,)}
+    answers = {**guarded, 403: (Refusal,), 421: (Refusal,), 503: (Refusal,), **route.answers}
     name = route.path.strip("/").replace("-", "_").replace(".", "_") or "root"
     operation: dict[str, Any] = {
         "summary": route.summary,

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from lachesis.broker import Broker, Conflict
 from lachesis.broker.codec import read_json
 from lachesis.broker.records import EnvConfig, TrainerConfig
+from lachesis.shim.access import caller_of, check_owner
 from lachesis.shim.bodies import decode, read_body
 from lachesis.shim.errors import Malformed, detail
 from lachesis.shim.status import EnvIdentifier, current_step
@@ -65,11 +66,15 @@ class PartyRoutes:
     async def register_env(self, request: Request) -> Response:
         config = decode(EnvConfig, await read_body(request, self._max_body_bytes))
         _check_sizes(config)
+        if not 0 <= (config.min_batch_allocation or 0) <= 1:
+            rule = "must be null or between 0 and 1: a part of each batch"
+            raise Malformed([detail("value_error", ["min_batch_allocation"], config.min_batch_allocation, rule)])
         parties = self._broker.parties
         trainer = await parties.trainer_config()
         if trainer is None or not await parties.started():
             return JSONResponse({"status": "wait for trainer to start"})
-        record = await parties.register_env(config, nonce=uuid.uuid4().hex)
+        caller = caller_of(request)
+        record = await parties.register_env(config, nonce=uuid.uuid4().hex, owner=caller.name if caller else "")
         await self._broker.enlist()  # its trainer may be a native one, which does not come by here
         await self._broker.journal.control("register-env", record.name, msgspec.json.encode(record).decode())
         return JSONResponse(
@@ -89,6 +94,7 @@ class PartyRoutes:
         record = await self._broker.parties.env(env_id)
         if record is None:
             return JSONResponse({"status": "failure", "error": "list index out of range"})
+        check_owner(caller_of(request), record)
         await self._broker.parties.update_env(structs.replace(record, connected=False))
         await self._broker.journal.control("disconnect-env", record.name)
         return JSONResponse({"status": "success"})

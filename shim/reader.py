@@ -20,7 +20,7 @@ from lachesis.broker.packing import to_scored, unpack, unpacked_bytes
 from lachesis.broker.records import Group, ScoredGroup
 from lachesis.shim.bodies import decode_group, decode_groups
 from lachesis.shim.errors import Malformed
-from lachesis.shim.groups_in import MAX_SEQUENCES, check_nested, pack_group, prepared
+from lachesis.shim.groups_in import MAX_SEQUENCES, check_nested, env_of, pack_group, prepared
 from lachesis.shim.large import LENGTH_BYTES, Order, Read, Reply
 
 MEMORY = 10  # times the body's size
@@ -51,27 +51,27 @@ def read(order: Order, body: bytes) -> Reply:
 
 def _entries(order: Order, body: bytes) -> Iterator[Read]:
     if order.form == "packed":
-        _check_packed(body, order.max_lists)
-        yield Read(body)
+        yield Read(body, _check_packed(body, order.max_lists).env)
         return
     check_json(body, order.max_lists)
     if order.form == "group":
         groups, lax = decode_group(body)
-        yield Read(_packed(groups[0], lax))
+        yield Read(_packed(groups[0], lax), env_of(groups[0]))
         return
     groups, lax = decode_groups(body)
     for group in groups:
         try:
-            yield Read(_packed(group, lax))
+            yield Read(_packed(group, lax), env_of(group))
         except InvalidGroup as error:
             scored = to_scored(group) if isinstance(group, Group) else group
             posted = json.dumps(msgspec.to_builtins(scored)).encode()
-            yield Read(b"", (error.field, error.value, error.rule), posted)
+            yield Read(b"", refusal=(error.field, error.value, error.rule), posted=posted)
 
 
 def _groups(found: Sequence[Read]) -> Reply:
     refusals = [each.refusal for each in found]
-    return Reply("groups", _json(refusals), [each.packed for each in found], [each.posted for each in found])
+    packed, envs, _, posted = zip(*found, strict=True) if found else ((),) * 4
+    return Reply("groups", _json(refusals), packed, envs, posted)
 
 
 def _json(told: Any) -> bytes:
@@ -84,10 +84,11 @@ def _packed(group: Group | ScoredGroup, lax: bool) -> bytes:
     return pack_group(arrays)
 
 
-def _check_packed(body: bytes, max_lists: int) -> None:
+def _check_packed(body: bytes, max_lists: int) -> Group:
     group = unpack(body, check=partial(check_msgpack, max_containers=max_lists))
     check_nested(group)
     _check_rows(group)
+    return group
 
 
 def _check_rows(group: Group) -> None:

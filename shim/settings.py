@@ -6,14 +6,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lachesis.broker.http.settings import ConnectionSettings
+from lachesis.broker.http.callers import CallerSettings
 from lachesis.broker.records import DUPLICATE_WINDOW_S, LONGEST_WINDOW_S, MAX_DELIVERIES, Limits
 
 
-class ShimSettings(ConnectionSettings):
+class ShimSettings(CallerSettings):
     """The Atropos Trajectory API over Redis. Stateless: run as many as you like behind one address."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every network")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on (0: any free one)")
     fd: int | None = Field(
         None,
@@ -59,7 +58,6 @@ class ShimSettings(ConnectionSettings):
         description="times that a batch is lent to trainers; one that none of them commits then is given up (0: never)",
     )
 
-    require_tokens: bool = Field(False, description="ask for a token also where a run has none, so that no run is open")
     tls_cert: Path | None = Field(None, description="certificate chain (PEM) to serve HTTPS with; needs --tls-key")
     tls_key: Path | None = Field(None, description="private key (PEM) of --tls-cert")
 

@@ -15,12 +15,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lachesis.broker import Broker
+from lachesis.broker.access import Access
 from lachesis.broker.codec import read_json, read_number
 from lachesis.broker.connection import patience
 from lachesis.broker.environments import Alive, share
 from lachesis.broker.forming import read_status
-from lachesis.broker.records import EnvRecord, QueueStatus, TrainerConfig
+from lachesis.broker.records import EnvRecord, QueueStatus, TokenRecord, TrainerConfig
 from lachesis.broker.redis_errors import Trouble, describe, trouble
+from lachesis.shim.access import caller_of, environment_of
 from lachesis.shim.bodies import decode, read_body
 from lachesis.shim.errors import retry_after
 
@@ -45,6 +47,13 @@ async def current_step(broker: Broker, status: QueueStatus | None = None) -> int
     return status.delivered + read_number(await broker.redis.hget(broker.keys.trainers, "step_offset"))
 
 
+def account_of(caller: TokenRecord | None, env: EnvRecord | None, env_id: int | None) -> str:
+    """What groups are counted under: their environment's id, and where a token's are no registered environment's, that token."""
+    if caller is not None and env is None:
+        return f"@{caller.name}"
+    return "-" if env_id is None else str(env_id)
+
+
 async def buffered(broker: Broker, env_id: int | None, sequences: int) -> int | None:
     """What upstream calls `buffer_size`, where a group of `sequences` is of another size than its environment's.
 
@@ -61,12 +70,13 @@ async def buffered(broker: Broker, env_id: int | None, sequences: int) -> int | 
 
 
 def env_status(
-    env: EnvRecord | None, env_id: int, alive: Alive, queue: QueueStatus, config: TrainerConfig | None
+    env: EnvRecord | None, account: str, alive: Alive, queue: QueueStatus, config: TrainerConfig | None
 ) -> dict[str, Any]:
     """What `/status-env` tells one environment, less `current_step`; sizes in groups of that environment's size.
 
     Upstream's formulas (atroposlib/api/server.py, get_status_env), on counters, and without environments that have
     fallen silent. An environment that is not known, because its run was reset, gets an answer that lets it go on.
+    `account` is what its groups are counted under.
     """
     minimums = alive.minimums
     largest = max((size for sizes in queue.waiting.values() for size in sizes), default=1)
@@ -76,7 +86,7 @@ def env_status(
 
     batch_size = config.batch_size if config else 0
     others = queue.sequences - sum(waiting.values())  # in formed batches that no trainer has yet
-    own = waiting.pop(str(env_id), 0)
+    own = waiting.pop(account, 0)
     for name, sequences in waiting.items():
         packed = math.ceil(sequences / largest) * largest
         others += max(0, packed - int(batch_size * minimums.get(name, 0.0)))
@@ -97,9 +107,11 @@ def _weight(env: EnvRecord | None, alive: Alive) -> float:
 
 
 class StatusRoutes:
-    def __init__(self, broker: Broker, counts: Callable[[], dict[str, Any]], max_body_bytes: int) -> None:
-        self._broker, self._counts, self._max_body_bytes = broker, counts, max_body_bytes
-        self._known: dict[int, tuple[float, dict[str, Any]]] = {}  # answers of /status-env, and when they were true
+    def __init__(
+        self, broker: Broker, access: Access, counts: Callable[[], dict[str, Any]], max_body_bytes: int
+    ) -> None:
+        self._broker, self._access, self._counts, self._max_body_bytes = broker, access, counts, max_body_bytes
+        self._known: dict[tuple[int, str], tuple[float, dict[str, Any]]] = {}  # by environment and token: when, what
 
     async def status(self, _: Request) -> Response:
         queue = await self._broker.queue.status()
@@ -108,24 +120,26 @@ class StatusRoutes:
     async def status_env(self, request: Request) -> Response:
         """Served from what was known, for a while, where Redis is in trouble: an environment exits when this fails."""
         env_id = decode(EnvIdentifier, await read_body(request, self._max_body_bytes)).env_id
+        caller = caller_of(request)
+        asked = env_id, caller.name if caller else ""
         try:
             with patience(LOOK_S):
-                answer = await self._status_env(env_id)
+                answer = await self._status_env(env_id, caller)
         except RedisError as error:
             if trouble(error) is None:
                 raise
-            known_at, answer = self._known.get(env_id, (float("-inf"), {}))
+            known_at, answer = self._known.get(asked, (float("-inf"), {}))
             if time.monotonic() - known_at > KNOWN_S:
-                answer = await self._status_env(env_id)
+                answer = await self._status_env(env_id, caller)
         else:
-            self._known.pop(env_id, None)
-            self._known[env_id] = time.monotonic(), answer
+            self._known.pop(asked, None)
+            self._known[asked] = time.monotonic(), answer
             if len(self._known) > KNOWN_ENVS:
                 del self._known[next(iter(self._known))]
         return JSONResponse(answer)
 
-    async def _status_env(self, env_id: int) -> dict[str, Any]:
-        env = await self._broker.parties.hear(env_id)
+    async def _status_env(self, env_id: int, caller: TokenRecord | None) -> dict[str, Any]:
+        env = await environment_of(self._broker, caller, env_id)
         keys, environments = self._broker.keys, self._broker.parties.environments
         async with self._broker.redis.pipeline(transaction=False) as pipe:  # every environment asks ten times a second
             pipe.hgetall(keys.state)
@@ -134,21 +148,25 @@ class StatusRoutes:
             state, (config, offset), *called = await pipe.execute()
         queue = read_status(state)
         trainer = read_json(TrainerConfig, config)
-        told = env_status(env, env_id, await environments.take(called), queue, trainer)
+        told = env_status(env, account_of(caller, env, env_id), await environments.take(called), queue, trainer)
         return {"current_step": queue.delivered + read_number(offset), **told}
 
-    async def healthz(self, _: Request) -> Response:
-        """200 while Redis takes groups, else 503 with the reason; with what the run dropped, and counts of this process."""
+    async def healthz(self, request: Request) -> Response:
+        """200 while Redis takes groups, else 503.
+
+        To who may read the run also why, what it dropped, and counts of this process.
+        """
         told = {"run": self._broker.keys.run, **self._counts()}
+        code, headers = 200, {}
         try:
             queue = await asyncio.wait_for(self._look(), REDIS_S)
+            told |= {"status": "ok", "dead": queue.dead, "dropped": queue.dropped, "duplicates": queue.duplicates}
         except (TimeoutError, RedisError, OSError) as error:
             kind = trouble(error) or Trouble.LOST
-            headers = {"Retry-After": retry_after(kind)}
-            return JSONResponse({"status": kind.value, "reason": describe(error), **told}, 503, headers)
-        return JSONResponse(
-            {"status": "ok", **told, "dead": queue.dead, "dropped": queue.dropped, "duplicates": queue.duplicates}
-        )
+            code, headers = 503, {"Retry-After": retry_after(kind)}
+            told |= {"status": kind.value, "reason": describe(error)}
+        may_read = await self._access.may_read(request.headers.get("authorization", ""))
+        return JSONResponse(told if may_read else {"status": told["status"]}, code, headers)
 
     async def _look(self) -> QueueStatus:
         with patience(LOOK_S):

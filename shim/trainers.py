@@ -1,8 +1,8 @@
 """HTTP trainers: who asks for batches, and what each of them was sent.
 
 Trainers of the Atropos API neither name themselves nor acknowledge. So one is known by its `X-Trainer-Id` header, by
-`/trainers/<name>` in its URL or else by its address, and its request for the next batch acknowledges the one before, if
-that was sent to its last byte.
+`/trainers/<name>` in its URL or else by its address, together with the name of its token where the run has tokens; and
+its request for the next batch acknowledges the one before, if that was sent to its last byte.
 What was sent is kept in Redis: another replica of the shim, or the next process, goes on where this one ended.
 """
 
@@ -22,11 +22,13 @@ from lachesis.broker import Broker, LeaseLost
 from lachesis.broker.codec import read_json, read_seconds
 from lachesis.broker.keys import check_name
 from lachesis.broker.records import BatchEntry, Lease, LedgerEntry
+from lachesis.shim.access import caller_of
 from lachesis.shim.runs import TRAINER
 from lachesis.shim.settings import ShimSettings
 from lachesis.shim.versions import Versions
 
 ACTIVE_S = 60.0  # a trainer that called within this time is alive
+HTTP = "http:"  # before the names of consumers that are served over HTTP
 LAST_BYTE_S = 1.0  # a replica that takes longer over the last byte has died
 
 log = structlog.get_logger(role="shim")
@@ -42,12 +44,14 @@ class Sent(Struct):
 
 
 def consumer_of(request: Request) -> str:
-    """The consumer name of the trainer that asks. Raises ConfigurationError for an impossible name."""
+    """The consumer name of the trainer that asks; no other token can have it. Raises ConfigurationError for an impossible name."""
+    caller = caller_of(request)
+    prefix = f"{HTTP}{caller.name}/" if caller else HTTP
     if (name := request.headers.get("x-trainer-id")) is not None:
-        return f"http:{check_name('X-Trainer-Id', name)}"
+        return prefix + check_name("X-Trainer-Id", name)
     if (name := request.scope.get(TRAINER)) is not None:
-        return f"http:{check_name('the trainer in the URL', name)}"
-    return f"http:{check_name('the address of the trainer', _address(request))}"
+        return prefix + check_name("the trainer in the URL", name)
+    return prefix + check_name("the address of the trainer", _address(request))
 
 
 def _address(request: Request) -> str:
@@ -57,6 +61,11 @@ def _address(request: Request) -> str:
         return ipaddress.ip_address(host.partition("%")[0]).exploded.replace(":", "-")
     except ValueError:
         return host  # a proxy's word for it
+
+
+def without_token(consumer: str) -> str:
+    """What a trainer was called before it came with a token."""
+    return HTTP + consumer.removeprefix(HTTP).rpartition("/")[2]
 
 
 class HttpTrainers:
@@ -112,6 +121,8 @@ class HttpTrainers:
     async def acknowledge(self, consumer: str) -> None:
         """Commit the batch that was sent to this trainer last, free it, and forget it."""
         sent = await self._last(consumer)
+        if sent is None and (before := without_token(consumer)) != consumer:
+            consumer, sent = before, await self._last(before)
         until = time.monotonic() + LAST_BYTE_S  # whatever the other replica's clock says
         while sent and not sent.whole and time.time() < sent.at + LAST_BYTE_S and time.monotonic() < until:
             await asyncio.sleep(0.005)

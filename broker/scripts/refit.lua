@@ -115,7 +115,7 @@ each(groups, '-', function(id, fields)
   for _, name in ipairs({'v_min', 'v_max'}) do
     if not string.find(entry[name] or '', '^%-?%d+$') then n = nil end
   end
-  if not n or tonumber(n) == 0 or (entry.gid or '') == '' or not string.find(entry.env or '', '^[%w-]+$') then
+  if not n or tonumber(n) == 0 or (entry.gid or '') == '' or not string.find(entry.env or '', '^@?[%w_.-]+$') then
     broken[#broken + 1] = {id, entry.gid or '', table.concat(fields, ' ')}
     return
   end

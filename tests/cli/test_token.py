@@ -35,6 +35,15 @@ def test_a_token_is_told_once_listed_and_revoked(shared_redis: EmbeddedRedis) ->
     assert token not in "".join(shown)
 
 
+def test_up_does_not_start_a_run_that_it_has_no_token_of(shared_redis: EmbeddedRedis, tmp_path: Path) -> None:
+    where = ("--redis-url", shared_redis.url, "--run", "tokens-before-up")
+    assert lachesis("token", "create", *where, "--role", "admin").returncode == 0
+    ports = ("--shim-port", "0", "--front-door-port", "0")
+    done = lachesis("up", *where, *ports, "--gpus", "0", "--fresh", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "run 'tokens-before-up' has tokens, and `lachesis up` has none for its environment" in done.stderr
+
+
 def test_mistakes_are_one_clear_line(shared_redis: EmbeddedRedis, tmp_path: Path) -> None:
     where = ("--redis-url", shared_redis.url, "--run", "mistakes-of-the-command")
     assert lachesis("token", "create", *where, "--role", "admin").returncode == 0

@@ -24,6 +24,7 @@ class TinyModel:
         self.model = Qwen2ForCausalLM.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.authorizations: set[str | None] = set()
 
     @torch.no_grad()
     def sample(self, prompt: list[int], count: int, temperature: float) -> list[list[tuple[float, int]]]:
@@ -45,6 +46,7 @@ class TinyModel:
     async def generate(self, request: Request) -> JSONResponse:
         body = await request.json()
         self.calls.append(("generate", body))
+        self.authorizations.add(request.headers.get("authorization"))
         sampling = body["sampling_params"]
         answers = self.sample(body["input_ids"], sampling.get("n", 1), sampling["temperature"])
         results = [
@@ -64,6 +66,7 @@ class TinyModel:
     async def completions(self, request: Request) -> JSONResponse:
         body = await request.json()
         self.calls.append(("completions", body))
+        self.authorizations.add(request.headers.get("authorization"))
         prompts = [body["prompt"]] if isinstance(body["prompt"], str) else body["prompt"]
         choices = [
             {"index": index, "text": self.answer(prompt, body), "finish_reason": "stop", "logprobs": None}

@@ -28,5 +28,6 @@ def inference(tiny: object) -> Iterator[str]:
 
     assert isinstance(tiny, TinyModel)
     tiny.calls.clear()
+    tiny.authorizations.clear()
     with serving(tiny) as url:
         yield url

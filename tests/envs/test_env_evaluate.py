@@ -48,6 +48,15 @@ def test_a_limit_beyond_the_held_out_problems_asks_each_once(inference: str, tin
     assert result.n == len(Arithmetic().held_out())
 
 
+def test_a_token_in_the_address_is_sent_and_not_told(inference: str, tiny: TinyModel) -> None:
+    right_answers(tiny, set())
+    assert evaluate(inference.replace("://", "://x:lachesis_t@"), "arithmetic", limit=1).n == 1
+    assert tiny.authorizations == {"Bearer lachesis_t"}
+    with pytest.raises(EvaluationFailed) as failed:
+        evaluate("http://x:lachesis_t@127.0.0.1:9", "arithmetic", limit=1)
+    assert "lachesis_t" not in str(failed.value)
+
+
 def test_a_chat_task_sends_messages(inference: str, tiny: TinyModel, tmp_path: Path) -> None:
     rows = [{"question": f"{number} and 1?", "answer": f"#### {number + 1}"} for number in range(40)]
     (tmp_path / "file.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -56,6 +56,13 @@ def check_alignment(group: Any, prompt: list[int], tiny: TinyModel) -> None:
             assert math.isclose(logprobs[position], expected[position - 1, tokens[position]], abs_tol=1e-4)
 
 
+async def test_a_token_in_the_front_doors_address_is_sent(inference: str, model_folder: Path, tiny: TinyModel) -> None:
+    env = environment(inference.replace("://", "://x:lachesis_t@"), model_folder, name="arithmetic")
+    await env.setup()
+    await env.collect_trajectories(await env.get_next_item())
+    assert tiny.authorizations == {"Bearer lachesis_t"}
+
+
 async def test_a_group_is_aligned_and_its_scores_are_the_grader_s(
     inference: str, model_folder: Path, tiny: TinyModel
 ) -> None:

@@ -256,7 +256,10 @@ async def test_only_who_has_a_token_of_the_run_is_answered(broker: Broker) -> No
         await broker.tokens.revoke(record.name)
     assert len(server.bodies) == 1
     async with Upstream(broker, "s", answers).running(), door(broker) as client:
-        assert (await post(client))[0] == 200  # without the setting nobody is asked
+        assert (await post(client))[0] == 401  # without the setting, too: the run has tokens
+    other = broker.for_run(f"{broker.keys.run}-b")
+    async with Upstream(other, "s", answers).running(), door(other) as client:
+        assert (await post(client))[0] == 200
 
 
 async def test_tokens_outlast_redis(redis_server: EmbeddedRedis) -> None:

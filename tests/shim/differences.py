@@ -102,7 +102,7 @@ def _(both: Both) -> None:
     for client in (both.upstream, both.shim):
         address = urlsplit(str(client.base_url))
         with socket.create_connection((address.hostname, address.port)) as raw:
-            raw.sendall(b"GET /batch HTTP/1.1\r\nHost: x\r\n\r\n")
+            raw.sendall(b"GET /batch HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert raw.recv(1) == b"H"  # and the rest stays unread
     assert numbers(both) == [None, [1]]
 
@@ -344,6 +344,24 @@ def _(both: Both) -> None:
         ["body", "messages"], ["body", "messages", 0, 0]
     ]  # fmt: skip
     assert codes(both.each("POST", "/scored_data", json={**group(1), "messages": [[1]]})) == [500, 422]
+
+
+@differs(
+    "pages of any origin may call, with what their browser remembers, under any `Host`",
+    "any page that a developer visits could read, fill and reset a run",
+)
+def _(both: Both) -> None:
+    page = {"Origin": "http://evil.example", "Cookie": "a=b"}
+    theirs, ours = both.each("POST", "/scored_data", json=group(1), headers=page)
+    assert codes((theirs, ours)) == [200, 403]
+    assert theirs.headers["access-control-allow-origin"] == page["Origin"]
+    assert "access-control-allow-origin" not in ours.headers
+    assert codes(both.each("GET", "/status", headers={"Host": "evil.example"})) == [200, 421]
+
+
+@differs("any `min_batch_allocation` can be registered", "it is a part of each batch")
+def _(both: Both) -> None:
+    assert codes(both.each("POST", "/register-env", json={**ENV, "min_batch_allocation": 1.5})) == [200, 422]
 
 
 @differs(

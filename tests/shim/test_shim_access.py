@@ -94,13 +94,10 @@ async def test_without_a_token_only_health_is_told(url: str, broker: Broker) -> 
                 assert answer.status_code == 401, path
                 assert answer.headers["www-authenticate"] == 'Bearer realm="lachesis"'
                 assert f"lachesis token create --run {broker.keys.run} --role ROLE" in answer.json()["detail"]
-        assert (await client.get("/healthz")).status_code == 200
+        health = await client.get("/healthz")
+        assert (health.status_code, health.json()) == (200, {"status": "ok"})
         assert (await client.get("/nothing")).status_code == 404
         assert (await client.post("/batch")).status_code == 405
-        page = {"Origin": "http://dashboard", "Access-Control-Request-Method": "GET"}
-        assert (await client.options("/status", headers=page)).status_code == 200
-        refused = await client.get("/status", headers={"Origin": "http://dashboard"})
-        assert refused.headers["access-control-allow-origin"] in ("*", "http://dashboard")
     assert (await broker.queue.status()).accepted == 0
     assert await broker.parties.trainer_config() is None
 
@@ -178,7 +175,7 @@ async def test_a_refused_body_is_not_read_into_memory_and_the_connection_goes_on
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     size = 32 << 20
-    writer.write(f"POST /scored_data HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode())
+    writer.write(f"POST /scored_data HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n".encode())
     assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 401")  # before any of it was sent
     writer.close()
     async with httpx.AsyncClient(base_url=url) as client:

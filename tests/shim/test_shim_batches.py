@@ -48,7 +48,7 @@ async def request_batch(client: httpx.AsyncClient, receive_buffer: int = 0) -> A
         raw.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.sock_connect(raw, (parts.hostname, parts.port))
-        await loop.sock_sendall(raw, b"GET /batch HTTP/1.1\r\nHost: x\r\n\r\n")
+        await loop.sock_sendall(raw, b"GET /batch HTTP/1.1\r\nHost: localhost\r\n\r\n")
         yield raw
 
 
@@ -140,7 +140,7 @@ async def test_a_request_sent_before_the_answer_to_the_one_before_acknowledges_n
 ) -> None:
     await post(registered, 1, 2)
     async with request_batch(registered) as raw:
-        await asyncio.get_running_loop().sock_sendall(raw, b"GET /batch HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+        await asyncio.get_running_loop().sock_sendall(raw, b"GET /batch HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2)
         await until_sent(broker, 1)
     await until_sent(broker, 0)
     assert await committed(broker) == []

@@ -212,7 +212,7 @@ def test_any_body_is_stored_whole_or_refused(
     pieces = iter([content[:7], content[7:]]) if chunked else content
     before = shim.queued()
     answer = shim.client.request(VALID[path][0], path, content=pieces, headers={**odd, **headers})
-    assert answer.status_code in (200, 400, 409, 413, 422), answer.text
+    assert answer.status_code in ((403,) if "Origin" in odd else (200, 400, 409, 413, 422)), answer.text
     stored = shim.queued() - before
     if answer.status_code == 200 and path == "/scored_data_list":
         told = answer.json()
@@ -270,7 +270,7 @@ def test_a_list_with_one_malformed_group_stores_nothing(shim: Shim, data: st.Dat
     assert shim.queued() == 0
 
 
-HEAD = b"POST /scored_data HTTP/1.1\r\nHost: x\r\n"
+HEAD = b"POST /scored_data HTTP/1.1\r\nHost: localhost\r\n"
 BODY = encoded(group(7))
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
 
@@ -290,7 +290,7 @@ RAW: dict[str, tuple[tuple[bytes, ...], tuple[bytes, ...]]] = {
     "an endless header": ((HEAD + b"X: " + b"a" * (4 * MIB),), (b"400", b"431", b"")),
     "a header of two lines": ((HEAD + LENGTH + b"X: 1\r\n  2\r\n\r\n", BODY), (b"200", b"400")),
     "a NUL in a header": ((HEAD + LENGTH + b"X: \0\r\n\r\n", BODY), (b"200", b"400")),
-    "a path of bytes": ((b"GET /\xff\xfe%00%ff HTTP/1.1\r\nHost: x\r\n\r\n",), (b"400", b"404")),
+    "a path of bytes": ((b"GET /\xff\xfe%00%ff HTTP/1.1\r\nHost: localhost\r\n\r\n",), (b"400", b"404")),
     "an old client": ((b"POST /scored_data HTTP/1.0\r\n" + LENGTH + b"\r\n", BODY), (b"200",)),
     "a client that asks first": ((HEAD + LENGTH + b"Expect: 100-continue\r\n\r\n", BODY), (b"200",)),
     "upgrade": ((HEAD + LENGTH + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n", BODY), (b"200", b"400", b"422", b"426")),

@@ -27,9 +27,10 @@ MORE_ROUTES = {
 MORE_ANSWERS = {
     "400": "upstream answers it to broken gzip; FastAPI does not know. An impossible X-Trainer-Id gets it, too",
     "401": "runs may have tokens",
-    "403": "runs may have tokens",
+    "403": "runs may have tokens, and web pages may not call",
     "409": "another trainer's settings: upstream ignores the second registration",
     "413": "bodies are bounded",
+    "421": "a web page can give its own name to any address",
     "503": "Redis does not answer, refuses, or is full; upstream keeps everything in its own memory",
 }
 MORE_KEYS = {"weight_versions": "an environment that knows its weight versions may say so; upstream ignores the key"}

@@ -188,7 +188,9 @@ async def test_posts_that_wait_share_one_question(sick: Sick) -> None:
 async def test_posts_that_come_meanwhile_wait_with_their_body(sick: Sick) -> None:
     """It stays where it is: the server does not ask for it."""
     url, body = sick.client.base_url, json.dumps(group(3)).encode()
-    head = f"POST /scored_data HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /scored_data HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     async with sick.make("NOREPLICAS"):
         first = asyncio.create_task(sick.post(2))
 

@@ -75,7 +75,7 @@ def leave_unread(port: int, ca: Path, path: str, token: str, redis: EmbeddedRedi
 
         context = ssl.create_default_context(cafile=ca)
         with context.wrap_socket(socket.create_connection(("127.0.0.1", port)), server_hostname="127.0.0.1") as raw:
-            raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+            raw.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
             wait_for(lambda: any(b'"whole":true' in note for note in notes()))
         wait_for(lambda: not notes())
 
