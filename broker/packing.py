@@ -23,6 +23,7 @@ from lachesis.broker.records import Group, GroupEntry, ScoredGroup, Spans
 
 CODEC = "mp2z"
 PACKED_TYPE = "application/vnd.lachesis.group"  # media type of a packed group
+LARGEST = 1 << 29  # bytes of a packed group once it is decompressed: of no post and of no archive are more taken
 _TRAINED = -1  # in the packed form this mask value and the token's own id trade places
 
 
@@ -114,7 +115,10 @@ def to_scored(group: Group) -> ScoredGroup:
 
 
 def pack(group: ScoredGroup | Group) -> bytes:
-    """The packed form: what a client posts as PACKED_TYPE. Raises InvalidGroup if an integer does not fit 64 bits."""
+    """The packed form: what a client posts as PACKED_TYPE.
+
+    Raises InvalidGroup if an integer does not fit 64 bits, or the group is larger than could be read back.
+    """
     if isinstance(group, ScoredGroup):
         group = to_arrays(group)
     tokens, masks = _narrow(group.tokens, "<i4"), _narrow(group.masks, "<i4")
@@ -129,7 +133,10 @@ def pack(group: ScoredGroup | Group) -> bytes:
         rest=_Rest(**group.rest),
         weight_versions=group.versions,
     )
-    return _zstd.compressor.compress(_encoder.encode(packed))
+    data = _encoder.encode(packed)
+    if len(data) > LARGEST:
+        raise InvalidGroup("body", f"{len(data)} bytes", f"must not be larger than {LARGEST} bytes as arrays")
+    return _zstd.compressor.compress(data)
 
 
 def is_packed(body: bytes) -> bool:
@@ -148,13 +155,14 @@ def unpacked_bytes(packed: bytes) -> int:
     return int(size)
 
 
-def unpack(packed: bytes) -> Group:
+def unpack(packed: bytes, max_bytes: int = LARGEST) -> Group:
     """Decode a packed group; its arrays are read-only views of one buffer.
 
-    Takes at most `unpacked_bytes` of memory for them. Raises InvalidGroup where the bytes are not a packed group; that
-    shapes agree and numbers make sense is for `check_group` to see.
+    Takes at most `unpacked_bytes` of memory for them. Raises InvalidGroup where the bytes are not a packed group, or
+    say that they decompress to more than `max_bytes`; that shapes agree and numbers make sense is for `admit` to see.
     """
-    unpacked_bytes(packed)
+    if (size := unpacked_bytes(packed)) > max_bytes:
+        raise InvalidGroup("body", f"{size} bytes", f"must not decompress to more than {max_bytes} bytes")
     try:
         data = _zstd.decompressor.decompress(packed, allow_extra_data=False)
         found = _packed_decoder.decode(data)
@@ -192,7 +200,7 @@ def from_blob(blob: bytes) -> Group:
     try:
         found = _blob_decoder.decode(blob)
         sampled = _unpack_floats(found.sampled_logprobs)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise _not_packed(f"must be a stored group ({error})") from None
     group = unpack(found.packed)
     group.gid, group.v_min, group.v_max = found.gid, found.v_min, found.v_max

@@ -39,6 +39,7 @@ from lachesis.broker.refit import Refit
 from lachesis.broker.retention import Retention
 from lachesis.broker.shadows import Rule, Shadows
 from lachesis.broker.staleness import Staleness
+from lachesis.broker.validation import check_bounds, check_id
 
 BLOB_TTL_S = 600  # a blob not yet in the queue expires after this
 AGAIN = "~"  # between a post's id and what tells its groups apart, where one is still kept and the next is accepted
@@ -94,10 +95,14 @@ class Queue:
         is neither trained nor given up. After that it is a group of its own, with another id where the first is still
         kept. Where the id is not made of the body, `digest` is: another body under a known id is a "conflict".
 
+        Raises InvalidGroup for an id or versions that no group can have; the rest is for `admit` to see.
+
         `packed` is the group's packed form where the caller has it already: it is stored as it is.
         """
         if isinstance(group, ScoredGroup):
             group = to_arrays(group)
+        check_id(gid)
+        check_bounds(v_min, v_max)
         packed = packed or pack(group)
         names, post, call = self._keys, gid, f"{self._caller}{next(self._calls):x}"
         quotas = [limits.bytes, limits.sequences, limits.env_bytes, limits.env_sequences]

@@ -16,11 +16,12 @@ from rich.table import Table
 
 from lachesis.broker.client import Broker
 from lachesis.broker.dead import Letter
-from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.errors import ConfigurationError, InvalidGroup
 from lachesis.broker.nearest import did_you_mean
 from lachesis.broker.packing import from_blob, is_packed, to_scored
 from lachesis.broker.records import Group
 from lachesis.broker.settings import RedisSettings
+from lachesis.broker.validation import admit_stored
 from lachesis.cli.actions import dispatch, with_broker
 from lachesis.cli.options import parse
 
@@ -187,7 +188,10 @@ async def _requeue(broker: Broker, letter: Letter, policy: str) -> str:
     body = await broker.dead.body(letter)
     if not letter.accepted:
         return await _post_again(broker, letter, body, policy)
-    group = from_blob(body)
+    try:
+        group = admit_stored(body, letter.entry.gid)
+    except InvalidGroup as error:
+        return f"it can't be trained: {str(error)[:SHOWN_BODY]}"
     max_lag, newest = await broker.queue.staleness.rule()
     if 0 < max_lag < newest - group.v_min:
         return (
@@ -209,7 +213,6 @@ async def _post_again(broker: Broker, letter: Letter, body: bytes, policy: str) 
     # what the shim does with a post; imported here because the other actions do without its web framework
     from starlette.exceptions import HTTPException
 
-    from lachesis.broker.errors import InvalidGroup
     from lachesis.broker.records import Limits
     from lachesis.shim.errors import Malformed
     from lachesis.shim.groups_in import GroupsIn

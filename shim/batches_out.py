@@ -144,6 +144,8 @@ class _Writer:
         before = b'{"batch":['
         for blob in blobs:
             group = from_blob(blob)
+            if not np.isfinite(group.scores).all():  # somebody else than PUT stored it
+                raise InvalidGroup("scores", "a number", "must be finite")
             scores.append(group.scores)
             await self._write(before)
             await self._write(to_json(group))

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
-import orjson
 import structlog
 from redis.exceptions import RedisError
 from starlette.requests import Request
@@ -17,12 +16,12 @@ from starlette.responses import JSONResponse, Response
 
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.codec import gid_of
-from lachesis.broker.packing import PACKED_TYPE, REST, pack, to_arrays, to_blob, to_scored, unpack, unpacked_bytes
+from lachesis.broker.packing import PACKED_TYPE, pack, to_arrays, to_blob, to_scored, unpack, unpacked_bytes
 from lachesis.broker.records import DUPLICATE_WINDOW_S, Group, ScoredGroup
 from lachesis.broker.redis_errors import describe, trouble
-from lachesis.broker.validation import check_group
-from lachesis.shim.bodies import check_messages, decode_group, decode_groups, non_finite, read_body, too_large
-from lachesis.shim.errors import Malformed, detail, path, refusal
+from lachesis.broker.validation import admit
+from lachesis.shim.bodies import check_messages, decode_group, decode_groups, read_body, too_large
+from lachesis.shim.errors import Malformed, detail, refusal
 from lachesis.shim.pressure import Hold, Size
 from lachesis.shim.status import buffered
 from lachesis.shim.versions import Arrival, Versions
@@ -122,20 +121,18 @@ class GroupsIn:
         packed: bytes = b"",
         key: Post | None = None,
     ) -> Accepted:
-        _check_depth(group)
-        if lax and (found := non_finite(msgspec.to_builtins(group))):
-            raise InvalidGroup(path(found[0]), found[1], "must be finite")
         arrays = to_arrays(group) if isinstance(group, ScoredGroup) else group
+        strict = not (lax or packed)
         arrival = await self._versions.arrival(arrays)
         try:
-            reply = await self._store(gid, arrays, arrival, hold, packed, key)
+            reply = await self._store(gid, arrays, arrival, hold, packed, key, strict=strict)
         except InvalidGroup:
             if not arrival.believed:
                 raise
             reply = "changed"  # perhaps
         if reply == "changed":
             arrival = await self._versions.arrival(arrays, ask=True)
-            reply = await self._store(gid, arrays, arrival, hold, packed, key)
+            reply = await self._store(gid, arrays, arrival, hold, packed, key, strict=strict)
         if reply == "conflict":
             rule = "was used for another body; use a new key for each post, and the same one to repeat it"
             raise Malformed([detail("value_error", ["Idempotency-Key"], key and key.key, rule, of="header")])
@@ -143,12 +140,15 @@ class GroupsIn:
         return Accepted(reply == "duplicate", await buffered(self._broker, arrays.env, len(arrays.tokens)))
 
     async def _store(
-        self, gid: str, arrays: Group, arrival: Arrival, hold: Hold, packed: bytes, key: Post | None
+        self, gid: str, arrays: Group, arrival: Arrival, hold: Hold, packed: bytes, key: Post | None, *, strict: bool
     ) -> str:
-        """Check the group against what the run knew at its arrival, and PUT it. Returns what PUT replies."""
+        """Check the group against what the run knew at its arrival, and PUT it. Returns what PUT replies.
+
+        `strict`: a strict JSON reader made it.
+        """
         config = arrival.trainer
         limits = {"max_token_len": config.max_token_len, "batch_size": config.batch_size} if config else {}
-        check_group(arrays, **limits)
+        admit(arrays, **limits, from_json=strict)
         try:
             packed = packed or pack(arrays)
         except (OverflowError, UnicodeEncodeError):
@@ -173,10 +173,8 @@ class GroupsIn:
     def _unpack(self, body: bytes) -> Group:
         if unpacked_bytes(body) > self._max_body_bytes:
             raise too_large(self._max_body_bytes)
-        group = unpack(body)
-        if group.rest:
-            _check_json(group.rest)
-            check_messages(group)
+        group = unpack(body, self._max_body_bytes)
+        check_messages(group)
         return group
 
     def _repeated(self, post: Post) -> str:
@@ -218,29 +216,6 @@ def _size(gid: str, group: Group, packed: bytes) -> Size:
 
 def _is_packed(request: Request) -> bool:
     return request.headers.get("content-type", "").startswith(PACKED_TYPE)
-
-
-def _check_json(rest: dict[str, Any]) -> None:
-    """MessagePack holds more than JSON does; what is not JSON could not be handed out by `GET /batch`."""
-    for name, value in rest.items():
-        try:
-            orjson.dumps({name: value}, option=orjson.OPT_PASSTHROUGH_DATETIME)
-        except TypeError as error:
-            raise InvalidGroup(name, "a value", f"must be what JSON can express ({error})") from None
-        if found := non_finite(value, (name,)):
-            raise InvalidGroup(path(found[0]), found[1], "must be finite")
-
-
-def _check_depth(group: Group | ScoredGroup) -> None:
-    """Values nested deeper than they could be written again, in `GET /batch`, are refused before anything walks them."""
-    for name in REST:
-        value = group.rest.get(name) if isinstance(group, Group) else getattr(group, name)
-        try:
-            if value is not None:
-                orjson.dumps({name: value})
-        except TypeError as error:  # whatever else is wrong has a message of its own
-            if "Recursion" in str(error):
-                raise InvalidGroup(name, "a value", "must not be nested deeper than 250 levels") from None
 
 
 def _unstorable(group: Group) -> InvalidGroup:
