@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from lachesis.broker.codec import narrowed
 from lachesis.broker.errors import InvalidGroup
+from lachesis.broker.nested import holds_more_lists
 from lachesis.broker.records import Group, GroupEntry, ScoredGroup, Spans
 
 CODEC = "mp2z"
@@ -155,16 +156,17 @@ def unpacked_bytes(packed: bytes) -> int:
     return int(size)
 
 
-def unpack(packed: bytes, max_bytes: int = LARGEST) -> Group:
+def unpack(packed: bytes, max_bytes: int = LARGEST, max_lists: int | None = None) -> Group:
     """Decode a packed group; its arrays are read-only views of one buffer.
 
     Takes at most `unpacked_bytes` of memory for them. Raises InvalidGroup where the bytes are not a packed group, or
-    say that they decompress to more than `max_bytes`; that shapes agree and numbers make sense is for `admit` to see.
+    say that they decompress to more than `max_bytes`, or hold more than `max_lists` lists and maps; that shapes agree and numbers make sense is for `admit` to see.
     """
     if (size := unpacked_bytes(packed)) > max_bytes:
         raise InvalidGroup("body", f"{size} bytes", f"must not decompress to more than {max_bytes} bytes")
     try:
         data = _zstd.decompressor.decompress(packed, allow_extra_data=False)
+        _check_lists(data, max_lists)
         found = _packed_decoder.decode(data)
         tokens, masks = _flat(found.tokens, "<i4", "<i8"), _flat(found.masks, "<i4", "<i8")
         return Group(
@@ -195,14 +197,15 @@ def to_blob(
     return _encoder.encode(_Blob(gid, v_min, v_max, packed, versions, _pack_floats(sampled_logprobs)))
 
 
-def from_blob(blob: bytes) -> Group:
-    """A stored group. Raises InvalidGroup if the bytes are none."""
+def from_blob(blob: bytes, max_lists: int | None = None) -> Group:
+    """A stored group. Raises InvalidGroup if the bytes are none, or hold more than `max_lists` lists and maps."""
+    _check_lists(blob, max_lists)
     try:
         found = _blob_decoder.decode(blob)
         sampled = _unpack_floats(found.sampled_logprobs)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise _not_packed(f"must be a stored group ({error})") from None
-    group = unpack(found.packed)
+    group = unpack(found.packed, max_lists=max_lists)
     group.gid, group.v_min, group.v_max = found.gid, found.v_min, found.v_max
     group.sampled_logprobs = sampled
     if found.versions is not None:
@@ -234,6 +237,11 @@ def _spread(scores: Sequence[float]) -> tuple[float, float]:
     mean = sum(score / scale for score in scores) / len(scores)
     deviation = (sum((score / scale - mean) ** 2 for score in scores) / len(scores)) ** 0.5
     return mean * scale, deviation * scale
+
+
+def _check_lists(data: bytes, most: int | None) -> None:
+    if most is not None and holds_more_lists(data, most):
+        raise _not_packed(f"must not hold more than {most} lists and maps")
 
 
 def _not_packed(rule: str) -> InvalidGroup:

@@ -21,9 +21,9 @@ from lachesis.broker.crash import crash_point
 from lachesis.broker.errors import Conflict
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
-from lachesis.broker.packing import queue_entry
+from lachesis.broker.packing import from_blob, queue_entry
 from lachesis.broker.records import BatchEntry, Group, GroupEntry, TrainerConfig
-from lachesis.broker.validation import admit_stored
+from lachesis.broker.validation import admit
 
 ATTEMPTS = 10  # while others register
 SLICE = 500  # entries read at a time
@@ -204,7 +204,10 @@ def _entry(gid: str, blob: bytes | None, sizes: Sizes | None) -> list[str]:
     if blob is None:
         return [LOST, "its data is gone"]
     try:
-        entry = queue_entry(admit_stored(blob, gid), len(blob))
+        group = from_blob(blob)
+        group.gid = gid
+        admit(group)
+        entry = queue_entry(group, len(blob))
     except ValueError as error:
         return [UNREADABLE, f"its data: {error}"[:SHOWN]]
     if why := sizes.why_not(entry.n, entry.longest) if sizes else "":

@@ -157,12 +157,12 @@ async def store(
     keep_versions: bool,
     quota: int,
     tell: Callable[[], None],
-    refuse: Callable[[str], None],
+    refuse: Callable[[str], None] | None = None,
 ) -> None:
     """Put the groups into the target run, waiting while its queue or its Redis is full; counts in `done`.
 
     They are stamped with the policy's newest version there, or with `keep_versions` with the versions they came with.
-    One that PUT refuses is told to `refuse`.
+    One that PUT refuses is told to `refuse`; without it InvalidGroup is raised.
     """
     newest = await target.weights.newest(policy)
     version = newest.version if newest else 0
@@ -173,6 +173,8 @@ async def store(
         try:
             reply = await _put(target, done.next_id(group.gid), group, done, quota, tell)
         except InvalidGroup as error:
+            if refuse is None:
+                raise
             refuse(refusal(part.origin, group.gid, error))
             continue
         kept.append(group)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -19,6 +19,7 @@ from lachesis.broker.records import Group, Spans
 
 NEWEST = 2**53  # no version is newer: Lua and JavaScript count so far
 MOST_SEQUENCES = 1 << 20  # of a group: no batch has more
+MOST_LISTS = 250_000  # of a group that somebody else kept
 ENV_IDS = range(-(2**63), 2**63)
 TOKEN_FIELDS = ("masks", "advantages", "ref_logprobs", "inference_logprobs", "sampled_logprobs")
 MESSAGE_RULE = "Message must have 'role' and 'content' fields"  # upstream's words
@@ -27,23 +28,24 @@ REFUSED = "refused-"  # begins the ids of refused posts, and no others
 _ID = re.compile(rf"(?!{REFUSED})[A-Za-z0-9~-]{{1,128}}")
 
 Location = Sequence[str | int]
+Reader = Literal["strict json", "lax json", "msgpack"]
 
 
-def admit(group: Group, *, max_token_len: int = -1, batch_size: int = -1, from_json: bool = False) -> None:
+def admit(group: Group, *, max_token_len: int = -1, batch_size: int = -1, reader: Reader = "msgpack") -> None:
     """Raise InvalidGroup, naming field, value and rule, unless the group may become part of a run.
 
     A group that was stored before is looked at whole, with its id and versions; one that is yet to get them without.
 
     Args:
         max_token_len, batch_size: as for `check_group`.
-        from_json: its nested fields were read by a strict JSON reader, which lets nothing but JSON through.
+        reader: what its nested fields were read by: JSON holds no other types, and strict JSON no NaN.
     """
     if group.gid:
         check_id(group.gid)
     if group.env is not None and group.env not in ENV_IDS:
-        raise InvalidGroup("env_id", group.env, "must fit a signed 64-bit integer")
+        raise InvalidGroup("env_id", "an integer", "must fit a signed 64-bit integer")
     check_group(group, max_token_len=max_token_len, batch_size=batch_size)
-    _check_nested(group.rest, from_json=from_json)
+    _check_nested(group.rest, reader)
     if (group.v_min, group.v_max) != (-1, -1):
         check_bounds(group.v_min, group.v_max)
         for index, spans in enumerate(group.versions or ()):
@@ -55,7 +57,7 @@ def admit(group: Group, *, max_token_len: int = -1, batch_size: int = -1, from_j
 def admit_stored(blob: bytes, gid: str) -> Group:
     """The group in a blob of whatever origin, which was kept under the id `gid`. Raises InvalidGroup as `admit` does."""
     check_id(gid)
-    group = from_blob(blob)
+    group = from_blob(blob, MOST_LISTS)
     if group.gid != gid:
         raise InvalidGroup("gid", group.gid[:100], f"must be the id that it is kept under, {gid!r}")
     admit(group)
@@ -154,7 +156,7 @@ def _check_finite(name: str, values: np.ndarray) -> None:
 # -- nested fields ------------------------------------------------------------------------------------------------------
 
 
-def _check_nested(fields: Mapping[str, Any], *, from_json: bool) -> None:
+def _check_nested(fields: Mapping[str, Any], reader: Reader) -> None:
     """What is kept as it came has to be JSON: `GET /batch` hands it out, and MessagePack holds more than that."""
     for name, value in fields.items():
         try:
@@ -162,9 +164,9 @@ def _check_nested(fields: Mapping[str, Any], *, from_json: bool) -> None:
         except TypeError as error:
             if "Recursion" in str(error):
                 raise InvalidGroup(name, "a value", "must not be nested deeper than 250 levels") from None
-            if not from_json:  # of JSON, only numbers and text that can't be packed: see groups_in.py
+            if reader == "msgpack":  # of JSON, only numbers and text that can't be packed: see groups_in.py
                 raise InvalidGroup(name, "a value", f"must be what JSON can express ({error})") from None
-        if not from_json and (found := non_finite(value, (name,))):
+        if reader != "strict json" and (found := non_finite(value, (name,))):
             raise InvalidGroup(path(found[0]), found[1], "must be finite")
 
 

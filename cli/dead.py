@@ -21,7 +21,7 @@ from lachesis.broker.nearest import did_you_mean
 from lachesis.broker.packing import from_blob, is_packed, to_scored
 from lachesis.broker.records import Group
 from lachesis.broker.settings import RedisSettings
-from lachesis.broker.validation import admit_stored
+from lachesis.broker.validation import REFUSED, admit_stored
 from lachesis.cli.actions import dispatch, with_broker
 from lachesis.cli.options import parse
 
@@ -34,7 +34,7 @@ usage: lachesis dead list [--reason REASON] [--json]
 Dead letters are groups that could not be trained. Reasons:
   stale       accepted; by the time there was a batch for it, it lay more than --max-lag versions behind
   deliveries  accepted; its batch was lent to trainers too often without being committed
-  invalid     a post that was refused: NaN, ragged, over-long, …; kept for a week
+  invalid     a post that was refused: NaN, ragged, over-long, …; kept for a week, of a large one the first MiB
   untrainable a sequence that its trainer could not use (group/place); the rest of its group was trained
 requeue puts them back at the end of the queue, refused posts if they are valid now; purge gives them up for good.
 Every action takes --redis-url and --run; `lachesis dead list --help` explains them. docs/guarantees.md says more."""
@@ -112,7 +112,8 @@ def show(arguments: Sequence[str]) -> int:
         body = await broker.dead.body(letter)
         group = from_blob(body) if letter.accepted or letter.sequence else None
         if settings.json_output:
-            kept = {"group": to_scored(group)} if group else {"body": body.decode(errors="replace")}
+            kept: dict[str, Any] = {"group": to_scored(group)} if group else {"body": body.decode(errors="replace")}
+            kept |= {"whole_bytes": letter.cut_from} if letter.cut_from else {}
             print(msgspec.json.encode({**_plain(letter), **kept}).decode())
             return 0
         for name, value in _plain(letter).items():
@@ -120,6 +121,8 @@ def show(arguments: Sequence[str]) -> int:
         print(
             "\n".join(_summary(group, letter.sequence, settings.tokens) if group else _excerpt(body, settings.tokens))
         )
+        if letter.cut_from:
+            print(f"kept        the first {len(body):,} of its {letter.cut_from:,} bytes")
         return 0
 
     return with_broker(settings, run)
@@ -186,6 +189,8 @@ async def _requeue(broker: Broker, letter: Letter, policy: str) -> str:
     if letter.sequence:
         return "the rest of its group was trained without it"
     body = await broker.dead.body(letter)
+    if letter.cut_from:
+        return f"of its {letter.cut_from:,} bytes only the first {len(body):,} are kept"
     if not letter.accepted:
         return await _post_again(broker, letter, body, policy)
     try:
@@ -222,7 +227,7 @@ async def _post_again(broker: Broker, letter: Letter, body: bytes, policy: str) 
     hold = Hold(Pressure(broker, Limits()))
     groups = GroupsIn(broker, Versions(broker, policy), lambda: hold, ANY_SIZE)
     try:
-        await groups.accept(letter.entry.gid.removeprefix("refused-"), body, hold, packed=is_packed(body))
+        await groups.accept(letter.entry.gid.removeprefix(REFUSED), body, hold, packed=is_packed(body))
     except (InvalidGroup, Malformed) as error:
         return f"still refused: {error}"
     except HTTPException as error:

@@ -98,6 +98,11 @@ def _show(snapshot: dict[str, Any]) -> None:
         table.add_row("dead", f"{queue.dead} groups (lachesis dead list); dropped so far: {reasons}")
     if queue.untrainable:
         table.add_row("untrainable", f"{queue.untrainable} sequences that their groups were trained without")
+    if queue.refused:
+        lost = (
+            f", {queue.refused_not_kept} of them only counted: Redis was nearly full" if queue.refused_not_kept else ""
+        )
+        table.add_row("refused", f"{queue.refused} posts (lachesis dead list --reason invalid){lost}")
     kept = snapshot["kept"]
     if kept.keep_bytes or ARCHIVE in kept.covered:
         steps = f", {kept.bytes:,} bytes, steps {kept.first} to {kept.last}" if kept.batches else ""

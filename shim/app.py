@@ -61,8 +61,16 @@ def _routes(
     versions = Versions(broker, settings.policy)
     trainers = HttpTrainers(broker, versions, settings)
     pressure = Pressure(broker, settings.limits, draining, hold_s)
-    groups = GroupsIn(broker, versions, lambda: Hold(pressure), limit, settings.duplicate_window_s)
-    parties = PartyRoutes(broker, trainers, limit)
+    groups = GroupsIn(
+        broker,
+        versions,
+        lambda: Hold(pressure),
+        limit,
+        settings.duplicate_window_s,
+        settings.refused_bytes,
+        settings.max_runs,
+    )
+    parties = PartyRoutes(broker, trainers, limit, settings.max_runs)
     access = Access(broker, required=settings.require_tokens)
 
     def counts() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from lachesis.broker.access import Denied
-from lachesis.broker.errors import ConfigurationError, Conflict, InvalidGroup
+from lachesis.broker.errors import ConfigurationError, Conflict, InvalidGroup, LimitReached
 from lachesis.broker.redis_errors import Trouble, describe, trouble
 from lachesis.broker.validation import path
 
@@ -90,6 +90,10 @@ async def conflict(_: Request, error: Exception) -> Response:
     return JSONResponse({"detail": str(error)}, 409)
 
 
+async def limit_reached(_: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": str(error)}, 429, headers={"Retry-After": "60"})
+
+
 async def denied(_: Request, error: Exception) -> Response:
     assert isinstance(error, Denied)
     return JSONResponse({"detail": str(error)}, error.status, headers=error.headers)
@@ -121,6 +125,7 @@ HANDLERS: dict[Any, Any] = {
     InvalidGzip: invalid_gzip,
     InvalidGroup: invalid_group,
     Conflict: conflict,
+    LimitReached: limit_reached,
     Denied: denied,
     ConfigurationError: bad_request,
     RedisError: redis_trouble,

@@ -17,9 +17,10 @@ from starlette.responses import JSONResponse, Response
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.codec import gid_of
 from lachesis.broker.packing import PACKED_TYPE, pack, to_arrays, to_blob, to_scored, unpack, unpacked_bytes
+from lachesis.broker.queue import REFUSED_BYTES
 from lachesis.broker.records import DUPLICATE_WINDOW_S, Group, ScoredGroup
 from lachesis.broker.redis_errors import describe, trouble
-from lachesis.broker.validation import admit
+from lachesis.broker.validation import REFUSED, Reader, admit
 from lachesis.shim.bodies import check_messages, decode_group, decode_groups, read_body, too_large
 from lachesis.shim.errors import Malformed, detail, refusal
 from lachesis.shim.pressure import Hold, Size
@@ -54,13 +55,17 @@ class GroupsIn:
         hold: Callable[[], Hold],
         max_body_bytes: int,
         window_s: int = DUPLICATE_WINDOW_S,
+        refused_bytes: int = REFUSED_BYTES,
+        max_runs: int = 0,
     ) -> None:
         self.counts: Counter[str] = Counter(stored=0, duplicate=0, refused=0)
         self._broker, self._versions, self._hold = broker, versions, hold
-        self._max_body_bytes, self._window_s = max_body_bytes, window_s
+        self._max_body_bytes, self._window_s, self._refused_bytes = max_body_bytes, window_s, refused_bytes
+        self._max_runs = max_runs
 
     async def scored_data(self, request: Request) -> Response:
         hold = self._hold()
+        await self._broker.enlist(self._max_runs)
         await hold.room()
         body = await read_body(request, self._max_body_bytes)
         post = _post(request, body)
@@ -77,6 +82,7 @@ class GroupsIn:
 
     async def scored_data_list(self, request: Request) -> Response:
         hold = self._hold()
+        await self._broker.enlist(self._max_runs)
         await hold.room()
         body = await read_body(request, self._max_body_bytes)
         groups, lax = decode_groups(body)
@@ -122,17 +128,17 @@ class GroupsIn:
         key: Post | None = None,
     ) -> Accepted:
         arrays = to_arrays(group) if isinstance(group, ScoredGroup) else group
-        strict = not (lax or packed)
+        reader: Reader = "msgpack" if packed else "lax json" if lax else "strict json"
         arrival = await self._versions.arrival(arrays)
         try:
-            reply = await self._store(gid, arrays, arrival, hold, packed, key, strict=strict)
+            reply = await self._store(gid, arrays, arrival, hold, packed, key, reader)
         except InvalidGroup:
             if not arrival.believed:
                 raise
             reply = "changed"  # perhaps
         if reply == "changed":
             arrival = await self._versions.arrival(arrays, ask=True)
-            reply = await self._store(gid, arrays, arrival, hold, packed, key, strict=strict)
+            reply = await self._store(gid, arrays, arrival, hold, packed, key, reader)
         if reply == "conflict":
             rule = "was used for another body; use a new key for each post, and the same one to repeat it"
             raise Malformed([detail("value_error", ["Idempotency-Key"], key and key.key, rule, of="header")])
@@ -140,15 +146,12 @@ class GroupsIn:
         return Accepted(reply == "duplicate", await buffered(self._broker, arrays.env, len(arrays.tokens)))
 
     async def _store(
-        self, gid: str, arrays: Group, arrival: Arrival, hold: Hold, packed: bytes, key: Post | None, *, strict: bool
+        self, gid: str, arrays: Group, arrival: Arrival, hold: Hold, packed: bytes, key: Post | None, reader: Reader
     ) -> str:
-        """Check the group against what the run knew at its arrival, and PUT it. Returns what PUT replies.
-
-        `strict`: a strict JSON reader made it.
-        """
+        """Check the group against what the run knew at its arrival, and PUT it. Returns what PUT replies."""
         config = arrival.trainer
         limits = {"max_token_len": config.max_token_len, "batch_size": config.batch_size} if config else {}
-        admit(arrays, **limits, from_json=strict)
+        admit(arrays, **limits, reader=reader)
         try:
             packed = packed or pack(arrays)
         except (OverflowError, UnicodeEncodeError):
@@ -188,7 +191,9 @@ class GroupsIn:
         """Keep it under another id: the same post may be fine for the next trainer."""
         self.counts["refused"] += 1
         try:
-            await self._broker.queue.bury(f"refused-{gid}", body, "invalid", str(error)[:1000])
+            await self._broker.queue.bury(
+                f"{REFUSED}{gid}", body, "invalid", str(error)[:1000], most_bytes=self._refused_bytes
+            )
         except RedisError as lost:
             if trouble(lost) is None:
                 raise

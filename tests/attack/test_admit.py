@@ -74,13 +74,21 @@ SPOILT: dict[str, tuple[Callable[[str], bytes], str]] = {
     "message": (lambda gid: blob(scored(messages=[[{"x": 1}]]), gid), "Message must have 'role' and 'content' fields"),
     "deep": (lambda gid: blob(with_rest(b"\x91" * 300 + b"\x90"), gid), "must not be nested deeper than 250 levels"),
     "too-deep": (lambda gid: blob(with_rest(b"\x91" * 100_000 + b"\x90"), gid), "must be a packed group"),
+    "lists": (
+        lambda gid: blob(with_rest(b"\xdd" + (10**7).to_bytes(4, "big") + b"\x90" * 10**7), gid),
+        "must not hold more than",
+    ),
+    "spans": (
+        lambda gid: msgspec.msgpack.encode([gid, 0, 0, SOUND, [[]] * 300_000]),
+        "must not hold more than 250000 lists and maps",
+    ),
     "nan-inside": (
         lambda gid: blob(with_rest(msgspec.msgpack.encode([math.nan])), gid),
         "images[0] = nan: must be finite",
     ),
     "bytes-inside": (lambda gid: blob(with_rest(b"\xc4\x01x"), gid), "must be what JSON can express"),
     "keys-inside": (lambda gid: blob(with_rest(b"\x81\x01\x01"), gid), "must be what JSON can express"),
-    "env": (lambda gid: blob(scored(env_id=2**64 - 1), gid), "env_id = 18446744073709551615: must fit"),
+    "env": (lambda gid: blob(scored(env_id=2**64 - 1), gid), "env_id = 'an integer': must fit"),
 }
 
 
@@ -198,7 +206,7 @@ async def test_put_refuses_versions_that_no_group_can_have(broker: Broker, bound
 
 async def test_a_packed_post_passes_the_same_checks(broker: Broker) -> None:
     """Those of its body; id and versions it gets here."""
-    own = {"another-id", "span", "sampled", "sampled-rows"}
+    own = {"another-id", "span", "spans", "lists", "sampled", "sampled-rows"}
     async with serving(build_app(broker, ShimSettings())) as url, httpx.AsyncClient(base_url=url) as client:
         for gid, (make, rule) in SPOILT.items():
             try:
