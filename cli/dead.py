@@ -8,10 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
-from rich.console import Console
 from rich.table import Table
 
 from lachesis.broker.client import Broker
@@ -24,6 +22,7 @@ from lachesis.broker.settings import RedisSettings
 from lachesis.broker.validation import REFUSED, admit_stored
 from lachesis.cli.actions import dispatch, with_broker
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import console, say, say_json
 
 USAGE = """\
 usage: lachesis dead list [--reason REASON] [--json]
@@ -94,11 +93,11 @@ def list_(arguments: Sequence[str]) -> int:
     async def run(broker: Broker) -> int:
         letters = _of_reason(await broker.dead.all(), settings.reason)
         if settings.json_output:
-            print(msgspec.json.encode(list(map(_plain, letters))).decode())
+            say_json(list(map(_plain, letters)))
         elif letters:
             _table(letters)
         else:
-            print(f"run {settings.run!r} has no dead letters{' with that reason' if settings.reason else ''}")
+            say(f"run {settings.run!r} has no dead letters{' with that reason' if settings.reason else ''}")
         return 0
 
     return with_broker(settings, run)
@@ -114,15 +113,13 @@ def show(arguments: Sequence[str]) -> int:
         if settings.json_output:
             kept: dict[str, Any] = {"group": to_scored(group)} if group else {"body": body.decode(errors="replace")}
             kept |= {"whole_bytes": letter.cut_from} if letter.cut_from else {}
-            print(msgspec.json.encode({**_plain(letter), **kept}).decode())
+            say_json({**_plain(letter), **kept})
             return 0
         for name, value in _plain(letter).items():
-            print(f"{name:<10}  {value}")
-        print(
-            "\n".join(_summary(group, letter.sequence, settings.tokens) if group else _excerpt(body, settings.tokens))
-        )
+            say(f"{name:<10}  {value}")
+        say(*(_summary(group, letter.sequence, settings.tokens) if group else _excerpt(body, settings.tokens)))
         if letter.cut_from:
-            print(f"kept        the first {len(body):,} of its {letter.cut_from:,} bytes")
+            say(f"kept        the first {len(body):,} of its {letter.cut_from:,} bytes")
         return 0
 
     return with_broker(settings, run)
@@ -137,7 +134,7 @@ def requeue(arguments: Sequence[str]) -> int:
         for letter in chosen if settings.ids else [letter for letter in chosen if not letter.sequence]:
             why = await _requeue(broker, letter, settings.policy)
             stayed += bool(why)
-            print(f"{letter.entry.gid}: {f'not requeued: {why}' if why else 'requeued'}")
+            say(f"{letter.entry.gid}: {f'not requeued: {why}' if why else 'requeued'}")
         return 1 if stayed else 0
 
     return with_broker(settings, run)
@@ -150,7 +147,7 @@ def purge(arguments: Sequence[str]) -> int:
         letters = await _chosen(broker, settings)
         purged = [letter for letter in letters if await broker.dead.purge(letter, who=WHO)]
         counts = Counter(_kind(letter) for letter in purged)
-        print(f"purged {' and '.join(f'{count} {what}' for what, count in sorted(counts.items())) or 'nothing'}")
+        say(f"purged {' and '.join(f'{count} {what}' for what, count in sorted(counts.items())) or 'nothing'}")
         return 0
 
     return with_broker(settings, run)
@@ -262,7 +259,7 @@ def _table(letters: Sequence[Letter]) -> None:
     for letter in letters:
         died = time.strftime("%Y-%m-%d %H:%M", time.localtime(letter.at))
         table.add_row(letter.entry.gid, letter.entry.reason, died, letter.entry.detail)
-    Console(highlight=False, markup=False).print(table)
+    console().print(table)
 
 
 def _summary(group: Group, only: tuple[str, int] | None, tokens: bool) -> list[str]:

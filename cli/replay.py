@@ -12,13 +12,13 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from pydantic import ByteSize, Field
-from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from lachesis.broker.errors import ConfigurationError, LachesisError
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli.actions import check_policy, check_run
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import console, say
 
 if TYPE_CHECKING:
     from lachesis.broker.replay import Notes, Part, Replayed, Selection
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         done, refused = asyncio.run(_replay(url, settings))
     verb = "would be replayed" if settings.dry_run else "replayed"
     known = done.groups - done.stored
-    print(
+    say(
         f"{done.groups} groups ({done.batches} batches, {done.sequences} sequences, {done.tokens:,} tokens) {verb} into run "
         f"{settings.run!r} in {time.monotonic() - started:.1f} s"
         + (f"; {known} of them were there already" if known and not settings.dry_run else "")
@@ -156,8 +156,10 @@ class _Shown:
     def __init__(self, done: Replayed) -> None:
         self.refused = 0
         self._done = done
-        self._console = Console(stderr=True, highlight=False)
-        self._progress = Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=self._console)
+        self._console = console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=self._console
+        )
         self._task = self._progress.add_task("")
         self._printed_at = time.monotonic()
 
@@ -177,12 +179,12 @@ class _Shown:
         if self._console.is_terminal:
             self._progress.update(self._task, description=line)
         elif time.monotonic() - self._printed_at > PLAIN_EVERY_S:
-            print(line, file=sys.stderr, flush=True)
+            say(line, file=sys.stderr, flush=True)
             self._printed_at = time.monotonic()
 
     def refuse(self, text: str) -> None:
         self.refused += 1
-        self._console.print(f"refused: {text}", soft_wrap=True, markup=False)
+        self._console.print(f"refused: {text}", soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self._console.print(f"note: {text}", soft_wrap=True, markup=False)
+        self._console.print(f"note: {text}", soft_wrap=True)
