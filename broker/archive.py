@@ -31,7 +31,8 @@ from lachesis.broker.records import BatchEntry, LedgerEntry
 MAGIC = b"lachesis archive 1\n"
 _NAME = re.compile(r"(\d{10})-(\d{10})\.lachesis")
 _FRAME = struct.Struct("<Q16s")
-_LONGEST = 1 << 30  # Redis keeps no longer strings than half of that
+_LONGEST = 1 << 29  # Redis keeps no longer strings
+_LONGEST_RECORD = 128 << 20  # a description: of 2^20 groups, twice, with ids of 60 letters
 
 
 class Header(Struct, tag="segment", frozen=True):
@@ -56,6 +57,7 @@ class Archived(NamedTuple):
     ledger: LedgerEntry  # what training it gave
     blobs: list[bytes]
     codec: str
+    segment: str = ""  # the path of the segment that it was read from
 
     @property
     def size(self) -> int:
@@ -145,11 +147,18 @@ class Archive:
                 return header, last
         return None
 
-    def read(self, first: int = 1, last: int | None = None, *, note: Callable[[str], None]) -> Iterator[Archived]:
+    def read(
+        self,
+        first: int = 1,
+        last: int | None = None,
+        *,
+        note: Callable[[str], None],
+        refuse: Callable[[str], None] | None = None,
+    ) -> Iterator[Archived]:
         """Batches of steps `first` to `last`, each once, in order.
 
-        `note` is told of segments that were cut off, and of steps in between that are missing. Raises ArchiveUnreadable
-        where a segment is damaged.
+        `note` is told of segments that were cut off, and of steps in between that are missing; `refuse` of those that are
+        damaged or no segments, whose sound beginning is read. Without it they raise ArchiveUnreadable.
         """
         newest = 0
         for segment in self.segments():
@@ -167,6 +176,10 @@ class Archive:
                         yield archived
             except _CutOff:
                 note(f"{segment.path} is cut off: its writer was killed")
+            except ArchiveUnreadable as error:
+                if refuse is None:
+                    raise
+                refuse(str(error))
 
 
 def _write(file: BinaryIO, header: Header, batches: Sequence[Archived]) -> None:
@@ -217,25 +230,25 @@ def _batches(file: BinaryIO, segment: Segment, header: Header) -> Iterator[Archi
             raise _damaged(file, segment)
         blobs = [_read_frame(file, segment) for _ in found.batch.gids]
         count += 1
-        yield Archived(found.batch, found.ledger, blobs, header.codec)
+        yield Archived(found.batch, found.ledger, blobs, header.codec, segment.path)
     if found.batches != count or file.read(1):
         raise _damaged(file, segment)
 
 
 def _read_record(file: BinaryIO, segment: Segment) -> Header | Description | End:
-    data = _read_frame(file, segment)
+    data = _read_frame(file, segment, _LONGEST_RECORD)
     try:
         return _decoder.decode(data)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         raise _damaged(file, segment) from None
 
 
-def _read_frame(file: BinaryIO, segment: Segment) -> bytes:
+def _read_frame(file: BinaryIO, segment: Segment, longest: int = _LONGEST) -> bytes:
     head = file.read(_FRAME.size)
     if len(head) < _FRAME.size:
         raise _CutOff
     length, digest = _FRAME.unpack(head)
-    if length > _LONGEST:
+    if length > longest:
         raise _damaged(file, segment)
     data = file.read(length)
     if len(data) < length:

@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 from lachesis.broker.codec import read_seconds
 from lachesis.broker.connection import HEARTBEATS, open_redis, patience, reconnect
 from lachesis.broker.dead import DeadLetters
+from lachesis.broker.errors import LimitReached
 from lachesis.broker.journal import Journal
 from lachesis.broker.keys import RUNS, Keys
 from lachesis.broker.lineage import LineageStore
@@ -38,6 +39,7 @@ T = TypeVar("T")
 RESET_SLICE = 1000
 CLOCKS_S = 3600  # by which the clocks of trainers may differ
 ASK_S = 1.0
+ENLISTED_S = 300.0  # a run that is on the list is not looked up again for so long
 LEAVE_EVERY_S = 0.1  # commands that are refused together make connections anew once
 LOOKED_AT = 100_000  # keys, for the names of runs in an error's message
 
@@ -89,6 +91,7 @@ class Broker:
         self.lineage = LineageStore(scripts, self.keys)
         self.journal = Journal(redis, blocking, scripts, self.keys)
         self.tokens = Tokens(redis, connections.wire, scripts, self.keys)
+        self._enlisted_at = float("-inf")
         self.refuses = False  # writes, when `takes_writes` was asked last
         self._asking: asyncio.Task[bool] | None = None
 
@@ -134,10 +137,20 @@ class Broker:
     def _answered(self, _: asyncio.Task[bool]) -> None:
         self._asking = None
 
-    async def enlist(self) -> None:
-        """Put the run on the list of runs, if it is not there; also when Redis is full, for the trainer that frees it."""
-        if not await self.redis.hexists(RUNS, self.keys.run):
-            await self.scripts.note(keys=[RUNS], args=[self.keys.run, f"{time.time():.3f}"])
+    async def enlist(self, most: int = 0) -> None:
+        """Put the run on the list of runs; also when Redis is full, for the trainer that frees it.
+
+        Raises LimitReached where `most` runs are on it (0: any number), and this one is new.
+        """
+        if time.monotonic() - self._enlisted_at < ENLISTED_S:
+            return
+        if not await self.scripts.enlist(keys=[RUNS], args=[self.keys.run, f"{time.time():.3f}", most]):
+            if not await self.exists():
+                raise LimitReached(
+                    f"this Redis has {most} runs, and {self.keys.run!r} is none of them: use one that there is, or start the shim with a larger --max-runs"
+                )
+            return
+        self._enlisted_at = time.monotonic()
 
     async def runs(self) -> dict[str, float]:
         """All enlisted runs of this Redis, oldest first, and when they came."""
@@ -175,6 +188,7 @@ class Broker:
         for start in range(0, len(found), RESET_SLICE):
             await self.redis.unlink(*found[start : start + RESET_SLICE])
         await self.redis.hdel(RUNS, self.keys.run)
+        self._enlisted_at = float("-inf")
 
     async def reset(self) -> None:
         """Forget the run's queue, batches, ledgers, dead letters and registrations; weights, logs, refused posts stay.

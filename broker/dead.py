@@ -1,7 +1,8 @@
 """Dead letters: accepted groups that could not be trained, and posts that were refused. To be read, put back, given up.
 
 Accepted groups are accounted for until somebody gives them up: their stream is never trimmed and their data stays.
-Refused posts are kept for whoever wants to know why, for a week. Beside them stand single sequences that their groups
+Refused posts are kept for whoever wants to know why, for a week, as long as there is room: compressed, and of a large
+one the beginning. Beside them stand single sequences that their groups
 were trained without: notes only, whose data goes with the group's.
 """
 
@@ -9,18 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import zstandard
 from msgspec import Struct
 
 from lachesis.broker.codec import read_entries, to_entry
 from lachesis.broker.connection import Redis
-from lachesis.broker.errors import NotFound
+from lachesis.broker.errors import InvalidGroup, NotFound
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
-from lachesis.broker.packing import queue_entry
-from lachesis.broker.records import DeadEntry, Group
+from lachesis.broker.packing import queue_entry, unpacked_bytes
+from lachesis.broker.records import DeadEntry, Group, RefusedEntry
 
 SLICE = 1000
 UNTRAINABLE = "untrainable"
+BODY_BYTES = 1 << 20  # that are kept of a refused post
 
 
 class Letter(Struct, frozen=True):
@@ -30,6 +33,12 @@ class Letter(Struct, frozen=True):
     at: float  # seconds since the epoch
     accepted: bool  # else it is a refused post, or one sequence of a trained group
     entry: DeadEntry
+
+    @property
+    def cut_from(self) -> int:
+        """Bytes of the whole body of a refused post of which only the beginning is kept; else 0."""
+        size = self.entry.size if isinstance(self.entry, RefusedEntry) else 0
+        return size if size > BODY_BYTES else 0
 
     @property
     def sequence(self) -> tuple[str, int] | None:
@@ -45,17 +54,22 @@ def untrainable(gid: str, row: int, detail: str) -> DeadEntry:
     return DeadEntry(gid=f"{gid}/{row}", reason=UNTRAINABLE, deliveries=0, detail=detail)
 
 
+def compressed(body: bytes) -> bytes:
+    """What is kept of the body of a refused post."""
+    return zstandard.ZstdCompressor(level=-1).compress(body[:BODY_BYTES])
+
+
 class DeadLetters:
     def __init__(self, redis: Redis, scripts: Scripts, keys: Keys) -> None:
         self._redis, self._scripts, self._keys = redis, scripts, keys
 
     async def all(self) -> list[Letter]:
         """Every dead letter, oldest first."""
-        found = await self.accepted() + await self._read(self._keys.refused, accepted=False)
+        found = await self.accepted() + await self._read(self._keys.refused, RefusedEntry, accepted=False)
         return sorted(found, key=lambda letter: letter.at)
 
     async def accepted(self) -> list[Letter]:
-        return await self._read(self._keys.dead, accepted=True)
+        return await self._read(self._keys.dead, DeadEntry, accepted=True)
 
     async def find(self, gids: Sequence[str]) -> list[Letter]:
         """The dead letters with these ids, in that order. Raises NotFound, naming one that there is not."""
@@ -66,16 +80,20 @@ class DeadLetters:
         return [letters[gid] for gid in gids]
 
     async def body(self, letter: Letter) -> bytes:
-        """What is kept of it: a blob (of a sequence: its group's), or the body as it was posted.
+        """What is kept of it: a blob (of a sequence: its group's), or the body as it was posted, or its beginning.
 
-        Raises NotFound if that has expired.
+        Raises NotFound if that is gone.
         """
         gid, _ = letter.sequence or (letter.entry.gid, 0)
         body = await self._redis.get(self._keys.blob(gid))
         if body is None and letter.sequence:
             raise NotFound(f"the data of {gid!r} is gone: the group was trained, and a checkpoint covers it")
-        if body is None:
-            raise NotFound(f"the data of {letter.entry.gid!r} is gone: refused posts are kept for a week")
+        refused = letter.entry if isinstance(letter.entry, RefusedEntry) else None
+        if body is None or (refused and refused.size and not refused.kept):
+            why = "a week, while all of them together are not too large"
+            raise NotFound(f"the data of {letter.entry.gid!r} is gone: refused posts are kept for {why}")
+        if refused and refused.kept:
+            return _decompressed(bytes(body))
         return bytes(body)
 
     async def requeue(self, letter: Letter, group: Group, stored_bytes: int) -> bool:
@@ -97,11 +115,11 @@ class DeadLetters:
         )
         return bool(reply == b"purged")
 
-    async def _read(self, key: str, *, accepted: bool) -> list[Letter]:
+    async def _read(self, key: str, kind: type[DeadEntry], *, accepted: bool) -> list[Letter]:
         letters: list[Letter] = []
         start = "-"
         while found := await self._redis.xrange(key, start, count=SLICE):
-            letters += [to_letter(id_, entry, accepted=accepted) for id_, entry in read_entries(DeadEntry, found)]
+            letters += [to_letter(id_, entry, accepted=accepted) for id_, entry in read_entries(kind, found)]
             start = f"({found[-1][0].decode()}"
         return letters
 
@@ -109,3 +127,12 @@ class DeadLetters:
 def to_letter(id_: bytes, entry: DeadEntry, *, accepted: bool) -> Letter:
     id_text = id_.decode()
     return Letter(id_text, int(id_text.split("-")[0]) / 1000, accepted, entry)
+
+
+def _decompressed(kept: bytes) -> bytes:
+    if unpacked_bytes(kept) > BODY_BYTES:
+        raise InvalidGroup("body", "bytes", f"must not decompress to more than {BODY_BYTES}, and nobody kept so much")
+    try:
+        return zstandard.ZstdDecompressor().decompress(kept)
+    except zstandard.ZstdError as error:
+        raise InvalidGroup("body", "bytes", f"must be what was kept of a post ({error})") from None

@@ -1,57 +1,77 @@
 """The environments that take part now, known to a process without reading all that ever registered.
 
 The sorted set `heard` holds when each environment called last, by Redis's clock. A look reads the part that is newer than
-the look before, and what nobody has said anything of for ALIVE_S falls out. So a look costs as much as there were calls
-since the last one, however many environments there are or were.
+the look before, and what nobody has said anything of for ALIVE_S falls out. Of an environment that changed (it signed off)
+the hash `envs` says which one it was. So a look costs as much as there were calls and changes since the last one, however
+many environments there are or were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from lachesis.broker.codec import read_json
+from lachesis.broker.codec import read_json, read_number
 from lachesis.broker.connection import Redis
 from lachesis.broker.keys import Keys
 from lachesis.broker.records import EnvRecord, TokenRecord
 
 ALIVE_S = 60.0  # an environment silent for longer counts for nothing; environments call ten times a second
 SLICE = 1000  # records read at a time
+CHANGES = 512  # that are remembered; who has not looked for half of them reads all of the living
 
 
 class Alive:
     """Environments that have a share in weights and batches: connected ones that called within ALIVE_S."""
 
     def __init__(self, envs: Iterable[EnvRecord] = ()) -> None:
-        self.shares: dict[int, float] = {}
-        self._total: float | None = 0.0
-        self.minimums: dict[str, float] = {}  # of a batch, in the order of ids; without those that have none
-        for env in sorted(envs, key=lambda env: env.env_id):
+        self._shares: dict[int, float] = {}
+        self._minimums: dict[int, float] = {}
+        self._sums: _Sums | None = None
+        for env in envs:
             self.add(env)
 
     @property
     def total(self) -> float:
         """Of all shares."""
-        if self._total is None:
-            self._total = sum(self.shares.values())
-        return self._total
+        return self._summed().total
+
+    @property
+    def minimums(self) -> dict[str, float]:
+        """Of a batch, in the order of ids; without those that have none."""
+        return self._summed().minimums
+
+    @property
+    def allocated(self) -> float:
+        """Of all minimums."""
+        return self._summed().allocated
 
     def add(self, env: EnvRecord) -> None:
-        self._total = None
-        out_of_order = bool(self.shares) and env.env_id < next(reversed(self.shares))
-        self.shares[env.env_id] = share(env)
+        self._sums = None
+        self._shares[env.env_id] = share(env)
         if env.config.min_batch_allocation:
-            self.minimums[str(env.env_id)] = env.config.min_batch_allocation
-        if out_of_order:  # sums are the same whoever came back when
-            self.shares = dict(sorted(self.shares.items()))
-            self.minimums = dict(sorted(self.minimums.items(), key=lambda item: int(item[0])))
+            self._minimums[env.env_id] = env.config.min_batch_allocation
 
     def drop(self, env_id: int) -> None:
-        self._total = None
-        self.shares.pop(env_id, None)
-        self.minimums.pop(str(env_id), None)
+        self._sums = None
+        self._shares.pop(env_id, None)
+        self._minimums.pop(env_id, None)
+
+    def _summed(self) -> _Sums:
+        """In the order of ids: sums are the same whoever came back when."""
+        if self._sums is None:
+            self._shares, self._minimums = dict(sorted(self._shares.items())), dict(sorted(self._minimums.items()))
+            minimums = {str(env_id): minimum for env_id, minimum in self._minimums.items()}
+            self._sums = _Sums(sum(self._shares.values()), minimums, sum(minimums.values()))
+        return self._sums
+
+
+class _Sums(NamedTuple):
+    total: float
+    minimums: dict[str, float]
+    allocated: float
 
 
 def share(env: EnvRecord) -> float:
@@ -91,9 +111,17 @@ class Environments:
         """The living, as of now."""
         (seconds, microseconds), changes, called = replies
         first = seconds * 1000 + microseconds / 1000 - 1000 * ALIVE_S
-        if changes != self._changes:
+        changed = await self._changed(changes) if changes != self._changes else []
+        self._changes = changes
+        if changed is None:
             called = await self._redis.zrange(self._keys.heard, first, "+inf", byscore=True, withscores=True)
-            self.alive, self._heard, self._changes, self._until = Alive(), {}, changes, first
+            self.alive, self._heard, self._until = Alive(), {}, first
+        elif changed:
+            records = await self._records(changed)
+            for id_ in set(changed):
+                self.alive.drop(id_)
+                if id_ in self._heard and (record := records.get(id_)) and record.connected:
+                    self.alive.add(record)
         new = [int(id_) for id_, at in called if at > first and int(id_) not in self._heard]
         records = await self._records(new)
         for id_, at in called:
@@ -110,6 +138,16 @@ class Environments:
         async with self._redis.pipeline(transaction=False) as pipe:
             self.ask(pipe)
             return await self.take(await pipe.execute())
+
+    async def _changed(self, changes: Sequence[bytes | None]) -> list[int] | None:
+        """Who changed since the look before; None where that is not known, and all of the living have to be read."""
+        if self._changes is None or changes[0] != self._changes[0]:
+            return None
+        before, now = read_number(self._changes[1]), read_number(changes[1])
+        if not 0 < now - before <= CHANGES // 2:
+            return None
+        raw = await self._redis.hmget(self._keys.envs, [f"change:{n % CHANGES}" for n in range(before + 1, now + 1)])
+        return None if None in raw else [read_number(id_) for id_ in raw]
 
     async def _records(self, ids: Sequence[int]) -> dict[int, EnvRecord]:
         found: dict[int, EnvRecord] = {}

@@ -48,6 +48,10 @@ class Conflict(LachesisError, RuntimeError):
     """Something else of the same name is alive; what it is and how to get past it stands in the message."""
 
 
+class LimitReached(LachesisError, RuntimeError):
+    """There are as many of these as there may be: what makes room stands in the message."""
+
+
 class WeightsRefused(LachesisError, ValueError):
     """A published version does not match its manifest, or its manifest does not match the event."""
 

@@ -179,6 +179,8 @@ def read_status(state: Mapping[bytes, bytes]) -> QueueStatus:
         dead=counter(b"dead"),
         purged=counter(b"purged"),
         untrainable=counter(b"untrainable"),
+        refused=counter(b"refused"),
+        refused_not_kept=counter(b"refused_not_kept"),
         dropped=_counters(state, b"dropped:"),
         duplicates=_counters(state, b"duplicates:"),
     )

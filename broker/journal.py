@@ -15,7 +15,9 @@ from lachesis.broker.connection import Redis, wait_for_entries
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 
-KEEP = 100_000  # entries, approximately
+KEEP = 100_000  # entries of `metrics`, approximately
+KEEP_EVENTS = 10_000  # of `control`, which whoever may call can write to
+EVENT_CHARACTERS = 4096  # of what happened; who did it is a name
 SLICE = 500  # entries read at a time
 ONCE_S = 300  # a command is not sent again after so long
 
@@ -29,7 +31,7 @@ class Journal:
     async def metric(self, kind: str, values: Mapping[str, object]) -> None:
         """Append one entry of `kind`: step | shadow (a step of one) | update | eval | example."""
         fields = {"kind": kind, **{key: f"{v:.6g}" if isinstance(v, float) else str(v) for key, v in values.items()}}
-        await self._append(self._keys.metrics, fields)
+        await self._append(self._keys.metrics, fields, KEEP)
 
     async def metrics(self, after: str = "0-0", *, block_s: float = 0.0) -> list[Entry]:
         """Entries after `after`, waiting up to `block_s` for one."""
@@ -40,7 +42,8 @@ class Journal:
         return await self._newest(self._keys.metrics, count, lambda fields: fields.get("kind") in kinds)
 
     async def control(self, event: str, who: str, detail: str = "") -> None:
-        await self._append(self._keys.control, {"event": event, "who": who, "detail": detail})
+        fields = {"event": event, "who": who[:EVENT_CHARACTERS], "detail": detail[:EVENT_CHARACTERS]}
+        await self._append(self._keys.control, fields, KEEP_EVENTS)
 
     async def events(self, after: str, *, block_s: float = 0.0) -> list[Entry]:
         """What `metrics` is, of the log `control`."""
@@ -69,9 +72,9 @@ class Journal:
             start = f"({entries[-1][0]}"
         return end, found[:count][::-1]
 
-    async def _append(self, log: str, fields: Mapping[str, str]) -> None:
+    async def _append(self, log: str, fields: Mapping[str, str], keep: int) -> None:
         flat = [text for pair in fields.items() for text in pair]
-        await self._scripts.append(keys=[log, self._keys.once(uuid4().hex)], args=[ONCE_S, KEEP, *flat])
+        await self._scripts.append(keys=[log, self._keys.once(uuid4().hex)], args=[ONCE_S, keep, *flat])
 
 
 def written_at(id_: str) -> float:

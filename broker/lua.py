@@ -1,12 +1,14 @@
 """The Lua scripts, one file each in scripts/; every write that touches more than one key is one of them.
 
 They validate first and mutate last, because Redis does not roll a script back; they are idempotent, because a client
-may send one again; and those that free memory run even when Redis is full (`allow-oom`).
+may send one again; and those that free memory run even when Redis is full (`allow-oom`). What several of them need is
+in scripts/includes/, in the place of a line `-- include <name>`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -19,7 +21,7 @@ from lachesis.broker.wire import Command, Wire
 
 NAMES = (
     "arrive", "put", "lengths", "record", "bury", "form", "drop", "lease", "deliver", "renew", "commit", "retire", "cover", "leave", "requeue",
-    "refit", "purge", "subscribe", "acquire", "hold", "adopt", "register_env", "update_env", "hear", "report", "publish", "steer", "take_turn",
+    "refit", "purge", "subscribe", "acquire", "hold", "adopt", "enlist", "visit", "register_env", "update_env", "hear", "report", "publish", "steer", "take_turn",
     "note", "note_new", "append", "reset",
     "found", "join", "beat", "evict", "meet", "heal", "open", "claim", "vote",
 )  # fmt: skip
@@ -69,6 +71,10 @@ class WireScript:
         return (await self._wire.call(*commands))[-1]
 
 
+def _included(line: re.Match[str]) -> str:
+    return (files("lachesis.broker") / "scripts" / "includes" / f"{line[1]}.lua").read_text()
+
+
 class Scripts:
     """The scripts: `await scripts.lease(keys=…, args=…)`."""
 
@@ -92,6 +98,8 @@ class Scripts:
     hold: Script
     adopt: Script
     cover: Script
+    enlist: Script
+    visit: Script
     leave: Script
     register_env: Script
     update_env: Script
@@ -117,5 +125,5 @@ class Scripts:
     def __init__(self, redis: Redis, wire: Wire) -> None:
         folder = files("lachesis.broker") / "scripts"
         for name in NAMES:
-            text = (folder / f"{name}.lua").read_text()
+            text = re.sub(r"(?m)^-- include (\w+)$", _included, (folder / f"{name}.lua").read_text())
             setattr(self, name, WireScript(wire, text) if name in FREQUENT else Script(redis, text))

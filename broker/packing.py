@@ -19,10 +19,12 @@ from msgspec import Struct
 
 from lachesis.broker.codec import narrowed
 from lachesis.broker.errors import InvalidGroup
+from lachesis.broker.nested import holds_more_lists
 from lachesis.broker.records import Group, GroupEntry, ScoredGroup, Spans
 
 CODEC = "mp2z"
 PACKED_TYPE = "application/vnd.lachesis.group"  # media type of a packed group
+LARGEST = 1 << 29  # bytes of a packed group once it is decompressed: of no post and of no archive are more taken
 _TRAINED = -1  # in the packed form this mask value and the token's own id trade places
 
 
@@ -124,7 +126,10 @@ def to_scored(group: Group) -> ScoredGroup:
 
 
 def pack(group: ScoredGroup | Group) -> bytes:
-    """The packed form: what a client posts as PACKED_TYPE. Raises InvalidGroup if an integer does not fit 64 bits."""
+    """The packed form: what a client posts as PACKED_TYPE.
+
+    Raises InvalidGroup if an integer does not fit 64 bits, or the group is larger than could be read back.
+    """
     if isinstance(group, ScoredGroup):
         group = to_arrays(group)
     tokens, masks = _narrow(group.tokens, "<i4"), _narrow(group.masks, "<i4")
@@ -139,7 +144,10 @@ def pack(group: ScoredGroup | Group) -> bytes:
         rest=_Rest(**group.rest),
         weight_versions=group.versions,
     )
-    return _zstd.compressor.compress(_encoder.encode(packed))
+    data = _encoder.encode(packed)
+    if len(data) > LARGEST:
+        raise InvalidGroup("body", f"{len(data)} bytes", f"must not be larger than {LARGEST} bytes as arrays")
+    return _zstd.compressor.compress(data)
 
 
 def is_packed(body: bytes) -> bool:
@@ -158,16 +166,26 @@ def unpacked_bytes(packed: bytes) -> int:
     return int(size)
 
 
-def unpack(packed: bytes, *, check: Callable[[bytes], None] | None = None, rest: bool = True) -> Group:
+def unpack(
+    packed: bytes,
+    max_bytes: int = LARGEST,
+    max_lists: int | None = None,
+    *,
+    check: Callable[[bytes], None] | None = None,
+    rest: bool = True,
+) -> Group:
     """Decode a packed group; its arrays are read-only views of one buffer.
 
     Takes at most `unpacked_bytes` of memory for them. What is nested, and so may become far more, `check` is shown
-    before, as MessagePack. Raises InvalidGroup where the bytes are not a packed group; that shapes agree and numbers
-    make sense is for `check_group` to see. Without `rest` the keys that no trainer computes with stay in `packed`.
+    before, as MessagePack. Raises InvalidGroup where the bytes are not a packed group, say that they decompress to more
+    than `max_bytes`, or hold more than `max_lists` lists and maps; that shapes agree and numbers make sense is for
+    `admit` to see. Without `rest` the keys that no trainer computes with stay in `packed`.
     """
-    unpacked_bytes(packed)
+    if (size := unpacked_bytes(packed)) > max_bytes:
+        raise InvalidGroup("body", f"{size} bytes", f"must not decompress to more than {max_bytes} bytes")
     try:
         data = _zstd.decompressor.decompress(packed, allow_extra_data=False)
+        _check_lists(data, max_lists)
         found = _opened_decoder.decode(data)
     except _UNREADABLE as error:
         raise _not_packed(f"must be a packed group ({error})") from None
@@ -205,14 +223,15 @@ def to_blob(
     return _encoder.encode(_Blob(gid, v_min, v_max, packed, versions, _pack_floats(sampled_logprobs)))
 
 
-def from_blob(blob: bytes) -> Group:
-    """A stored group. Raises InvalidGroup if the bytes are none."""
+def from_blob(blob: bytes, max_lists: int | None = None) -> Group:
+    """A stored group. Raises InvalidGroup if the bytes are none, or hold more than `max_lists` lists and maps."""
+    _check_lists(blob, max_lists)
     try:
         found = _blob_decoder.decode(blob)
         sampled = _unpack_floats(found.sampled_logprobs)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise _not_packed(f"must be a stored group ({error})") from None
-    group = unpack(found.packed)
+    group = unpack(found.packed, max_lists=max_lists)
     group.gid, group.v_min, group.v_max = found.gid, found.v_min, found.v_max
     group.sampled_logprobs = sampled
     if found.versions is not None:
@@ -244,6 +263,11 @@ def _spread(scores: Sequence[float]) -> tuple[float, float]:
     mean = sum(score / scale for score in scores) / len(scores)
     deviation = (sum((score / scale - mean) ** 2 for score in scores) / len(scores)) ** 0.5
     return mean * scale, deviation * scale
+
+
+def _check_lists(data: bytes, most: int | None) -> None:
+    if most is not None and holds_more_lists(data, most):
+        raise _not_packed(f"must not hold more than {most} lists and maps")
 
 
 def _not_packed(rule: str) -> InvalidGroup:

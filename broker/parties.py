@@ -13,7 +13,8 @@ from redis.exceptions import LockNotOwnedError, RedisError
 
 from lachesis.broker.codec import read_json
 from lachesis.broker.connection import Redis, patience
-from lachesis.broker.environments import Environments, may_act_for, read_env
+from lachesis.broker.environments import CHANGES, Environments, may_act_for, read_env
+from lachesis.broker.errors import ConfigurationError, LimitReached
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Script, Scripts
 from lachesis.broker.records import EnvConfig, EnvRecord, KeptConfiguration, ServerStatus, TokenRecord, TrainerConfig
@@ -24,6 +25,19 @@ HEARD_EVERY_S = 5.0  # that an environment called is noted at most so often
 MOST_HEARD = 10_000  # environments that a process remembers to have noted
 REMEMBERED_S = 300.0  # a version that a server replaced so long ago may have begun a generation
 ONCE_S = 300  # a registration is not sent again after so long
+MOST_ENVS = 10_000  # that a run knows
+FORGOTTEN_S = 24 * 3600.0  # an environment that was silent for so long is forgotten
+CROWDED_S = 600.0  # and where there is no room, the longest silent one after this
+NAME_CHARACTERS = 200
+PRINTABLE = f"must be at most {NAME_CHARACTERS} printable characters"
+TEXT_BYTES = 1024  # of an error that a server tells
+
+
+def check_printable(kind: str, name: str) -> str:
+    """Return `name` if it can stand in a line that people read, else raise ConfigurationError."""
+    if len(name) > NAME_CHARACTERS or not name.isprintable():
+        raise ConfigurationError(f"{kind} = {name[:NAME_CHARACTERS]!r}: {PRINTABLE}")
+    return name
 
 
 class WriterLock(Lock):
@@ -115,12 +129,23 @@ class Parties:
     # -- environments ---------------------------------------------------------------------------------------------
 
     async def register_env(self, config: EnvConfig, nonce: str, owner: str = "") -> EnvRecord:
-        """Give the environment an id, for the token `owner`. The same `nonce` gets the same id, so a resent request registers once."""
+        """Give the environment an id, for the token `owner`. The same `nonce` gets the same id, so a resent request registers once.
+
+        Raises LimitReached where the run knows as many as it may, and all of them called of late.
+        """
         record = EnvRecord(env_id=-1, name="", config=config, registered_at=time.time(), owner=owner)
         env_id = await self._scripts.register_env(
             keys=[self._keys.envs, self._keys.heard, self._keys.once(nonce)],
-            args=[ONCE_S, config.desired_name, msgspec.json.encode(record)],
+            args=[
+                *(ONCE_S, config.desired_name, msgspec.json.encode(record), MOST_ENVS),
+                *(int(FORGOTTEN_S * 1000), int(CROWDED_S * 1000)),
+            ],
         )
+        if int(env_id) < 0:
+            raise LimitReached(
+                f"run {self._keys.run!r} has {MOST_ENVS} environments, and all of them called within {CROWDED_S:.0f} s: "
+                "try again later, or use another run"
+            )
         self._heard.pop(int(env_id), None)
         found = await self.env(int(env_id))
         if found is None:
@@ -164,7 +189,7 @@ class Parties:
         return found
 
     async def update_env(self, record: EnvRecord) -> None:
-        args = [record.env_id, msgspec.json.encode(structs.replace(record, heard_at=0.0))]
+        args = [record.env_id, msgspec.json.encode(structs.replace(record, heard_at=0.0)), CHANGES]
         await self._scripts.update_env(keys=[self._keys.envs], args=args)
 
     def forget_envs(self) -> None:
@@ -174,7 +199,9 @@ class Parties:
     # -- inference servers ----------------------------------------------------------------------------------------
 
     async def report(self, status: ServerStatus) -> None:
-        """Heartbeat of an inference server."""
+        """Heartbeat of an inference server. Raises ConfigurationError for a name that nobody could be shown."""
+        check_printable("server", status.server)
+        status = structs.replace(status, last_error=status.last_error[:TEXT_BYTES])
         args = [status.server, msgspec.json.encode(status), status.version, int(REMEMBERED_S * 1000)]
         await self._scripts.report(keys=[self._keys.pools, self._keys.served], args=args, client=self._heartbeats)
 

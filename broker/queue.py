@@ -12,8 +12,9 @@ from msgspec import structs
 from redis.exceptions import ResponseError
 
 from lachesis.broker import allot
-from lachesis.broker.codec import from_entry, read_entries, read_json, tell_once, to_entry, warn
+from lachesis.broker.codec import flat_entry, from_entry, read_entries, read_json, tell_once, to_entry, warn
 from lachesis.broker.connection import Redis, wait_for_entries
+from lachesis.broker.dead import compressed
 from lachesis.broker.errors import ConfigurationError, LeaseLost, Unreadable
 from lachesis.broker.forming import Forming, read_status
 from lachesis.broker.keys import ARCHIVE, Keys
@@ -39,13 +40,16 @@ from lachesis.broker.refit import Refit
 from lachesis.broker.retention import Retention
 from lachesis.broker.shadows import Rule, Shadows
 from lachesis.broker.staleness import Staleness
+from lachesis.broker.validation import check_bounds, check_id
 
 BLOB_TTL_S = 600  # a blob not yet in the queue expires after this
 AGAIN = "~"  # between a post's id and what tells its groups apart, where one is still kept and the next is accepted
 SLICE_BYTES = 8 << 20  # blobs are fetched in replies of at most this size, or one by one
 SLICE_GROUPS = 10_000  # and of so many
-REFUSED_KEPT = 10_000  # refused posts, approximately
+REFUSED_KEPT = 10_000  # refused posts
 REFUSED_TTL_S = 7 * 24 * 3600
+REFUSED_BYTES = 64 << 20  # of the bodies of all of them, compressed
+ROOMY = 0.7  # share of maxmemory above which no refused post is kept
 
 NO_LIMITS = Limits()
 
@@ -95,11 +99,15 @@ class Queue:
         is neither trained nor given up. After that it is a group of its own, with another id where the first is still
         kept. Where the id is not made of the body, `digest` is: another body under a known id is a "conflict".
 
+        Raises InvalidGroup for an id or versions that no group can have; the rest is for `admit` to see.
+
         `packed` is the group's packed form where the caller has it already: it is stored as it is. `account` is what the
         group is counted under, if that is not its environment's id.
         """
         if isinstance(group, ScoredGroup):
             group = to_arrays(group)
+        check_id(gid)
+        check_bounds(v_min, v_max)
         packed = packed or pack(group)
         names, post, call = self._keys, gid, f"{self._caller}{next(self._calls):x}"
         quotas = [limits.bytes, limits.sequences, limits.env_bytes, limits.env_sequences]
@@ -140,12 +148,17 @@ class Queue:
             return True
         return pack(structs.replace(stored, versions=None)) == pack(structs.replace(group, versions=None))
 
-    async def bury(self, gid: str, body: bytes, reason: str, detail: str) -> None:
-        """Keep what was refused for triage: stream `refused`, the body as its blob for a week."""
-        entry = to_entry(DeadEntry(gid=gid, reason=reason, deliveries=0, detail=detail))
-        fields = [text for pair in entry.items() for text in pair]
+    async def bury(self, gid: str, body: bytes, reason: str, detail: str, *, most_bytes: int = REFUSED_BYTES) -> None:
+        """Keep what was refused for triage: stream `refused`, the beginning of the body as its blob for a week.
+
+        The oldest make room where there are too many, or their bodies have more than `most_bytes` together. While Redis is
+        nearly full it is only counted.
+        """
+        fields = [*flat_entry(DeadEntry(gid, reason, deliveries=0, detail=detail)), "size", str(len(body))]
+        keys = self._keys
         await self._scripts.bury(
-            keys=[self._keys.refused, self._keys.blob(gid)], args=[body, REFUSED_TTL_S, REFUSED_KEPT, *fields]
+            keys=[keys.refused, keys.blob(gid), keys.state],
+            args=[compressed(body), REFUSED_TTL_S, REFUSED_KEPT, most_bytes, ROOMY, *fields],
         )
 
     # -- FORM -----------------------------------------------------------------------------------------------------

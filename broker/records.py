@@ -105,6 +105,13 @@ class DeadEntry(Struct, frozen=True):
     detail: str
 
 
+class RefusedEntry(DeadEntry, frozen=True):
+    """A letter of the stream `refused`; what is kept of a post is in its blob, compressed."""
+
+    kept: Count = 0  # bytes of that blob
+    size: Count = 0  # of the whole body
+
+
 class BatchEntry(Struct, frozen=True):
     """The groups of one optimizer step (stream `batches`, id `<step>-0`)."""
 
@@ -308,6 +315,8 @@ class QueueStatus(Struct, frozen=True):
     dead: int = 0  # accepted groups among the dead letters now
     purged: int = 0  # dead letters given up, ever
     untrainable: int = 0  # sequences that their groups were trained without, ever
+    refused: int = 0  # posts that were refused, ever
+    refused_not_kept: int = 0  # of those: only counted, because Redis had no room to spare
     dropped: dict[str, int] = field(default_factory=dict)  # groups that ever became dead letters, by reason
     duplicates: dict[str, int] = field(
         default_factory=dict

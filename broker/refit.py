@@ -23,6 +23,7 @@ from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 from lachesis.broker.packing import from_blob, queue_entry
 from lachesis.broker.records import BatchEntry, Group, GroupEntry, TrainerConfig
+from lachesis.broker.validation import admit
 
 ATTEMPTS = 10  # while others register
 SLICE = 500  # entries read at a time
@@ -205,6 +206,7 @@ def _entry(gid: str, blob: bytes | None, sizes: Sizes | None) -> list[str]:
     try:
         group = from_blob(blob)
         group.gid = gid
+        admit(group)
         entry = queue_entry(group, len(blob))
     except ValueError as error:
         return [UNREADABLE, f"its data: {error}"[:SHOWN]]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from msgspec import Struct, field
 from redis.exceptions import RedisError
 
 from lachesis.broker.archive import Archive
 from lachesis.broker.client import Broker
-from lachesis.broker.codec import gid_of, read_entries
-from lachesis.broker.errors import ArchiveUnreadable
-from lachesis.broker.packing import CODEC, from_blob
+from lachesis.broker.codec import SHOWN, gid_of, read_entries
+from lachesis.broker.errors import InvalidGroup
+from lachesis.broker.packing import CODEC
 from lachesis.broker.records import LONGEST_WINDOW_S, BatchEntry, Group, GroupEntry, Limits
 from lachesis.broker.redis_errors import describe, trouble
+from lachesis.broker.validation import admit_stored
 
 WAIT_S = 0.25
 DUPLICATE_WINDOW_S = (
@@ -48,23 +49,49 @@ class Part(Struct, frozen=True):
 
     step: int
     groups: list[Group]
+    origin: str = ""  # where they are kept, in words
 
 
-async def from_archive(archive: Archive, chosen: Selection, note: Callable[[str], None]) -> AsyncIterator[Part]:
-    """The chosen groups of an archive. Raises ArchiveUnreadable."""
+class Notes(Struct, frozen=True):
+    """Who is told, in a line each: `note` of what is missing, `refuse` of what is there and can't be replayed."""
+
+    note: Callable[[str], None]
+    refuse: Callable[[str], None]
+
+
+async def from_archive(archive: Archive, chosen: Selection, notes: Notes) -> AsyncIterator[Part]:
+    """The chosen groups of an archive. What can't be read is refused, and the rest goes on."""
     first, last = chosen.steps
-    batches = archive.read(first or 1, last, note=note)
+    batches = archive.read(first or 1, last, note=notes.note, refuse=notes.refuse)
+    foreign = set()
     while (archived := await asyncio.to_thread(next, batches, None)) is not None:
+        step, segment = archived.batch.step, archived.segment
         if archived.codec != CODEC:
-            raise ArchiveUnreadable(
-                f"the archive's groups are in the encoding {archived.codec!r}, this version reads {CODEC!r}: replay it with the one that wrote it"
-            )
-        if chosen.batch(archived.batch.step, archived.batch.formed_at):
-            groups = [group for group in map(from_blob, archived.blobs) if chosen.group(group)]
-            yield Part(archived.batch.step, groups)
+            if segment not in foreign:
+                foreign.add(segment)
+                notes.refuse(
+                    f"{segment}: codec = {archived.codec!r}: this version reads {CODEC!r}; replay it with the one that wrote it"
+                )
+        elif chosen.batch(step, archived.batch.formed_at):
+            origin = f"{segment}, step {step}"
+            groups = _admitted(archived.batch.gids, archived.blobs, origin, notes)
+            yield Part(step, [group for group in groups if chosen.group(group)], origin)
 
 
-async def from_run(source: Broker, chosen: Selection, note: Callable[[str], None]) -> AsyncIterator[Part]:
+def _admitted(gids: Sequence[str], blobs: Sequence[bytes], origin: str, notes: Notes) -> Iterator[Group]:
+    for gid, blob in zip(gids, blobs, strict=True):
+        try:
+            yield admit_stored(blob, gid)
+        except InvalidGroup as error:
+            notes.refuse(refusal(origin, gid, error))
+
+
+def refusal(origin: str, gid: str, error: InvalidGroup) -> str:
+    """In a line: where the group is, its id, field, value and rule."""
+    return f"{origin}, group {gid[:SHOWN]!r}: {str(error)[:SHOWN]}"
+
+
+async def from_run(source: Broker, chosen: Selection, notes: Notes) -> AsyncIterator[Part]:
     """The chosen groups that a run holds now: its kept batches, then, unless steps are chosen, its queue."""
     redis, keys = source.redis, source.keys
     raw_groups = await redis.xrange(keys.groups)  # first: a group goes from the queue into a batch, not back
@@ -74,11 +101,13 @@ async def from_run(source: Broker, chosen: Selection, note: Callable[[str], None
         if not chosen.batch(batch.step, batch.formed_at):
             continue
         try:
-            groups = await source.queue.fetch(batch.gids)
+            blobs = await source.queue.blobs(batch.gids)
         except LookupError:
-            note(f"step {batch.step} was trained and freed before it was read")
+            notes.note(f"step {batch.step} was trained and freed before it was read")
             continue
-        yield Part(batch.step, [group for group in groups if chosen.group(group)])
+        origin = f"run {source.keys.run}, step {batch.step}"
+        groups = _admitted(batch.gids, blobs, origin, notes)
+        yield Part(batch.step, [group for group in groups if chosen.group(group)], origin)
     if chosen.steps != (None, None):
         return
     for id_, entry in read_entries(GroupEntry, raw_groups):
@@ -87,11 +116,13 @@ async def from_run(source: Broker, chosen: Selection, note: Callable[[str], None
         if entry.gid in batched:
             continue
         try:
-            groups = await source.queue.fetch([entry.gid])
+            blobs = await source.queue.blobs([entry.gid])
         except LookupError:
-            note(f"group {entry.gid} was trained and freed before it was read")
+            notes.note(f"group {entry.gid} was trained and freed before it was read")
             continue
-        yield Part(0, [group for group in groups if chosen.group(group)])
+        origin = f"run {source.keys.run}, queued"
+        groups = _admitted([entry.gid], blobs, origin, notes)
+        yield Part(0, [group for group in groups if chosen.group(group)], origin)
 
 
 class Replayed(Struct):
@@ -126,35 +157,50 @@ async def store(
     keep_versions: bool,
     quota: int,
     tell: Callable[[], None],
+    refuse: Callable[[str], None] | None = None,
 ) -> None:
     """Put the groups into the target run, waiting while its queue or its Redis is full; counts in `done`.
 
     They are stamped with the policy's newest version there, or with `keep_versions` with the versions they came with.
+    One that PUT refuses is told to `refuse`; without it InvalidGroup is raised.
     """
     newest = await target.weights.newest(policy)
     version = newest.version if newest else 0
+    kept = []
     for group in part.groups:
-        v_min, v_max = (group.v_min, group.v_max) if keep_versions else (version, version)
-        group.versions = group.versions if keep_versions else None
-        gid, limits = done.next_id(group.gid), Limits(bytes=quota)
-        while True:
-            try:
-                reply = await target.queue.put(
-                    gid, group, v_min=v_min, v_max=v_max, limits=limits, window_s=DUPLICATE_WINDOW_S
-                )
-            except RedisError as error:
-                if trouble(error) is None:
-                    raise
-                reply = describe(error)
-            if reply in ("stored", "duplicate"):
-                break
-            if reply in WAITING and await target.queue.starves():
-                limits = Limits()
-                continue
-            done.waiting = WAITING.get(reply, reply)
-            tell()
-            await asyncio.sleep(WAIT_S)
-        done.waiting = ""
+        if not keep_versions:
+            group.v_min, group.v_max, group.versions = version, version, None
+        try:
+            reply = await _put(target, done.next_id(group.gid), group, done, quota, tell)
+        except InvalidGroup as error:
+            if refuse is None:
+                raise
+            refuse(refusal(part.origin, group.gid, error))
+            continue
+        kept.append(group)
         done.stored += reply == "stored"
-    done.count(part)
+    done.count(Part(part.step, kept))
     tell()
+
+
+async def _put(target: Broker, gid: str, group: Group, done: Replayed, quota: int, tell: Callable[[], None]) -> str:
+    """ "stored" or "duplicate", once there is room."""
+    limits = Limits(bytes=quota)
+    while True:
+        try:
+            reply = await target.queue.put(
+                gid, group, v_min=group.v_min, v_max=group.v_max, limits=limits, window_s=DUPLICATE_WINDOW_S
+            )
+        except RedisError as error:
+            if trouble(error) is None:
+                raise
+            reply = describe(error)
+        if reply in ("stored", "duplicate"):
+            done.waiting = ""
+            return reply
+        if reply in WAITING and await target.queue.starves():
+            limits = Limits()
+            continue
+        done.waiting = WAITING.get(reply, reply)
+        tell()
+        await asyncio.sleep(WAIT_S)

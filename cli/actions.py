@@ -13,6 +13,7 @@ from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.keys import check_name
 from lachesis.broker.nearest import did_you_mean
 from lachesis.broker.settings import RedisSettings
+from lachesis.cli.terminal import say
 
 T = TypeVar("T")
 MAIN = "main"  # the policy that the pools serve unless told otherwise
@@ -22,7 +23,7 @@ def dispatch(actions: Mapping[str, Callable[[Sequence[str]], int]], usage: str, 
     """Run the action that the first argument names on the others; without one, print the usage."""
     action, *rest = arguments or ["--help"]
     if action in ("-h", "--help"):
-        print(usage)
+        say(*usage.split("\n"))
         return 0
     if action not in actions:
         one_of = ", ".join(actions)

@@ -16,6 +16,7 @@ from lachesis.broker.redis_errors import describe
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli.actions import check_policy, with_broker
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import say
 
 
 class ArchiveSettings(RedisSettings):
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     check_name("policy", settings.policy)
     # one that archives as it comes may be there before its run is
     try:
-        print(with_broker(settings, lambda broker: _run(broker, settings), existing=settings.stop or settings.once))
+        say(with_broker(settings, lambda broker: _run(broker, settings), existing=settings.stop or settings.once))
     except RedisError as error:
         raise RedisUnreachable(f"{describe(error)}. Nothing unarchived was freed") from error
     return 0

@@ -12,6 +12,7 @@ from lachesis.broker.client import Broker
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli.actions import check_policy, with_broker
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import say, say_json, visible
 
 
 class AuditSettings(RedisSettings):
@@ -30,9 +31,9 @@ def main(arguments: Sequence[str]) -> int:
 
     report = with_broker(settings, run)
     if settings.json_output:
-        print(msgspec.json.encode({"clean": report.clean, **msgspec.to_builtins(report)}).decode())
+        say_json({"clean": report.clean, **msgspec.to_builtins(report)})
     else:
-        print(render(report))
+        say(*render(report).split("\n"))
     return 0 if report.clean else 1
 
 
@@ -47,4 +48,4 @@ def render(report: AuditReport) -> str:
     counts += "".join(f", {count} {what}" for what, count in more.items() if count)
     if report.clean:
         return f"clean: {counts}; none lost, none trained twice"
-    return "\n".join((f"NOT clean: {counts}", *(f"  - {finding}" for finding in report.findings)))
+    return "\n".join((f"NOT clean: {counts}", *(f"  - {visible(finding)}" for finding in report.findings)))

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from lachesis.broker.settings import Settings
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import say
 
 
 class BaseModelSettings(Settings):
@@ -22,6 +23,6 @@ def main(arguments: Sequence[str]) -> int:
     settings = parse(BaseModelSettings, "base-model", arguments)
     from lachesis.envs.arithmetic.base_model import ensure_base_model
 
-    folder = ensure_base_model(settings.out, settings.seed, lambda text: print(text, flush=True))
-    print(f"base model: {folder}")
+    folder = ensure_base_model(settings.out, settings.seed, lambda text: say(text, flush=True))
+    say(f"base model: {folder}")
     return 0

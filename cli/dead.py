@@ -8,21 +8,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
-from rich.console import Console
 from rich.table import Table
 
 from lachesis.broker.client import Broker
 from lachesis.broker.dead import Letter
-from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.errors import ConfigurationError, InvalidGroup
 from lachesis.broker.nearest import did_you_mean
 from lachesis.broker.packing import from_blob, is_packed, to_scored
 from lachesis.broker.records import Group
 from lachesis.broker.settings import RedisSettings
+from lachesis.broker.validation import REFUSED, admit_stored
 from lachesis.cli.actions import dispatch, with_broker
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import console, say, say_json
 
 USAGE = """\
 usage: lachesis dead list [--reason REASON] [--json]
@@ -33,7 +33,7 @@ usage: lachesis dead list [--reason REASON] [--json]
 Dead letters are groups that could not be trained. Reasons:
   stale       accepted; by the time there was a batch for it, it lay more than --max-lag versions behind
   deliveries  accepted; its batch was lent to trainers too often without being committed
-  invalid     a post that was refused: NaN, ragged, over-long, …; kept for a week
+  invalid     a post that was refused: NaN, ragged, over-long, …; kept for a week, of a large one the first MiB
   untrainable a sequence that its trainer could not use (group/place); the rest of its group was trained
 requeue puts them back at the end of the queue, refused posts if they are valid now; purge gives them up for good.
 Every action takes --redis-url and --run; `lachesis dead list --help` explains them. docs/guarantees.md says more."""
@@ -93,11 +93,11 @@ def list_(arguments: Sequence[str]) -> int:
     async def run(broker: Broker) -> int:
         letters = _of_reason(await broker.dead.all(), settings.reason)
         if settings.json_output:
-            print(msgspec.json.encode(list(map(_plain, letters))).decode())
+            say_json(list(map(_plain, letters)))
         elif letters:
             _table(letters)
         else:
-            print(f"run {settings.run!r} has no dead letters{' with that reason' if settings.reason else ''}")
+            say(f"run {settings.run!r} has no dead letters{' with that reason' if settings.reason else ''}")
         return 0
 
     return with_broker(settings, run)
@@ -111,14 +111,15 @@ def show(arguments: Sequence[str]) -> int:
         body = await broker.dead.body(letter)
         group = from_blob(body) if letter.accepted or letter.sequence else None
         if settings.json_output:
-            kept = {"group": to_scored(group)} if group else {"body": body.decode(errors="replace")}
-            print(msgspec.json.encode({**_plain(letter), **kept}).decode())
+            kept: dict[str, Any] = {"group": to_scored(group)} if group else {"body": body.decode(errors="replace")}
+            kept |= {"whole_bytes": letter.cut_from} if letter.cut_from else {}
+            say_json({**_plain(letter), **kept})
             return 0
         for name, value in _plain(letter).items():
-            print(f"{name:<10}  {value}")
-        print(
-            "\n".join(_summary(group, letter.sequence, settings.tokens) if group else _excerpt(body, settings.tokens))
-        )
+            say(f"{name:<10}  {value}")
+        say(*(_summary(group, letter.sequence, settings.tokens) if group else _excerpt(body, settings.tokens)))
+        if letter.cut_from:
+            say(f"kept        the first {len(body):,} of its {letter.cut_from:,} bytes")
         return 0
 
     return with_broker(settings, run)
@@ -133,7 +134,7 @@ def requeue(arguments: Sequence[str]) -> int:
         for letter in chosen if settings.ids else [letter for letter in chosen if not letter.sequence]:
             why = await _requeue(broker, letter, settings.policy)
             stayed += bool(why)
-            print(f"{letter.entry.gid}: {f'not requeued: {why}' if why else 'requeued'}")
+            say(f"{letter.entry.gid}: {f'not requeued: {why}' if why else 'requeued'}")
         return 1 if stayed else 0
 
     return with_broker(settings, run)
@@ -146,7 +147,7 @@ def purge(arguments: Sequence[str]) -> int:
         letters = await _chosen(broker, settings)
         purged = [letter for letter in letters if await broker.dead.purge(letter, who=WHO)]
         counts = Counter(_kind(letter) for letter in purged)
-        print(f"purged {' and '.join(f'{count} {what}' for what, count in sorted(counts.items())) or 'nothing'}")
+        say(f"purged {' and '.join(f'{count} {what}' for what, count in sorted(counts.items())) or 'nothing'}")
         return 0
 
     return with_broker(settings, run)
@@ -185,9 +186,14 @@ async def _requeue(broker: Broker, letter: Letter, policy: str) -> str:
     if letter.sequence:
         return "the rest of its group was trained without it"
     body = await broker.dead.body(letter)
+    if letter.cut_from:
+        return f"of its {letter.cut_from:,} bytes only the first {len(body):,} are kept"
     if not letter.accepted:
         return await _post_again(broker, letter, body, policy)
-    group = from_blob(body)
+    try:
+        group = admit_stored(body, letter.entry.gid)
+    except InvalidGroup as error:
+        return f"it can't be trained: {str(error)[:SHOWN_BODY]}"
     max_lag, newest = await broker.queue.staleness.rule()
     if 0 < max_lag < newest - group.v_min:
         return (
@@ -209,7 +215,6 @@ async def _post_again(broker: Broker, letter: Letter, body: bytes, policy: str) 
     # what the shim does with a post; imported here because the other actions do without its web framework
     from starlette.exceptions import HTTPException
 
-    from lachesis.broker.errors import InvalidGroup
     from lachesis.broker.records import Limits
     from lachesis.shim.errors import Malformed
     from lachesis.shim.groups_in import GroupsIn
@@ -219,7 +224,7 @@ async def _post_again(broker: Broker, letter: Letter, body: bytes, policy: str) 
     hold = Hold(Pressure(broker, Limits()))
     groups = GroupsIn(broker, Versions(broker, policy), lambda: hold, ANY_SIZE)
     try:
-        await groups.accept(letter.entry.gid.removeprefix("refused-"), body, hold, packed=is_packed(body))
+        await groups.accept(letter.entry.gid.removeprefix(REFUSED), body, hold, packed=is_packed(body))
     except (InvalidGroup, Malformed) as error:
         return f"still refused: {error}"
     except HTTPException as error:
@@ -254,7 +259,7 @@ def _table(letters: Sequence[Letter]) -> None:
     for letter in letters:
         died = time.strftime("%Y-%m-%d %H:%M", time.localtime(letter.at))
         table.add_row(letter.entry.gid, letter.entry.reason, died, letter.entry.detail)
-    Console(highlight=False, markup=False).print(table)
+    console().print(table)
 
 
 def _summary(group: Group, only: tuple[str, int] | None, tokens: bool) -> list[str]:

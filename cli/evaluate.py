@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
 from pydantic import Field
 
 from lachesis.broker.connection import hide_password
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.settings import Settings
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import say, say_json
 
 
 class EvaluateSettings(Settings):
@@ -35,9 +35,9 @@ def main(arguments: Sequence[str]) -> int:
         settings.front_door_url, settings.env, settings.model, data=settings.data or None, limit=settings.limit
     )
     if settings.json_output:
-        print(msgspec.json.encode(result).decode())
+        say_json(result)
         return 0
-    print(f"held-out accuracy {result.accuracy:.3f} over {result.n} problems in {result.seconds:.1f} s")
+    say(f"held-out accuracy {result.accuracy:.3f} over {result.n} problems in {result.seconds:.1f} s")
     for kind, accuracy in sorted(result.per_kind.items()):
-        print(f"  {kind}: {accuracy:.3f}")
+        say(f"  {kind}: {accuracy:.3f}")
     return 0

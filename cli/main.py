@@ -11,6 +11,7 @@ from typing import NamedTuple
 from lachesis import __version__
 from lachesis.broker.errors import ConfigurationError, LachesisError
 from lachesis.broker.nearest import did_you_mean
+from lachesis.cli.terminal import say
 
 USAGE_ERROR, FAILED, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
 
@@ -82,10 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: Sequence[str]) -> int:
     if name in ("-h", "--help", "help"):
-        print(usage())
+        say(*usage().split("\n"))
         return 0
     if name == "--version":
-        print(f"lachesis {__version__}")
+        say(f"lachesis {__version__}")
         return 0
     if name not in COMMANDS:
         meant = did_you_mean(name, COMMANDS) or f"; one of {', '.join(COMMANDS)}"
@@ -122,7 +123,7 @@ def _not_ours(error: BaseException) -> str | None:
 
 
 def _refuse(who: str, why: str, code: int) -> int:
-    print(f"{who}: {why}", file=sys.stderr)
+    say(*f"{who}: {why}".split("\n"), file=sys.stderr)
     return code
 
 

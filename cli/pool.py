@@ -7,10 +7,8 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-import msgspec
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
-from rich.console import Console
 from rich.table import Table
 
 from lachesis.broker.client import Broker
@@ -22,6 +20,7 @@ from lachesis.broker.records import PoolRule, ServerStatus, WeightsEntry
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli.actions import MAIN, check_policy, dispatch, with_broker
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import console, say, say_json
 
 USAGE = """\
 usage: lachesis pool list [--json]
@@ -90,7 +89,7 @@ def list_(arguments: Sequence[str]) -> int:
         ]
         if settings.json_output:
             rows = [{"pool": pool, "rule": rule, "servers": servers} for pool, rule, servers in found]
-            print(msgspec.json.encode(rows).decode())
+            say_json(rows)
         else:
             _show(found)
         return 0
@@ -168,7 +167,7 @@ def _steer(settings: SteerSettings, rule: Callable[[Broker, PoolRule], Awaitable
             judged, now = await broker.pools.rule(settings.pool)
             wanted = await rule(broker, now)
             if wanted == now or await broker.pools.steer(settings.pool, wanted, judged):
-                print(f"pool {settings.pool}: {describe(wanted)}")
+                say(f"pool {settings.pool}: {describe(wanted)}")
                 return 0
 
     return with_broker(settings, run)
@@ -225,7 +224,7 @@ def _listed(place: str) -> set[str]:
         store, path = fsspec.core.url_to_fs(place)
         return {str(name).rstrip("/").rpartition("/")[2] for name in store.ls(path, detail=False)}
     except Exception as error:  # whatever keeps a store's client from looking; the servers look for themselves
-        print(f"note: can't look into {place} from here: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        say(f"note: can't look into {place} from here: {' '.join(str(error).split())[:200]}", file=sys.stderr)
         return set()
 
 
@@ -257,12 +256,12 @@ def describe(rule: PoolRule) -> str:
 
 def _show(found: Sequence[tuple[str, PoolRule, Sequence[ServerStatus]]]) -> None:
     width = None if sys.stdout.isatty() else 400  # an error is not cut
-    console, now = Console(highlight=False, markup=False, width=width), time.time()
+    screen, now = console(width=width), time.time()
     for pool, rule, servers in found:
-        console.print(f"pool {pool}: {describe(rule)}")
+        screen.print(f"pool {pool}: {describe(rule)}")
         table = Table.grid(padding=(0, 2))
         for status in servers:
             state = status.state if now - status.heartbeat < STALE_S else "silent"
             version = f"version {status.version}" if status.version >= 0 else "no version"
             table.add_row("", status.server, state, status.rule, version, status.checksum[:12], status.last_error)
-        console.print(table)
+        screen.print(table)

@@ -15,6 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lachesis.cli import terminal
+from lachesis.cli.terminal import say, visible
+
 PLAIN_EVERY_S = 5.0
 NOTES = 4
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -107,10 +110,16 @@ class View:
             Text.assemble(("held-out  ", "dim"), self.curve()),
             *([Text.assemble(("scores  ", "dim"), self.each_score())] if len(self.scores) > 1 else []),
             parts,
-            *(Text(f"! {warning}", style="bold red") for warning in self.warnings),
+            *(Text(f"! {visible(warning)}", style="bold red") for warning in self.warnings),
         ]
-        rows += [Text(note, style="yellow") for note in self.notes]
-        return Panel(Group(*rows), title=self.title, subtitle=clock, title_align="left", subtitle_align="right")
+        rows += [Text(visible(note, keep="\n"), style="yellow") for note in self.notes]
+        return Panel(
+            Group(*rows),
+            title=Text(visible(self.title)),
+            subtitle=Text(clock),
+            title_align="left",
+            subtitle_align="right",
+        )
 
 
 class Display:
@@ -118,7 +127,7 @@ class Display:
 
     def __init__(self, view: View, *, console: Console | None = None) -> None:
         self.view = view
-        self._console = console or Console(stderr=False)
+        self._console = console or terminal.console(highlight=True)
         self._live = Live(console=self._console, refresh_per_second=2, get_renderable=view.panel, transient=True)
         self._plain = not self._console.is_terminal
         self._printed_at = 0.0
@@ -138,12 +147,12 @@ class Display:
         stamped = f"{time.strftime('%H:%M:%S')} {text}"
         self.view.notes.append(stamped)
         if self._plain:
-            print(stamped, flush=True)
+            say(*stamped.split("\n"), flush=True)
 
     def say(self, text: str) -> None:
         """A line that stays in the scroll-back."""
         if self._plain:
-            print(text, flush=True)
+            say(text, flush=True)
         else:
             self._console.print(text, highlight=False)
 
@@ -151,7 +160,7 @@ class Display:
         """Show the view's present state; on a pipe at most a line every few seconds."""
         now = time.monotonic()
         if self._plain and now - self._printed_at >= PLAIN_EVERY_S and (line := self.view.line()) != self._printed:
-            print(line, flush=True)
+            say(line, flush=True)
             self._printed_at, self._printed = now, line
             sys.stdout.flush()
 

@@ -6,22 +6,22 @@ import asyncio
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from pydantic import ByteSize, Field
-from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from lachesis.broker.errors import ConfigurationError, LachesisError
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli.actions import check_policy, check_run
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import console, say
 
 if TYPE_CHECKING:
-    from lachesis.broker.replay import Part, Replayed, Selection
+    from lachesis.broker.replay import Notes, Part, Replayed, Selection
 
 PLAIN_EVERY_S = 5.0
 
@@ -56,20 +56,22 @@ def main(arguments: Sequence[str]) -> int:
         if settings.from_run == settings.run and settings.from_redis_url in ("", url):
             raise ConfigurationError(f"--from-run and --run are both {settings.run!r}: replay into another run")
         started = time.monotonic()
-        done = asyncio.run(_replay(url, settings))
+        done, refused = asyncio.run(_replay(url, settings))
     verb = "would be replayed" if settings.dry_run else "replayed"
     known = done.groups - done.stored
-    print(
+    say(
         f"{done.groups} groups ({done.batches} batches, {done.sequences} sequences, {done.tokens:,} tokens) {verb} into run "
         f"{settings.run!r} in {time.monotonic() - started:.1f} s"
         + (f"; {known} of them were there already" if known and not settings.dry_run else "")
+        + (f"; {refused} groups or segments were refused, see above" if refused else "")
     )
-    return 0
+    return 1 if refused else 0
 
 
-async def _replay(url: str, settings: ReplaySettings) -> Replayed:
+async def _replay(url: str, settings: ReplaySettings) -> tuple[Replayed, int]:
+    """What was replayed, and how many groups and segments were refused."""
     from lachesis.broker.client import Broker
-    from lachesis.broker.replay import Replayed, store
+    from lachesis.broker.replay import Notes, Replayed, store
 
     chosen, done = selection(settings), Replayed()
     async with AsyncExitStack() as stack:
@@ -77,7 +79,7 @@ async def _replay(url: str, settings: ReplaySettings) -> Replayed:
         stack.push_async_callback(target.aclose)
         await check_policy(target, settings.policy)
         show = stack.enter_context(_Shown(done))
-        parts, extent = await _source(url, settings, chosen, show.note, stack)
+        parts, extent = await _source(url, settings, chosen, Notes(show.note, show.refuse), stack)
         async for part in parts:
             if settings.dry_run:
                 done.count(part)
@@ -91,14 +93,15 @@ async def _replay(url: str, settings: ReplaySettings) -> Replayed:
                     keep_versions=settings.keep_versions,
                     quota=settings.queue_quota_bytes,
                     tell=show,
+                    refuse=show.refuse,
                 )
-    if not done.groups:
+    if not done.groups and not show.refused:
         raise LachesisError(f"nothing to replay: no group is in the chosen range; {extent}")
-    return done
+    return done, show.refused
 
 
 async def _source(
-    url: str, settings: ReplaySettings, chosen: Selection, note: Callable[[str], None], stack: AsyncExitStack
+    url: str, settings: ReplaySettings, chosen: Selection, notes: Notes, stack: AsyncExitStack
 ) -> tuple[AsyncIterator[Part], str]:
     """The chosen parts, and in words what there is to choose from."""
     from lachesis.broker.archive import Archive
@@ -111,13 +114,13 @@ async def _source(
         if not segments:
             raise ConfigurationError(f"--archive = {settings.archive!r}: there are no segments (*.lachesis)")
         last = max(segment.last for segment in segments)
-        return from_archive(archive, chosen, note), f"the archive holds steps {segments[0].first} to {last}"
+        return from_archive(archive, chosen, notes), f"the archive holds steps {segments[0].first} to {last}"
     source = await Broker.connect(settings.from_redis_url or url, settings.from_run)
     stack.push_async_callback(source.aclose)
     await check_run(source, "--from-run")
     kept, queue = await source.queue.retention.kept(), await source.queue.status()
     batches = f"keeps steps {kept.first} to {kept.last}" if kept.batches else "keeps no batches"
-    return from_run(source, chosen, note), f"run {settings.from_run!r} {batches} and has {queue.groups} groups queued"
+    return from_run(source, chosen, notes), f"run {settings.from_run!r} {batches} and has {queue.groups} groups queued"
 
 
 def selection(settings: ReplaySettings) -> Selection:
@@ -151,9 +154,12 @@ class _Shown:
     """Progress: a live line on a terminal, a plain one every few seconds elsewhere; on stderr, like its notes."""
 
     def __init__(self, done: Replayed) -> None:
+        self.refused = 0
         self._done = done
-        self._console = Console(stderr=True, highlight=False)
-        self._progress = Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=self._console)
+        self._console = console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=self._console
+        )
         self._task = self._progress.add_task("")
         self._printed_at = time.monotonic()
 
@@ -173,8 +179,12 @@ class _Shown:
         if self._console.is_terminal:
             self._progress.update(self._task, description=line)
         elif time.monotonic() - self._printed_at > PLAIN_EVERY_S:
-            print(line, file=sys.stderr, flush=True)
+            say(line, file=sys.stderr, flush=True)
             self._printed_at = time.monotonic()
 
+    def refuse(self, text: str) -> None:
+        self.refused += 1
+        self._console.print(f"refused: {text}", soft_wrap=True)
+
     def note(self, text: str) -> None:
-        self._console.print(f"note: {text}", soft_wrap=True, markup=False)
+        self._console.print(f"note: {text}", soft_wrap=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
 from pydantic import ByteSize, Field
 
 from lachesis.broker.client import Broker
@@ -12,6 +11,7 @@ from lachesis.broker.retention import Kept
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli.actions import with_broker
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import say, say_json, visible
 
 
 class RetentionSettings(RedisSettings):
@@ -33,7 +33,10 @@ def main(arguments: Sequence[str]) -> int:
         return await broker.queue.retention.kept()
 
     kept = with_broker(settings, run)
-    print(msgspec.json.encode(kept).decode() if settings.json_output else render(settings.run, kept))
+    if settings.json_output:
+        say_json(kept)
+    else:
+        say(*render(settings.run, kept).split("\n"))
     return 0
 
 
@@ -46,5 +49,5 @@ def render(run: str, kept: Kept) -> str:
     if kept.batches:
         size = ByteSize(kept.bytes).human_readable()
         now = f"{kept.batches} batches now, {size}, steps {kept.first} to {kept.last}"
-    readers = [f"  {name} needs those after step {step}" for name, step in sorted(kept.covered.items())]
+    readers = [f"  {visible(name)} needs those after step {step}" for name, step in sorted(kept.covered.items())]
     return "\n".join((f"run {run!r}: {rule}; {now}", *readers))

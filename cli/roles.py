@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import say
 
 SETTINGS = (
     "lachesis.shim.settings",
@@ -29,7 +30,7 @@ def trainer(arguments: Sequence[str]) -> int:
     try:
         settings = parse(TrainerSettings, "trainer", arguments)
     except SystemExit:  # --help
-        print(f"\n{explain_overrides()}")
+        say("", *explain_overrides().split("\n"))
         raise
     from lachesis.trainer.main import run
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 from pydantic import Field
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +19,7 @@ from lachesis.broker.settings import RedisSettings
 from lachesis.broker.shadows import Reading
 from lachesis.cli.actions import with_broker
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import console, say, say_json
 
 LOOK_S = 1.0
 COMPARED = {
@@ -61,14 +62,14 @@ def main(arguments: Sequence[str]) -> int:
 async def _run(broker: Broker, settings: ShadowSettings) -> int:
     if settings.remove:
         await _remove(broker, settings.remove)
-        print(f"{settings.remove} is no reader of run {settings.run!r} any more; its ledger and versions stay")
+        say(f"{settings.remove} is no reader of run {settings.run!r} any more; its ledger and versions stay")
     elif settings.json_output:
-        print(msgspec.json.encode(await _compare(broker, settings.steps)).decode())
+        say_json(await _compare(broker, settings.steps))
     elif settings.once or not sys.stdout.isatty():
         width = None if sys.stdout.isatty() else 200
-        Console(highlight=False, width=width).print(_shown(settings.run, await _compare(broker, settings.steps)))
+        console(width=width).print(_shown(settings.run, await _compare(broker, settings.steps)))
     else:
-        with Live(console=Console(highlight=False), auto_refresh=False) as live:
+        with Live(console=console(), auto_refresh=False) as live:
             while True:
                 live.update(_shown(settings.run, await _compare(broker, settings.steps)), refresh=True)
                 await asyncio.sleep(LOOK_S)

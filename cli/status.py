@@ -7,9 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 
 from lachesis.broker.client import Broker
@@ -22,6 +20,7 @@ from lachesis.broker.settings import RedisSettings
 from lachesis.cli.actions import check_policy, with_broker
 from lachesis.cli.health import SERVER_STALE_S, problems, read_parties
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import console, say_json
 
 ARCHIVER_STALE_S = 30.0
 
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     settings = parse(StatusSettings, "status", arguments)
     snapshot = with_broker(settings, lambda broker: _snapshot(broker, settings))
     if settings.json_output:
-        print(msgspec.json.encode(snapshot).decode())
+        say_json(snapshot)
     else:
         _show(snapshot)
     return 0 if snapshot["healthy"] else 1
@@ -73,7 +72,7 @@ async def _snapshot(broker: Broker, settings: StatusSettings) -> dict[str, Any]:
 
 
 def _show(snapshot: dict[str, Any]) -> None:
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+    screen = console(width=None if sys.stdout.isatty() else 200)
     queue, step, weights, config = (snapshot[name] for name in ("queue", "newest_step", "newest_weights", "trainer"))
     table = Table.grid(padding=(0, 2))
     table.add_row("health", _health(snapshot))
@@ -98,6 +97,11 @@ def _show(snapshot: dict[str, Any]) -> None:
         table.add_row("dead", f"{queue.dead} groups (lachesis dead list); dropped so far: {reasons}")
     if queue.untrainable:
         table.add_row("untrainable", f"{queue.untrainable} sequences that their groups were trained without")
+    if queue.refused:
+        lost = (
+            f", {queue.refused_not_kept} of them only counted: Redis was nearly full" if queue.refused_not_kept else ""
+        )
+        table.add_row("refused", f"{queue.refused} posts (lachesis dead list --reason invalid){lost}")
     kept = snapshot["kept"]
     if kept.keep_bytes or ARCHIVE in kept.covered:
         steps = f", {kept.bytes:,} bytes, steps {kept.first} to {kept.last}" if kept.batches else ""
@@ -111,7 +115,7 @@ def _show(snapshot: dict[str, Any]) -> None:
         table.add_row("server", _server(server, weights.version if weights else None, snapshot["at"]))
     for env in snapshot["environments"]:
         table.add_row("environment", _environment(env, queue.duplicates.get(str(env.env_id), 0), snapshot["at"]))
-    console.print(table)
+    screen.print(table)
 
 
 def _health(snapshot: dict[str, Any]) -> str:

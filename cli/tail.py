@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 from pydantic import Field
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
@@ -19,6 +19,7 @@ from lachesis.broker.journal import Entry, written_at
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli.actions import with_broker
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import console, say, say_json, visible
 
 BLOCK_S = 2.0  # one wait for something new
 ENV_SCORE = "env_score/"  # and the environment's name: the mean score of its sequences in a step
@@ -50,16 +51,16 @@ def main(arguments: Sequence[str]) -> int:
 
 async def _tail(broker: Broker, settings: TailSettings) -> int:
     shown = EXAMPLES if settings.examples else LINES
-    console = Console(highlight=False, markup=False, soft_wrap=not settings.examples)
+    screen = console(soft_wrap=not settings.examples)
     journal = broker.journal
 
     def show(entry: Entry) -> None:
         if settings.json_output:
-            print(msgspec.json.encode(as_json(entry, texts_only=settings.control)).decode(), flush=True)
+            say_json(as_json(entry, texts_only=settings.control))
         elif settings.control:
-            console.print(_event(entry))
+            screen.print(_event(entry))
         else:
-            console.print(_line(entry, shown))
+            screen.print(_line(entry, shown))
 
     if settings.control:
         cursor, newest = await journal.newest_events(settings.lines)
@@ -68,7 +69,7 @@ async def _tail(broker: Broker, settings: TailSettings) -> int:
     for entry in newest:
         show(entry)
     if not newest and not settings.follow and settings.lines:
-        print(
+        say(
             f"run {settings.run!r} has told nothing{' of that kind' if settings.examples or settings.control else ''} yet"
         )
     while settings.follow:
@@ -177,8 +178,11 @@ def _example(entry: Entry) -> RenderableType:
     title = f"{_clock(entry)} · step {fields['step']} · score {fields['score']} · advantage {fields['advantage']} · version {versions}"
     env = fields.get("env_name") or fields["env"]
     place = f"group {fields['gid'][:16]}, sequence {fields['row']} · environment {env} · {fields['tokens']} tokens"
-    body = Group(Text(fields["prompt"], style="dim"), Text(fields["response"], style="bold"))
-    return Panel(body, title=Text(title), subtitle=Text(place), title_align="left", subtitle_align="left")
+    prompt, response = (visible(fields[name], keep="\n") for name in ("prompt", "response"))
+    body = Group(Text(prompt, style="dim"), Text(response, style="bold"))
+    return Panel(
+        body, title=Text(visible(title)), subtitle=Text(visible(place)), title_align="left", subtitle_align="left"
+    )
 
 
 LINES: dict[str, Callable[[Entry], RenderableType]] = {

@@ -6,10 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-import msgspec
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
-from rich.console import Console
 from rich.table import Table
 
 from lachesis.broker.client import Broker
@@ -17,6 +15,7 @@ from lachesis.broker.records import Role, TokenRecord
 from lachesis.broker.settings import RedisSettings
 from lachesis.cli.actions import dispatch, with_broker
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import console, say, say_json
 
 USAGE = """\
 usage: lachesis token create --role environment|trainer|admin [--name NAME] [--run RUN]
@@ -56,10 +55,8 @@ def create(arguments: Sequence[str]) -> int:
     token, record = with_broker(
         settings, lambda broker: broker.tokens.create(settings.role, settings.name), existing=False
     )
-    print(
-        f"token {record.name!r} for run {settings.run!r}, role {record.role}; it is not shown again:", file=sys.stderr
-    )
-    print(token)
+    say(f"token {record.name!r} for run {settings.run!r}, role {record.role}; it is not shown again:", file=sys.stderr)
+    say(token)
     return 0
 
 
@@ -67,11 +64,11 @@ def list_(arguments: Sequence[str]) -> int:
     settings = parse(ListSettings, "token list", arguments)
     records = with_broker(settings, lambda broker: broker.tokens.all())
     if settings.json_output:
-        print(msgspec.json.encode(records).decode())
+        say_json(records)
     elif records:
         _show(records)
     else:
-        print(
+        say(
             f"run {settings.run!r} has no tokens: it is open where a shim listens on a loopback address or with --open-runs"
         )
     return 0
@@ -86,7 +83,7 @@ def revoke(arguments: Sequence[str]) -> int:
 
     record, more = with_broker(settings, run)
     rest = "" if more else "; it was the last one, and the run stays closed until another is made"
-    print(f"token {record.name!r} of run {settings.run!r} is revoked{rest}")
+    say(f"token {record.name!r} of run {settings.run!r} is revoked{rest}")
     return 0
 
 
@@ -98,7 +95,7 @@ def _show(records: Sequence[TokenRecord]) -> None:
     for record in records:
         state = "" if record.revoked_at is None else f"revoked {_when(record.revoked_at)}"
         table.add_row(record.name, record.role, f"made {_when(record.created_at)}", state)
-    Console(highlight=False).print(table)
+    console().print(table)
 
 
 def _when(at: float) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 
 from lachesis.broker.client import Broker
@@ -19,6 +18,7 @@ from lachesis.broker.settings import RedisSettings
 from lachesis.cli.actions import check_policy, with_broker
 from lachesis.cli.health import REPLICA_STALE_S
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import console, say_json
 
 
 class TrainersSettings(RedisSettings):
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         policies = [settings.policy] if settings.policy else await broker.queue.readers()
         found = [await _trainers(broker, policy) for policy in policies]
         if settings.json_output:
-            print(msgspec.json.encode(found).decode())
+            say_json(found)
         else:
             _show(settings.run, found, time.time())
         return 0
@@ -73,16 +73,16 @@ async def _trainers(broker: Broker, policy: str) -> Trainers:
 
 def _show(run: str, found: Sequence[Trainers], now: float) -> None:
     width = None if sys.stdout.isatty() else 200  # what reads a pipe can do without broken lines
-    console = Console(highlight=False, markup=False, soft_wrap=True, width=width)
+    screen = console(soft_wrap=True, width=width)
     if not found:
-        console.print(f"run {run!r}: no policy is trained yet")
+        screen.print(f"run {run!r}: no policy is trained yet")
     for trainers in found:
-        console.print(f"policy {trainers.policy}: {_in_words(trainers, now)}")
+        screen.print(f"policy {trainers.policy}: {_in_words(trainers, now)}")
         table = Table.grid(padding=(0, 2))
         for place, member in enumerate(trainers.replicas):
             table.add_row("", *_row(member, now, first=place == 0))
         if trainers.replicas:
-            console.print(table)
+            screen.print(table)
 
 
 def _in_words(trainers: Trainers, now: float) -> str:

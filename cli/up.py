@@ -14,7 +14,6 @@ import anyio
 import anyio.to_thread
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
-from rich.console import Console
 
 from lachesis.broker.audit import audit
 from lachesis.broker.client import Broker
@@ -27,6 +26,7 @@ from lachesis.cli.options import parse
 from lachesis.cli.ports import listen
 from lachesis.cli.progress import Display, View
 from lachesis.cli.supervisor import Supervisor
+from lachesis.cli.terminal import say
 from lachesis.cli.watch import watch
 
 POLICY = "main"
@@ -98,7 +98,7 @@ class Run:
         self.home = settings.state_dir / "runs" / settings.run
         title = f"Lachesis · run {settings.run} · {plan.env} · {plan.model_name} · {plan.device}"
         self.view = View(title=title, steps=plan.steps)
-        self.display = Display(self.view, console=Console())
+        self.display = Display(self.view)
         self.supervisor = Supervisor(self.display.note)
         self.processes = parts.Processes(settings, plan, self.url, self.home, shim, door)
         self.front_door = f"http://127.0.0.1:{door.getsockname()[1]}"
@@ -121,7 +121,7 @@ class Run:
             await broker.enlist()  # from now on there is something to look at
             newest = await broker.queue.newest_committed(POLICY)
             if newest is not None and newest.step >= self.plan.steps:
-                print(
+                say(
                     f"run {self.settings.run!r} has its {self.plan.steps} steps already: --steps N trains on, --fresh starts over"
                 )
                 return 0
@@ -266,14 +266,14 @@ class Run:
         step = newest.step if newest else 0
         rewards = [entry.reward async for entry in broker.queue.ledger(POLICY)][-10:]
         held_out = await self._held_out(broker)
-        print(
+        say(
             f"{'interrupted' if interrupted else 'done'}: step {step}/{self.plan.steps} in {time.monotonic() - self.began:.0f} s"
             + (f", mean reward of the last {len(rewards)} steps {sum(rewards) / len(rewards):.3f}" if rewards else "")
             + (f", held-out {' -> '.join(held_out[:1] + held_out[1:][-1:])}" if held_out else "")
             + f"; audit {render_audit(report)}"
         )
         if interrupted:
-            print(f"run the same command again to go on from step {step}; {self.home / 'logs'} has the logs")
+            say(f"run the same command again to go on from step {step}; {self.home / 'logs'} has the logs")
             return 130
         return 0 if report.clean else 1
 

@@ -67,9 +67,16 @@ def _routes(
     trainers = HttpTrainers(broker, versions, settings)
     pressure = Pressure(broker, settings.limits, draining, hold_s)
     groups = GroupsIn(
-        broker, versions, lambda: Hold(pressure), limit, settings.duplicate_window_s, settings.max_body_lists
+        broker,
+        versions,
+        lambda: Hold(pressure),
+        limit,
+        settings.duplicate_window_s,
+        settings.max_body_lists,
+        settings.refused_bytes,
+        settings.max_runs,
     )
-    parties = PartyRoutes(broker, trainers, min(limit, SMALL_BYTES))
+    parties = PartyRoutes(broker, trainers, min(limit, SMALL_BYTES), settings.max_runs)
 
     def counts() -> dict[str, Any]:
         return {"groups": groups.counts, "lineage": versions.counts}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import orjson
@@ -55,7 +55,7 @@ class BatchEndpoint:
 
     def __init__(self, broker: Broker, trainers: HttpTrainers) -> None:
         self._broker, self._trainers = broker, trainers
-        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of who is here now
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,7 +69,7 @@ class BatchEndpoint:
         if is_pipelined(scope):  # it acknowledges nothing, and there is no more before that
             await JSONResponse({"batch": None})(scope, receive, send)
             return
-        turn = self._turns[consumer]
+        turn = self._turn(consumer)
         try:
             async with asyncio.timeout(TURN_S):
                 await turn.acquire()
@@ -105,6 +105,9 @@ class BatchEndpoint:
         finally:
             turn.release()
 
+    def _turn(self, consumer: str) -> asyncio.Lock:
+        return self._turns.setdefault(consumer, asyncio.Lock())
+
     async def _borrow(self, consumer: str, batch_size: int) -> tuple[int, list[bytes]] | None:
         """The step of the trainer's next batch, and its groups as they are stored; None if there is none now.
 
@@ -126,7 +129,7 @@ class BatchEndpoint:
         task.add_done_callback(self._tasks.discard)
 
     async def _not_sent(self, consumer: str, step: int) -> None:
-        async with self._turns[consumer]:
+        async with self._turn(consumer):
             await self._trainers.not_sent(consumer, step)
 
 
@@ -144,6 +147,8 @@ class _Writer:
         before = b'{"batch":['
         for blob in blobs:
             group = from_blob(blob)
+            if not np.isfinite(group.scores).all():  # somebody else than PUT stored it
+                raise InvalidGroup("scores", "a number", "must be finite")
             scores.append(group.scores)
             await self._write(before)
             await self._write(to_json(group))

@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from lachesis.broker.records import Group, ScoredGroup
+from lachesis.broker.validation import MESSAGE_RULE, broken_message, non_finite
 from lachesis.shim.connection import in_whole
 from lachesis.shim.direct import read_group, read_groups
 from lachesis.shim.errors import SHOWN_ERRORS, InvalidGzip, Location, Malformed, detail
@@ -233,27 +234,9 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def non_finite(value: object, location: Location = ()) -> tuple[Location, float] | None:
-    """Where in a JSON value the first NaN or infinity is, and which."""
-    if isinstance(value, float):
-        return None if value - value == 0 else (location, value)
-    if isinstance(value, dict):
-        items: Any = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    else:
-        return None
-    for key, item in items:
-        if found := non_finite(item, (*location, key)):
-            return found
-    return None
-
-
 def check_messages(group: Group | ScoredGroup, prefix: Location = ()) -> None:
     """Raise Malformed unless every message has what upstream asks of it."""
     messages = group.rest.get("messages") if isinstance(group, Group) else group.messages
-    for row, conversation in enumerate(messages or ()):
-        for column, message in enumerate(conversation):
-            if "role" not in message or "content" not in message:
-                rule = "Message must have 'role' and 'content' fields"
-                raise Malformed([detail("value_error", [*prefix, "messages", row, column], message, rule)])
+    if broken := broken_message(messages):
+        row, column, message = broken
+        raise Malformed([detail("value_error", [*prefix, "messages", row, column], message, MESSAGE_RULE)])

@@ -14,8 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from lachesis.broker.access import Denied
-from lachesis.broker.errors import ConfigurationError, Conflict, InvalidGroup
+from lachesis.broker.errors import ConfigurationError, Conflict, InvalidGroup, LimitReached
 from lachesis.broker.redis_errors import Trouble, describe, trouble
+from lachesis.broker.validation import path
 
 SHOWN = 1000  # characters of a wrong value that are repeated to its sender
 SHOWN_IN_TEXT = 100
@@ -55,12 +56,6 @@ def refusal(error: InvalidGroup, prefix: Location = ()) -> dict[str, Any]:
     """The entry for a group that can't be trained; `prefix` is its place in a list of groups."""
     words: list[str | int] = [int(word) if word.isdigit() else word for word in re.findall(r"\w+", error.field)]
     return detail("value_error", [*prefix, *words], error.value, error.rule)
-
-
-def path(location: Location) -> str:
-    """`("scores", 1)` as `scores[1]`."""
-    text = "".join(f"[{word}]" if isinstance(word, int) else f".{word}" for word in location)
-    return text.removeprefix(".") or "body"
 
 
 def shown(value: object) -> Any:
@@ -119,6 +114,10 @@ async def conflict(_: Request, error: Exception) -> Response:
     return JSONResponse({"detail": str(error)}, 409)
 
 
+async def limit_reached(_: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": str(error)}, 429, headers={"Retry-After": "60"})
+
+
 async def denied(_: Request, error: Exception) -> Response:
     assert isinstance(error, Denied)
     return JSONResponse({"detail": str(error)}, error.status, headers=error.headers)
@@ -154,6 +153,7 @@ HANDLERS: dict[Any, Any] = {
     InvalidGzip: invalid_gzip,
     InvalidGroup: invalid_group,
     Conflict: conflict,
+    LimitReached: limit_reached,
     Denied: denied,
     ConfigurationError: bad_request,
     RedisError: redis_trouble,

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
-import orjson
 import structlog
 from redis.exceptions import RedisError
 from starlette.requests import Request
@@ -17,13 +16,14 @@ from starlette.responses import JSONResponse, Response
 
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.codec import gid_of
-from lachesis.broker.packing import PACKED_TYPE, REST, pack, to_arrays, to_blob, to_scored, unpack, unpacked_bytes
+from lachesis.broker.packing import PACKED_TYPE, pack, to_arrays, to_blob, to_scored, unpack, unpacked_bytes
+from lachesis.broker.queue import REFUSED_BYTES
 from lachesis.broker.records import DUPLICATE_WINDOW_S, Group, ScoredGroup, TokenRecord
 from lachesis.broker.redis_errors import describe, trouble
-from lachesis.broker.validation import check_group
+from lachesis.broker.validation import REFUSED, Reader, admit
 from lachesis.shim.access import caller_of, environment_of
-from lachesis.shim.bodies import check_messages, decode_group, decode_groups, non_finite, read_body, too_large
-from lachesis.shim.errors import Malformed, detail, path, refusal
+from lachesis.shim.bodies import check_messages, decode_group, decode_groups, read_body, too_large
+from lachesis.shim.errors import Malformed, detail, refusal
 from lachesis.shim.large import INLINE_BYTES, Read, is_large, read_apart
 from lachesis.shim.pressure import Hold, Size
 from lachesis.shim.status import account_of, buffered
@@ -66,13 +66,17 @@ class GroupsIn:
         max_body_bytes: int,
         window_s: int = DUPLICATE_WINDOW_S,
         max_lists: int = MAX_LISTS,
+        refused_bytes: int = REFUSED_BYTES,
+        max_runs: int = 0,
     ) -> None:
         self.counts: Counter[str] = Counter(stored=0, duplicate=0, refused=0)
         self._broker, self._versions, self._hold = broker, versions, hold
-        self._max_body_bytes, self._window_s, self._max_lists = max_body_bytes, window_s, max_lists
+        self._max_body_bytes, self._max_lists = max_body_bytes, max_lists
+        self._window_s, self._refused_bytes, self._max_runs = window_s, refused_bytes, max_runs
 
     async def scored_data(self, request: Request) -> Response:
         hold = self._hold()
+        await self._broker.enlist(self._max_runs)
         await hold.room()
         body = await read_body(request, self._max_body_bytes)
         post = _post(request, body)
@@ -89,6 +93,7 @@ class GroupsIn:
 
     async def scored_data_list(self, request: Request) -> Response:
         hold = self._hold()
+        await self._broker.enlist(self._max_runs)
         await hold.room()
         body = await read_body(request, self._max_body_bytes)
         post = _post(request, body)
@@ -147,18 +152,19 @@ class GroupsIn:
     ) -> Accepted:
         if (count := len(group.tokens)) > MAX_SEQUENCES:
             raise InvalidGroup("tokens", f"{count} sequences", f"must hold at most {MAX_SEQUENCES}")
-        arrays = prepared(group, lax=lax)
+        arrays = to_arrays(group) if isinstance(group, ScoredGroup) else group
+        reader: Reader = "msgpack" if packed else "lax json" if lax else "strict json"
         account = await self._account(key, arrays.env)
         arrival = await self._versions.arrival(arrays)
         try:
-            reply = await self._store(gid, arrays, arrival, hold, packed, key, account)
+            reply = await self._store(gid, arrays, arrival, hold, packed, key, account, reader)
         except InvalidGroup:
             if not arrival.believed:
                 raise
             reply = "changed"  # perhaps
         if reply == "changed":
             arrival = await self._versions.arrival(arrays, ask=True)
-            reply = await self._store(gid, arrays, arrival, hold, packed, key, account)
+            reply = await self._store(gid, arrays, arrival, hold, packed, key, account, reader)
         if reply == "conflict":
             rule = "was used for another body; use a new key for each post, and the same one to repeat it"
             raise Malformed([detail("value_error", ["Idempotency-Key"], key and key.key, rule, of="header")])
@@ -166,12 +172,20 @@ class GroupsIn:
         return Accepted(reply == "duplicate", await buffered(self._broker, arrays.env, len(arrays.tokens)))
 
     async def _store(
-        self, gid: str, arrays: Group, arrival: Arrival, hold: Hold, packed: bytes, key: Post | None, account: str
+        self,
+        gid: str,
+        arrays: Group,
+        arrival: Arrival,
+        hold: Hold,
+        packed: bytes,
+        key: Post | None,
+        account: str,
+        reader: Reader,
     ) -> str:
         """Check the group against what the run knew at its arrival, and PUT it. Returns what PUT replies."""
         config = arrival.trainer
         limits = {"max_token_len": config.max_token_len, "batch_size": config.batch_size} if config else {}
-        check_group(arrays, **limits)
+        admit(arrays, **limits, reader=reader)
         packed = packed or pack_group(arrays)
         told = self._versions.stamp(arrival, arrays)
         put = partial(
@@ -207,8 +221,8 @@ class GroupsIn:
             group = unpack(body, check=_check_inline) if size <= INLINE_BYTES else None
         except _Large:
             group = None
-        if group and group.rest:
-            check_nested(group)
+        if group:
+            check_messages(group)
         return group
 
     def _repeated(self, post: Post) -> str:
@@ -222,7 +236,9 @@ class GroupsIn:
         """Keep it under another id: the same post may be fine for the next trainer."""
         self.counts["refused"] += 1
         try:
-            await self._broker.queue.bury(f"refused-{gid}", body, "invalid", str(error)[:1000])
+            await self._broker.queue.bury(
+                f"{REFUSED}{gid}", body, "invalid", str(error)[:1000], most_bytes=self._refused_bytes
+            )
         except RedisError as lost:
             if trouble(lost) is None:
                 raise
@@ -257,20 +273,6 @@ def _posted(group: Group | ScoredGroup | Read) -> bytes:
     return json.dumps(msgspec.to_builtins(scored)).encode()
 
 
-def check_nested(group: Group) -> None:
-    """Raise InvalidGroup or Malformed for what is nested in a packed group and could not have been posted as JSON."""
-    _check_json(group.rest)
-    check_messages(group)
-
-
-def prepared(group: Group | ScoredGroup, *, lax: bool) -> Group:
-    """The group as arrays. Raises InvalidGroup for what could not be handed out again; `lax`: so may numbers be."""
-    _check_depth(group)
-    if lax and (found := non_finite(msgspec.to_builtins(group.rest if isinstance(group, Group) else group))):
-        raise InvalidGroup(path(found[0]), found[1], "must be finite")
-    return to_arrays(group) if isinstance(group, ScoredGroup) else group
-
-
 def pack_group(group: Group) -> bytes:
     """The packed form. Raises InvalidGroup for numbers and text that can't be packed."""
     try:
@@ -298,29 +300,6 @@ def _size(gid: str, group: Group, packed: bytes, account: str) -> Size:
 
 def _is_packed(request: Request) -> bool:
     return request.headers.get("content-type", "").startswith(PACKED_TYPE)
-
-
-def _check_json(rest: dict[str, Any]) -> None:
-    """MessagePack holds more than JSON does; what is not JSON could not be handed out by `GET /batch`."""
-    for name, value in rest.items():
-        try:
-            orjson.dumps({name: value}, option=orjson.OPT_PASSTHROUGH_DATETIME)
-        except TypeError as error:
-            raise InvalidGroup(name, "a value", f"must be what JSON can express ({error})") from None
-        if found := non_finite(value, (name,)):
-            raise InvalidGroup(path(found[0]), found[1], "must be finite")
-
-
-def _check_depth(group: Group | ScoredGroup) -> None:
-    """Values nested deeper than they could be written again, in `GET /batch`, are refused before anything walks them."""
-    for name in REST:
-        value = group.rest.get(name) if isinstance(group, Group) else getattr(group, name)
-        try:
-            if value is not None:
-                orjson.dumps({name: value})
-        except TypeError as error:  # whatever else is wrong has a message of its own
-            if "Recursion" in str(error):
-                raise InvalidGroup(name, "a value", "must not be nested deeper than 250 levels") from None
 
 
 def _unstorable(group: Group) -> InvalidGroup:

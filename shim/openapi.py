@@ -179,6 +179,7 @@ HEADERS: dict[str, dict[str, Any]] = {
         "schema": {"type": "string"},
     },
 }
+FULL: dict[int, tuple[Any, ...]] = {429: (Refusal,)}
 BAD_BODY: dict[int, tuple[Any, ...]] = {400: (PLAIN,), 413: (Refusal,), 422: (HTTPValidationError,)}
 DESCRIPTIONS = {
     200: "Answer",
@@ -189,16 +190,17 @@ DESCRIPTIONS = {
     413: "A body of more than max_body_bytes after decompression, or with more in it than is read",
     421: "The header Host has a name that is not this server's",
     422: "A malformed body, or a group that can't be trained",
+    429: "As many runs, environments or trainers as there may be",
     503: "Redis does not answer or refuses, or the queue stayed full for as long as a post may wait",
 }
 
 TABLE = (
     Route("GET", "/", "Which API this is", {200: (Greeting,)}),
     Route(
-        "POST", "/register", "A trainer's settings", {200: (Registered,), **BAD_BODY, 400: (PLAIN, Refusal), 409: (Refusal,)},
+        "POST", "/register", "A trainer's settings", {200: (Registered,), **BAD_BODY, **FULL, 400: (PLAIN, Refusal), 409: (Refusal,)},
         TrainerConfig, ("X-Trainer-Id",),
     ),
-    Route("POST", "/register-env", "An environment's settings", {200: (EnvRegistered, EnvWaits), **BAD_BODY}, EnvConfig),
+    Route("POST", "/register-env", "An environment's settings", {200: (EnvRegistered, EnvWaits), **BAD_BODY, **FULL}, EnvConfig),
     Route(
         "POST", "/disconnect-env", "An environment ends", {200: (Disconnected, NotDisconnected), **BAD_BODY},
         EnvIdentifier,
@@ -208,14 +210,14 @@ TABLE = (
     Route("GET", "/status", "Step and queue", {200: (RunStatus,)}),
     Route("GET", "/status-env", "The queue as one environment sees it", {200: (EnvStatus,), **BAD_BODY}, EnvIdentifier),
     Route(
-        "POST", "/scored_data", "One group", {200: (Received, Duplicate, Buffered), **BAD_BODY}, ScoredGroup, ("Idempotency-Key",),
+        "POST", "/scored_data", "One group", {200: (Received, Duplicate, Buffered), **BAD_BODY, **FULL}, ScoredGroup, ("Idempotency-Key",),
     ),
     Route(
-        "POST", "/scored_data_list", "A list of groups", {200: (ListReceived,), **BAD_BODY}, list[ScoredGroup],
+        "POST", "/scored_data_list", "A list of groups", {200: (ListReceived,), **BAD_BODY, **FULL}, list[ScoredGroup],
         ("Idempotency-Key",),
     ),
     Route(
-        "GET", "/batch", "The next batch, leased", {200: (Batch, NoTrainer), 400: (Refusal,)}, None, ("X-Trainer-Id",)
+        "GET", "/batch", "The next batch, leased", {200: (Batch, NoTrainer), 400: (Refusal,), **FULL}, None, ("X-Trainer-Id",)
     ),
     Route("GET", "/latest_example", "The newest group still kept", {200: (StoredGroup, NoExample)}),
     Route("GET", "/reset_data", "Forget queue, batches and registrations", {200: (PLAIN,)}),

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from lachesis.broker import Broker, Conflict
 from lachesis.broker.codec import read_json
+from lachesis.broker.parties import NAME_CHARACTERS, PRINTABLE
 from lachesis.broker.records import EnvConfig, TrainerConfig
 from lachesis.shim.access import caller_of, check_owner
 from lachesis.shim.bodies import decode, read_body
@@ -20,14 +21,16 @@ from lachesis.shim.trainers import HttpTrainers, consumer_of
 
 MAX_BATCH_SIZE = 1 << 20  # sequences of one step: choosing a batch takes this many bits
 ATTEMPTS = 20  # to register while others do
+MAX_TEXT_BYTES = 1024
 MAX_NUMBER = 2**53  # what JSON numbers hold exactly; products and sums of these are finite
 
 
 class PartyRoutes:
     """`/register`, `/register-env`, `/disconnect-env`, `/info`, `/wandb_info`, `/reset_data`."""
 
-    def __init__(self, broker: Broker, trainers: HttpTrainers, max_body_bytes: int) -> None:
+    def __init__(self, broker: Broker, trainers: HttpTrainers, max_body_bytes: int, max_runs: int = 0) -> None:
         self._broker, self._trainers, self._max_body_bytes = broker, trainers, max_body_bytes
+        self._max_runs = max_runs
 
     async def register(self, request: Request) -> Response:
         config = decode(TrainerConfig, await read_body(request, self._max_body_bytes))
@@ -35,10 +38,11 @@ class PartyRoutes:
         if not 1 <= config.batch_size <= MAX_BATCH_SIZE:
             rule = f"must be between 1 and {MAX_BATCH_SIZE} sequences"
             raise Malformed([detail("value_error", ["batch_size"], config.batch_size, rule)])
+        _check_texts(config)
         consumer = consumer_of(request)
+        await self._broker.enlist(self._max_runs)
         await self._adopt(config)
         await self._trainers.refit()
-        await self._broker.enlist()
         await self._trainers.saw(consumer)
         await self._broker.journal.control("register", consumer, msgspec.json.encode(config).decode())
         return JSONResponse({"uuid": uuid.uuid4().int})
@@ -69,13 +73,15 @@ class PartyRoutes:
         if not 0 <= (config.min_batch_allocation or 0) <= 1:
             rule = "must be null or between 0 and 1: a part of each batch"
             raise Malformed([detail("value_error", ["min_batch_allocation"], config.min_batch_allocation, rule)])
+        if len(config.desired_name) > NAME_CHARACTERS or not config.desired_name.isprintable():
+            raise Malformed([detail("value_error", ["desired_name"], config.desired_name, PRINTABLE)])
         parties = self._broker.parties
         trainer = await parties.trainer_config()
         if trainer is None or not await parties.started():
             return JSONResponse({"status": "wait for trainer to start"})
+        await self._broker.enlist(self._max_runs)  # its trainer may be a native one, which does not come by here
         caller = caller_of(request)
         record = await parties.register_env(config, nonce=uuid.uuid4().hex, owner=caller.name if caller else "")
-        await self._broker.enlist()  # its trainer may be a native one, which does not come by here
         await self._broker.journal.control("register-env", record.name, msgspec.json.encode(record).decode())
         return JSONResponse(
             {
@@ -111,8 +117,9 @@ class PartyRoutes:
         )
 
     async def reset_data(self, request: Request) -> Response:
-        await self._broker.reset()
-        await self._broker.journal.control("reset", consumer_of(request))
+        if await self._broker.exists():
+            await self._broker.reset()
+            await self._broker.journal.control("reset", consumer_of(request))
         return PlainTextResponse("Reset successful")
 
 
@@ -129,3 +136,10 @@ def _check_sizes(config: Struct) -> None:
         value = getattr(config, name)
         if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
             raise Malformed([detail("value_error", [name], value, "must be between -2^53 and 2^53")])
+
+
+def _check_texts(config: TrainerConfig) -> None:
+    for name in config.__struct_fields__:
+        value = getattr(config, name)
+        if isinstance(value, str) and len(value.encode()) > MAX_TEXT_BYTES:
+            raise Malformed([detail("value_error", [name], value, f"must not be longer than {MAX_TEXT_BYTES} bytes")])

@@ -16,11 +16,12 @@ import msgspec
 
 from lachesis.broker.errors import InvalidGroup
 from lachesis.broker.http.counts import TooMany, check_json, check_msgpack
-from lachesis.broker.packing import to_scored, unpack, unpacked_bytes
+from lachesis.broker.packing import to_arrays, to_scored, unpack, unpacked_bytes
 from lachesis.broker.records import Group, ScoredGroup
-from lachesis.shim.bodies import decode_group, decode_groups
+from lachesis.broker.validation import admit
+from lachesis.shim.bodies import check_messages, decode_group, decode_groups
 from lachesis.shim.errors import Malformed
-from lachesis.shim.groups_in import MAX_SEQUENCES, check_nested, env_of, pack_group, prepared
+from lachesis.shim.groups_in import MAX_SEQUENCES, env_of, pack_group
 from lachesis.shim.large import LENGTH_BYTES, Order, Read, Reply
 
 MEMORY = 10  # times the body's size
@@ -79,15 +80,17 @@ def _json(told: Any) -> bytes:
 
 
 def _packed(group: Group | ScoredGroup, lax: bool) -> bytes:
-    arrays = prepared(group, lax=lax)
+    arrays = to_arrays(group) if isinstance(group, ScoredGroup) else group
     _check_rows(arrays)
+    admit(arrays, reader="lax json" if lax else "strict json")
     return pack_group(arrays)
 
 
 def _check_packed(body: bytes, max_lists: int) -> Group:
     group = unpack(body, check=partial(check_msgpack, max_containers=max_lists))
-    check_nested(group)
     _check_rows(group)
+    admit(group)
+    check_messages(group)
     return group
 
 

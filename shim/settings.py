@@ -29,6 +29,9 @@ class ShimSettings(CallerSettings):
     lease_s: float = Field(
         600, gt=0, description="seconds after which a batch that an HTTP trainer has not finished may go to another one"
     )
+    max_runs: int = Field(
+        1000, ge=0, description="runs on this Redis at which one that is not known yet is refused (0: any number)"
+    )
     max_body_lists: int = Field(
         250_000, gt=0, description="lists and objects that a request body may hold; more get 413"
     )
@@ -51,6 +54,11 @@ class ShimSettings(CallerSettings):
         ge=0,
         le=LONGEST_WINDOW_S,
         description="seconds for which a repeated post is taken for a retry and not stored again (0: only while its group is not trained)",
+    )
+    refused_bytes: int = Field(
+        64 << 20,
+        ge=0,
+        description="bytes that a run keeps of the bodies of refused posts (lachesis dead), compressed, the newest; 0: only why",
     )
     max_deliveries: int = Field(
         MAX_DELIVERIES,

@@ -94,7 +94,7 @@ def env_status(
     group_size = max(1, env.config.group_size) if env else largest
     return {
         "queue_size": (own + others) // group_size,
-        "unallocated_fraction": 1.0 - min(sum(minimums.values()), 1.0),
+        "unallocated_fraction": 1.0 - min(alive.allocated, 1.0),
         "self_queue_size": own // group_size,
         "max_group_size": largest,
         "env_weight": _weight(env, alive),

@@ -20,6 +20,7 @@ from starlette.requests import Request
 
 from lachesis.broker import Broker, LeaseLost
 from lachesis.broker.codec import read_json, read_seconds
+from lachesis.broker.errors import LimitReached
 from lachesis.broker.keys import check_name
 from lachesis.broker.records import BatchEntry, Lease, LedgerEntry
 from lachesis.shim.access import caller_of
@@ -29,6 +30,8 @@ from lachesis.shim.versions import Versions
 
 ACTIVE_S = 60.0  # a trainer that called within this time is alive
 HTTP = "http:"  # before the names of consumers that are served over HTTP
+MOST_TRAINERS = 1000  # that a run knows
+CROWDED_S = 600.0  # where there is no room, the longest silent one is forgotten after this
 LAST_BYTE_S = 1.0  # a replica that takes longer over the last byte has died
 
 log = structlog.get_logger(role="shim")
@@ -79,8 +82,14 @@ class HttpTrainers:
         return f"sent:{self._policy}:{consumer}"
 
     async def saw(self, consumer: str) -> None:
-        keys = self._broker.keys
-        await self._broker.scripts.note(keys=[keys.trainers], args=[consumer, f"{time.time():.3f}"])
+        """The trainer is here. Raises LimitReached where it is new, and as many others as may be were here of late."""
+        keys, now = self._broker.keys, f"{time.time():.3f}"
+        args = [consumer, now, self._policy, MOST_TRAINERS, CROWDED_S]
+        if not await self._broker.scripts.visit(keys=[keys.trainers, keys.batches], args=args):
+            raise LimitReached(
+                f"run {keys.run!r} has {MOST_TRAINERS} HTTP trainers, and all of them called within {CROWDED_S:.0f} s: "
+                "give each trainer one X-Trainer-Id, not one each time"
+            )
 
     async def lease(self, consumer: str, batch_size: int) -> Lease | None:
         """The trainer's next batch: its unfinished one again, or a new one."""

@@ -3,9 +3,10 @@
 -- KEYS  1 batches (stream)  2 ledger:<policy> (stream)  3 state (hash)  4 writer:<policy> (string)  5 refused (stream)
 --       6 trained (hash)
 -- ARGV  1 policy (consumer group)  2 consumer  3 step  4 writer token, '' for a consumer without one
---       5 letters to keep, approximately  6 number k of sequences that could not be trained  7…6+8k a letter each (4 fields and values)
+--       5 letters to keep  6 number k of sequences that could not be trained  7…6+8k a letter each (4 fields and values)
 --       then the ledger entry's fields and values
 -- reply "committed" | "already" (by this consumer: the ledger says whose batch a step was) | "fenced" (another writer) | "stolen" (another consumer) | "gone" (nobody holds it)
+-- include refused
 -- XACK alone does not check ownership, so this does. Steps of several HTTP trainers may finish out of order: a late
 -- one gets the id <newest step>-<k>; the field `step` is what counts.
 local batches, ledger, policy, step = KEYS[1], KEYS[2], ARGV[1], tonumber(ARGV[3])
@@ -47,8 +48,11 @@ for i = 1, batch and #batch[2] or 0, 2 do
   end
 end
 for i = 0, k - 1 do
-  redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[5], '*', unpack(ARGV, 7 + 8 * i, 14 + 8 * i))
+  redis.call('XADD', KEYS[5], '*', unpack(ARGV, 7 + 8 * i, 14 + 8 * i))
 end
-if k > 0 then redis.call('HINCRBY', KEYS[3], 'untrainable', k) end
+if k > 0 then
+  redis.call('HINCRBY', KEYS[3], 'untrainable', k)
+  trim_letters(KEYS[5], tonumber(ARGV[5]), 0)
+end
 redis.call('HINCRBY', KEYS[3], 'committed:' .. policy, 1)
 return 'committed'

@@ -41,7 +41,9 @@ else
   end
 end
 if known then
-  redis.call('HINCRBY', KEYS[4], 'duplicates:' .. env, 1)
+  local counted = 'duplicates:' .. env
+  if redis.call('HEXISTS', KEYS[4], counted) == 0 and redis.call('HLEN', KEYS[4]) > 5000 then counted = 'duplicates:-' end
+  redis.call('HINCRBY', KEYS[4], counted, 1)
   return known
 end
 if ARGV[11] == '1' then

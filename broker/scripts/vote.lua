@@ -5,11 +5,12 @@
 --       5 ledger:<policy> (stream)  6 state (hash)  7 writer:<policy> (string)  8 refused (stream)
 --       9 trained (hash)
 -- ARGV  1 id  2 generation  3 epoch  4 step  5 digest of the gradients  6 policy (consumer group)
---       7 letters to keep, approximately  8 number k of sequences that could not be trained  9…8+8k a letter each (4 fields and values)
+--       7 letters to keep  8 number k of sequences that could not be trained  9…8+8k a letter each (4 fields and values)
 --       then the ledger entry's fields and values; the last voter's are written
 -- reply "committed" (now, or before with this replica's vote) | "waiting" (for other votes) | "moved" (another epoch)
 --       | "closed" (the step is not open) | "fenced" (the replicas don't hold the writer lock) | "diverged" (a vote for other gradients)
 --       | "unclaimed" (not all groups are with members, or this one has not the newest weights) | "gone" (the batch is not lent to them)
+-- include refused
 local step, k = ARGV[4], tonumber(ARGV[8])
 local found = redis.call('HMGET', KEYS[1], 'generation', 'epoch', 'open', 'step', 'won', 'groups', 'at:' .. ARGV[1])
 if found[1] == ARGV[2] and found[4] == step and found[5] == ARGV[3] then return 'committed' end
@@ -54,9 +55,12 @@ for i = 1, batch and #batch[2] or 0, 2 do
   end
 end
 for i = 0, k - 1 do
-  redis.call('XADD', KEYS[8], 'MAXLEN', '~', ARGV[7], '*', unpack(ARGV, 9 + 8 * i, 16 + 8 * i))
+  redis.call('XADD', KEYS[8], '*', unpack(ARGV, 9 + 8 * i, 16 + 8 * i))
 end
-if k > 0 then redis.call('HINCRBY', KEYS[6], 'untrainable', k) end
+if k > 0 then
+  redis.call('HINCRBY', KEYS[6], 'untrainable', k)
+  trim_letters(KEYS[8], tonumber(ARGV[7]), 0)
+end
 redis.call('HINCRBY', KEYS[6], 'committed:' .. ARGV[6], 1)
 for _, member in ipairs(members) do
   redis.call('HSET', KEYS[1], 'at:' .. member, step)

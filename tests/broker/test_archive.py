@@ -57,7 +57,7 @@ def test_what_is_written_is_read(
         batches = [batch(len(written) + n, blobs) for n, blobs in enumerate(content, 1)]
         archive.write(HEADER, batches)
         written += batches
-    assert list(archive.read(note=pytest.fail)) == written
+    assert [archived._replace(segment="") for archived in archive.read(note=pytest.fail)] == written
     assert archive.newest() == ((HEADER, written[-1].batch) if written else None)
 
 

@@ -252,6 +252,19 @@ async def subscribe(run: Run) -> None:
     assert await run.direct.queue.shadows.rules() == {"main": Rule("lossy", 2)}
 
 
+async def enlist(run: Run) -> None:
+    run.lose("enlist")
+    await run.broker.enlist(10_000)
+    assert run.direct.keys.run in await run.direct.runs()
+
+
+async def visit(run: Run) -> None:
+    run.lose("visit")
+    keys = [run.direct.keys.trainers, run.direct.keys.batches]
+    assert await run.broker.scripts.visit(keys=keys, args=["http:t", "1.0", "main", 1, 600]) == 1
+    assert await run.direct.redis.hgetall(run.direct.keys.trainers) == {b"http:t": b"1.0"}
+
+
 async def register_env(run: Run) -> None:
     run.lose("register_env")
     record = await run.broker.parties.register_env(ENV, "nonce")
@@ -418,7 +431,7 @@ async def vote(run: Run) -> None:
 
 SCRIPTS = {case.__name__: case for case in (
     arrive, put, lengths, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, refit, purge, reset, subscribe, acquire,
-    hold, adopt, register_env, update_env, hear,
+    hold, adopt, enlist, visit, register_env, update_env, hear,
     report, publish, steer, take_turn, append, note, note_new, found, join, beat, evict, meet, heal, open, claim, vote,
 )}  # fmt: skip
 

@@ -370,3 +370,12 @@ def _(both: Both) -> None:
 def _(both: Both) -> None:
     assert codes(both.each("GET", "/docs")) == [200, 404]
     assert codes(both.each("GET", "/redoc")) == [200, 404]
+
+
+@differs(
+    "any `desired_name`, and any length of texts", "they are kept for the life of the run, and printed on terminals"
+)
+def _(both: Both) -> None:
+    for name in ("a\nb", "x" * 201):
+        assert codes(both.each("POST", "/register-env", json={**ENV, "desired_name": name})) == [200, 422]
+    assert codes(both.each("POST", "/register", json={**TRAINER, "wandb_group": "x" * 1025})) == [200, 422]

@@ -1,0 +1,10 @@
+#!lua flags=allow-oom
+-- ENLIST: put a run on the list of runs, if there is room, even when Redis is full: its trainer may free what fills it.
+-- KEYS  1 lachesis:runs (hash: run -> when it came)
+-- ARGV  1 run  2 now, seconds since 1970  3 runs that there may be, 0 for any number
+-- reply 1 (it is on the list) | 0 (there is no room)
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 1 then return 1 end
+local most = tonumber(ARGV[3])
+if most > 0 and redis.call('HLEN', KEYS[1]) >= most then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+return 1
