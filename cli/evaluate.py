@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 from pydantic import Field
 
+from lachesis.broker.connection import hide_password
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.settings import Settings
 from lachesis.cli.options import parse
@@ -26,7 +27,9 @@ class EvaluateSettings(Settings):
 def main(arguments: Sequence[str]) -> int:
     settings = parse(EvaluateSettings, "evaluate", arguments)
     if not settings.front_door_url.startswith(("http://", "https://")):
-        raise ConfigurationError(f"--front-door-url = {settings.front_door_url!r}: must be http://HOST:PORT")
+        raise ConfigurationError(
+            f"--front-door-url = {hide_password(settings.front_door_url)!r}: must be http://HOST:PORT"
+        )
     from lachesis.envs.evaluate import evaluate
 
     result = evaluate(

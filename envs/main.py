@@ -98,7 +98,7 @@ async def _rollouts(settings: EnvSettings, env_class: Any, log: Any) -> None:
     await _wait_for_shim(settings.shim_url.rstrip("/"), log)
     env = make_env(settings, env_class)
     shim = hide_password(settings.shim_url)
-    log.info("making rollouts", env=settings.name, shim=shim, front_door=settings.front_door_url)
+    log.info("making rollouts", env=settings.name, shim=shim, front_door=hide_password(settings.front_door_url))
     await env.env_manager()
 
 
