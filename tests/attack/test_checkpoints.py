@@ -133,6 +133,22 @@ def test_planted_checkpoints_count_as_nothing(tmp_path: Path, blocking: Blocking
     assert not (tmp_path / "step-3").exists()
 
 
+def test_what_an_older_version_saved_is_loaded_where_that_is_said(tmp_path: Path, blocking: BlockingBroker) -> None:
+    worker = Worker()
+    (tmp_path / "step-3").mkdir()
+    worker.save_checkpoint(str(tmp_path / "step-3"), None, 3, None)
+    (tmp_path / "step-3" / MANIFEST).write_text('{"step": 3}\n')
+    with pytest.raises(CheckpointRefused, match=r"load it once with lachesis.unverified_checkpoints=true"):
+        Checkpoints(tmp_path, worker, blocking, "main").load(3)
+    told = Checkpoints(tmp_path, worker, blocking, "main", unverified=True)
+    told.load(3)
+    assert worker.loaded == ["weights after step 3"]
+    told.save(4)
+    flip(tmp_path / "step-4")
+    with pytest.raises(CheckpointRefused, match=f"{SHARD}' has SHA-256"):  # Redis knows this one
+        told.load(4)
+
+
 class Pickled:
     """What unpickling it does: it makes a file."""
 
