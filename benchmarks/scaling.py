@@ -43,14 +43,14 @@ class Replicas:
         settings = parse(UpSettings, "up", ["--state-dir", str(folder), "--steps", str(steps), "--gpus", "0", ELASTIC])
         with socket.socket() as unused:
             processes = parts.Processes(settings, parts.plan(settings), redis_url, folder, unused, unused)
-            self._argv = processes.trainer().argv
+            self._part = processes.trainer()
         self._folder = folder
         self._running: list[subprocess.Popen[bytes]] = []
 
     def start(self, name: str) -> None:
         with open(self._folder / f"{name}.log", "wb") as log:
-            argv = [*self._argv, f"lachesis.replica={name}"]
-            environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+            argv = [*self._part.argv, f"lachesis.replica={name}"]
+            environ = {**os.environ, **self._part.env}
             self._running.append(subprocess.Popen(argv, stdout=log, stderr=log, env=environ))
 
     def kill_last(self) -> None:

@@ -14,6 +14,7 @@ from anyio.from_thread import BlockingPortal
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
+from lachesis.broker.checkpoints import CheckpointDigests
 from lachesis.broker.codec import read_seconds
 from lachesis.broker.connection import HEARTBEATS, open_redis, patience, reconnect
 from lachesis.broker.dead import DeadLetters
@@ -75,7 +76,7 @@ class Connections:
 class Broker:
     """Everything a room may do with one run, by concern.
 
-    `queue`, `members`, `dead`, `weights`, `pools`, `parties`, `lineage`, `journal`, `tokens`.
+    `queue`, `members`, `dead`, `weights`, `checkpoints`, `pools`, `parties`, `lineage`, `journal`, `tokens`.
     """
 
     def __init__(self, connections: Connections, run: str = "default") -> None:
@@ -85,6 +86,7 @@ class Broker:
         self.queue = Queue(redis, blocking, heartbeats, scripts, self.keys)
         self.dead = DeadLetters(redis, scripts, self.keys)
         self.weights = Weights(redis, blocking, scripts, self.keys)
+        self.checkpoints = CheckpointDigests(redis, scripts, self.keys)
         self.pools = Pools(redis, blocking, scripts, self.keys)
         self.members = Members(redis, connections.wire, heartbeats, scripts, self.keys)
         self.parties = Parties(redis, heartbeats, scripts, self.keys)

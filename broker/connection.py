@@ -40,7 +40,14 @@ ANSWER_S = 15.0  # a server that says nothing for so long has failed
 BLOCK_S = 5.0  # the longest blocking read: well below ANSWER_S, as Redis may overrun it
 COMMANDS = 64  # connections of a pool
 HEARTBEATS = 4  # heartbeats are few and quick
-PASSWORDS = ("password", "ssl_password")  # options of a URL
+SHOWN = (  # options of a URL that are no secrets
+    *("db", "protocol", "username", "client_name", "timeout", "max_connections", "health_check_interval"),
+    *("socket_timeout", "socket_connect_timeout", "socket_keepalive", "retry_on_timeout", "decode_responses"),
+    *("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"),
+)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_USER = re.compile(r"[^:/?#@]*:")  # and what divides it from its password
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]*\]|[^:/?#@\[\]]*)(:[0-9]{1,5})?([/#][^:]*)?")
 
 
 class _Limit(NamedTuple):
@@ -157,6 +164,10 @@ def open_redis(
         raise ConfigurationError(
             f"redis_url = {hide_password(url)!r}: {error}; use redis://host:port/0 or unix:///path"
         ) from None
+    try:
+        client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
+    except TypeError as error:  # it names the option
+        raise ConfigurationError(f"redis_url = {hide_password(url)!r}: an option that there is not ({error})") from None
     return client
 
 
@@ -169,8 +180,9 @@ async def reconnect(redis: Redis) -> None:
 
 def _check_url(url: str) -> None:
     """Raise ConfigurationError for what redis-py would read as something else."""
-    shown, parts = hide_password(url), urlsplit(url)
+    shown = hide_password(url)
     try:
+        parts = urlsplit(url)
         _ = parts.port
     except ValueError:  # its text may hold a part of the password
         raise ConfigurationError(
@@ -178,7 +190,7 @@ def _check_url(url: str) -> None:
         ) from None
     database = parts.path.removeprefix("/")
     if parts.scheme in ("redis", "rediss") and database and not (database.isascii() and database.isdecimal()):
-        raise ConfigurationError(f"redis_url = {shown!r}: its database, {database!r}, must be a number, e.g. 0")
+        raise ConfigurationError(f"redis_url = {shown!r}: its database, after the host, must be a number, e.g. 0")
 
 
 async def wait_for_entries(
@@ -208,14 +220,22 @@ async def wait_for_any(
 
 
 def hide_password(url: str) -> str:
-    """The URL as it may be shown: *** in the place of passwords, before the host or among the options."""
-    url = re.sub(
-        r"^([^:/?#]+://[^:/?#@]*:).*@", r"\1***@", url, flags=re.DOTALL
-    )  # to the last @: it may not be percent-encoded
-    address, mark, options = url.partition("?")
-    return address + mark + "&".join(map(_hide_option, options.split("&")))
+    """The URL as it may be shown: *** in the place of all that may be a password. The less it is like a URL, the less is shown."""
+    scheme = _SCHEME.match(url)
+    start = scheme.end() if scheme else 0
+    before, at, address = url[start:].rpartition("@")  # the last one: it may not be percent-encoded
+    user = _USER.match(before)
+    shown = url[:start] + (user[0] if user else "") + ("***@" if at else "")
+    if at and "=" in before.partition("?")[2]:  # its @ may stand in an option
+        return shown.removesuffix("@")
+    address, mark, options = address.partition("?")
+    if not _ADDRESS.fullmatch(address):  # a password without the host that should follow it
+        address = address.partition(":")[0] + ":***"
+    return shown + address + mark + "&".join(map(_hide_option, options.split("&")))
 
 
 def _hide_option(option: str) -> str:
     name, mark, _ = option.partition("=")
-    return f"{name}{mark}***" if mark and unquote_plus(name) in PASSWORDS else option
+    if not option or (mark and unquote_plus(name) in SHOWN):
+        return option
+    return f"{name}=***" if mark else "***"

@@ -22,6 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -95,7 +96,9 @@ class EmbeddedRedis:
         return self._process.pid if self._process else None
 
     def start(self) -> EmbeddedRedis:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.folder.stat().st_uid == os.geteuid():
+            self.folder.chmod(0o700)  # an older version made it for everybody to read
         self._lock = os.open(self.folder / "redis.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             if self._take_lock(0.0 if self._shared else OWN_S):
@@ -125,7 +128,7 @@ class EmbeddedRedis:
         cut_zeros(self.folder / AOF_FOLDER)
         self.socket.unlink(missing_ok=True)
         assert self._lock is not None
-        with open(self.folder / "redis.log", "ab") as log:
+        with open(self.folder / "redis.log", "ab", opener=partial(os.open, mode=0o600)) as log:
             began = log.tell()
             self._process = subprocess.Popen(
                 [self._server or find_server(), "-"],
@@ -135,6 +138,7 @@ class EmbeddedRedis:
                 cwd=self.folder,
                 pass_fds=[self._lock],
                 preexec_fn=die_with_parent,
+                umask=0o077,
                 start_new_session=True,  # Ctrl-C in a terminal must not reach it before those who still write to it
             )
         assert self._process.stdin is not None

@@ -56,6 +56,10 @@ class WeightsRefused(LachesisError, ValueError):
     """A published version does not match its manifest, or its manifest does not match the event."""
 
 
+class CheckpointRefused(LachesisError, ValueError):
+    """A checkpoint is not what a trainer of this policy saved."""
+
+
 class StorageError(LachesisError, OSError):
     """Weights or a checkpoint can't be written: no room, no right, no such place."""
 

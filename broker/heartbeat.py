@@ -71,7 +71,7 @@ class Heartbeat:
 
     def _start(self) -> None:
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "lachesis.broker.heartbeat"],
+            [sys.executable, "-P", "-m", "lachesis.broker.heartbeat"],
             stdin=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C in a terminal is for the replica, which then says goodbye
         )

@@ -74,7 +74,7 @@ class Journal:
 
     async def _append(self, log: str, fields: Mapping[str, str], keep: int) -> None:
         flat = [text for pair in fields.items() for text in pair]
-        await self._scripts.append(keys=[log, self._keys.once(uuid4().hex)], args=[ONCE_S, keep, *flat])
+        await self._scripts.append(keys=[self._keys.once(uuid4().hex)], args=[log, ONCE_S, keep, *flat])
 
 
 def written_at(id_: str) -> float:

@@ -84,6 +84,10 @@ class Keys:
     def ledger(self, policy: str) -> str:
         return self._key("ledger", policy)
 
+    def checkpoints(self, policy: str) -> str:
+        """Digests of the manifests of the policy's checkpoints."""
+        return self._key("checkpoints", policy)
+
     def writer(self, policy: str) -> str:
         """The lock of the one process that may write a policy's ledger and weights."""
         return self._key("writer", policy)

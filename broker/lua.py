@@ -57,11 +57,13 @@ class WireScript:
 
     def __init__(self, wire: Wire, text: str) -> None:
         self._wire, self.script = wire, text
+        # what only reads needs no right to write to its keys
+        self._command = "EVALSHA_RO" if "no-writes" in text.partition("\n")[0] else "EVALSHA"
         self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
     async def __call__(self, *, keys: Sequence[Any], args: Sequence[Any] = (), after: Command | None = None) -> Any:
         """`after` is a command that is sent along, to be executed just before."""
-        call = ("EVALSHA", self.sha, len(keys), *keys, *args)
+        call = (self._command, self.sha, len(keys), *keys, *args)
         commands = (call,) if after is None else (after, call)
         for _ in range(LOADS):
             try:

@@ -111,7 +111,7 @@ class Queue:
         packed = packed or pack(group)
         names, post, call = self._keys, gid, f"{self._caller}{next(self._calls):x}"
         quotas = [limits.bytes, limits.sequences, limits.env_bytes, limits.env_sequences]
-        lag = ["" if limits.max_lag is None else limits.max_lag, limits.policy]
+        lag = ["" if limits.max_lag is None else limits.max_lag, believed.policy if believed else limits.policy]
         belief = [1, believed.registration, believed.newest] if believed else [0, "", ""]
         while True:
             blob = to_blob(
@@ -126,8 +126,7 @@ class Queue:
             if account and account != entry.env:
                 entry = structs.replace(entry, env=account)
             keys = [names.groups, names.blob(gid), names.seen(post), names.state, names.trainers]
-            keys += [names.weights(believed.policy if believed else "main"), names.pools]
-            keys += [names.lineage, names.old_lineage, names.trained]
+            keys += [names.pools, names.lineage, names.old_lineage, names.trained]
             fields = [text for pair in to_entry(entry).items() for text in pair]
             memory = [window_s, call, digest, post]
             args = [*memory, *quotas, *lag, *belief, entry.env, entry.n, entry.bytes, *fields]

@@ -223,6 +223,13 @@ class Manifest(Struct, frozen=True):
     base: Base | None = None  # None: all files lie there whole
 
 
+class CheckpointManifest(Struct, frozen=True):
+    """What a checkpoint consists of; `lachesis.json` beside the files."""
+
+    step: int
+    files: dict[str, FileInfo]
+
+
 class TrainerConfig(Struct, frozen=True):
     """What a trainer registers: Atropos' `/register` body. `batch_size` counts sequences."""
 

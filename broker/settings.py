@@ -25,6 +25,8 @@ NO_SETTINGS = {  # variables of that prefix that are read elsewhere
     f"{PREFIX}{name}" for name in ("CONFIG", "LOG_FORMAT", "LOG_LEVEL", "CRASH_AT", "STOP_AT", "CPU_VISIBLE_DEVICES")
 }
 
+LONGEST_URL = 4096  # characters
+
 
 class Settings(BaseSettings):
     """Base of all settings; subclasses add fields, each with a default and a description for `--help`."""
@@ -37,6 +39,7 @@ class Settings(BaseSettings):
         cli_hide_none_type=True,
         cli_avoid_json=True,
         extra="ignore",  # one TOML file serves all roles
+        hide_input_in_errors=True,  # it may be a URL with a password
     )
 
     @classmethod
@@ -57,6 +60,12 @@ def toml_file() -> Path:
     return Path(os.environ.get(f"{PREFIX}CONFIG", "lachesis.toml"))
 
 
+def found_toml() -> Path | None:
+    """The file of the current folder that is read though nobody named it, if there is one."""
+    path = toml_file()
+    return path.absolute() if f"{PREFIX}CONFIG" not in os.environ and path.is_file() else None
+
+
 def read_toml() -> dict[str, Any]:
     """What the file of settings holds. Raises ConfigurationError for one that can't be read."""
     path = toml_file()
@@ -72,10 +81,25 @@ def read_toml() -> dict[str, Any]:
         raise ConfigurationError(f"{path}: can't be read: {error.strerror}") from None
 
 
+def read_url(path: str) -> str:
+    """The one line that the file holds."""
+    where = f"--redis-url-file = {path!r}"
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read(LONGEST_URL + 1).split()
+    except OSError as error:
+        raise ConfigurationError(f"{where}: can't be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{where}: must hold a URL as text") from None
+    if len(lines) != 1 or len(lines[0]) > LONGEST_URL:
+        raise ConfigurationError(f"{where}: must hold one URL, and nothing else")
+    return lines[0]
+
+
 def make_folder(setting: str, folder: Path) -> Path:
     """The folder, made if need be. Raises ConfigurationError where it can't be made or written to."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(
             f"{setting} = {str(folder)!r}: can't be made ({error.strerror}); give a folder that can be written to"
@@ -89,11 +113,19 @@ class RedisSettings(Settings):
     """Which Redis, and which run on it."""
 
     redis_url: str = Field("", description="Redis to use, e.g. redis://localhost:6379/0 or unix:///path/to/socket")
+    redis_url_file: str = Field("", description="file that holds that URL, where it has a password")
     embedded: bool = Field(False, description="use a Redis of our own, kept in the state folder")
     state_dir: Path = Field(
         Path(".lachesis"), description="folder for the embedded Redis, models, checkpoints and logs"
     )
     run: str = Field("default", description="name of the run: one training job's namespace on a Redis")
+
+    def model_post_init(self, _: Any) -> None:
+        if not self.redis_url_file:
+            return
+        if self.redis_url:
+            raise ConfigurationError("--redis-url and --redis-url-file exclude each other: give one of them")
+        self.redis_url, self.redis_url_file = read_url(self.redis_url_file), ""
 
     @contextmanager
     def redis(self, *, existing: bool = False) -> Iterator[str]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
+from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 from lachesis import __version__
@@ -31,6 +35,7 @@ COMMANDS = {
     "trainers": Command("who trains each policy: replicas, what each holds, how fast it is", "lachesis.cli.trainers"),
     "shadow": Command("policies that train on the same batches, side by side", "lachesis.cli.shadow"),
     "token": Command("make, list and revoke the tokens that a run's callers need", "lachesis.cli.token"),
+    "redis-users": Command("make Redis's users, one for each role, with passwords", "lachesis.cli.redis_users"),
     "dead": Command("what could not be trained: list, show, requeue, purge", "lachesis.cli.dead"),
     "pool": Command("which version a pool serves: newest, pin, canary, promote, rollback", "lachesis.cli.pool"),
     "retention": Command("how many bytes of trained batches a run keeps, and who holds them", "lachesis.cli.retention"),
@@ -71,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 130 interrupted, 141 who read the output has gone.
     """
-    name, *rest = (arguments if arguments is not None else sys.argv[1:]) or ["--help"]
+    words = list(arguments if arguments is not None else sys.argv[1:])
+    name, *rest = words or ["--help"]
+    os.umask(0o077)  # rollouts, weights and logs are for who runs this
+    sys.excepthook = partial(_print_traceback, words)
     try:
         code = _run(name, rest)
         sys.stdout.flush()
@@ -90,13 +98,13 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return 0
     if name not in COMMANDS:
         meant = did_you_mean(name, COMMANDS) or f"; one of {', '.join(COMMANDS)}"
-        return _refuse("lachesis", f"no command {name!r}{meant}", USAGE_ERROR)
+        return _refuse("lachesis", f"no command {name!r}{meant}", USAGE_ERROR, [name, *arguments])
     try:
         return _load(COMMANDS[name].module)(arguments)
     except ConfigurationError as error:
-        return _refuse(f"lachesis {name}", str(error), USAGE_ERROR)
+        return _refuse(f"lachesis {name}", str(error), USAGE_ERROR, arguments)
     except LachesisError as error:
-        return _refuse(f"lachesis {name}", str(error), FAILED)
+        return _refuse(f"lachesis {name}", str(error), FAILED, arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -104,7 +112,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     except Exception as error:
         if (why := _not_ours(error)) is None:
             raise  # a mistake of ours, whose traceback says where
-        return _refuse(f"lachesis {name}", why, FAILED)
+        return _refuse(f"lachesis {name}", why, FAILED, arguments)
 
 
 def _not_ours(error: BaseException) -> str | None:
@@ -122,9 +130,29 @@ def _not_ours(error: BaseException) -> str | None:
     return None
 
 
-def _refuse(who: str, why: str, code: int) -> int:
-    say(*f"{who}: {why}".split("\n"), file=sys.stderr)
+def _refuse(who: str, why: str, code: int, arguments: Sequence[str]) -> int:
+    say(*_without_passwords(f"{who}: {why}", arguments).split("\n"), file=sys.stderr)
     return code
+
+
+def _print_traceback(
+    arguments: Sequence[str], kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    print(
+        _without_passwords("".join(traceback.format_exception(kind, error, trace)), arguments), file=sys.stderr, end=""
+    )
+
+
+def _without_passwords(text: str, arguments: Sequence[str]) -> str:
+    """The text with what looks like a URL among arguments and variables as it may be shown, wherever it is repeated."""
+    from lachesis.broker.connection import hide_password  # takes longer than all of --help
+
+    given = [*arguments, *(value for name, value in os.environ.items() if name.upper().startswith("LACHESIS_"))]
+    for word in dict.fromkeys(part for one in given for part in (one.partition("=")[2], one)):
+        if "://" in word or ":" in word.rpartition("@")[0]:
+            for written in (word, str(Path(word))):  # where it was taken for a folder
+                text = text.replace(written, hide_password(word))
+    return text
 
 
 def _load(target: str) -> Callable[[Sequence[str]], int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Sequence
 from importlib import import_module
@@ -14,9 +15,10 @@ from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.nearest import did_you_mean
-from lachesis.broker.settings import NO_SETTINGS, PREFIX, Settings, read_toml, toml_file
+from lachesis.broker.settings import NO_SETTINGS, PREFIX, Settings, found_toml, read_toml, toml_file
 
 S = TypeVar("S", bound=Settings)
+NEVER_FOUND = ("sglang_python", "sglang_args", "overrides")  # settings that name programs or code
 
 
 def parse(kind: type[S], command: str, arguments: Sequence[str]) -> S:
@@ -26,6 +28,7 @@ def parse(kind: type[S], command: str, arguments: Sequence[str]) -> S:
     )
     given = _given(source, kind, command, arguments)
     _check_names(kind)
+    _announce_found(command)
     # a list's values are taken as they were written: pydantic-settings would split each at its commas
     lists: dict[str, Any] = {name: value for name, value in vars(given).items() if isinstance(value, list)}
     rest = Namespace(**{name: value for name, value in vars(given).items() if name not in lists})
@@ -63,6 +66,8 @@ def _option(name: str, kind: type[Settings]) -> str:
 def _refusal(error: ValidationError, kind: type[Settings], given: Collection[str], positional: Collection[str]) -> str:
     """Of the first wrong value: where it was given, the value, the rule."""
     first = error.errors()[0]
+    if not first["loc"]:  # of several settings together
+        return str(first["ctx"]["error"])
     name = str(first["loc"][0])
     field = kind.model_fields.get(name)
     option = _option(name, kind) if field else f"--{name.replace('_', '-')}"
@@ -96,6 +101,23 @@ def _check_names(kind: type[Settings]) -> None:
     for key in keys:
         if key not in known:
             raise ConfigurationError(f"{key} in {toml_file()}: no command has such a setting{did_you_mean(key, known)}")
+
+
+def _announce_found(command: str) -> None:
+    """Say that the current folder's file of settings is read. It may be another's: raise ConfigurationError where it says what to run."""
+    if (path := found_toml()) is None:
+        return
+    for key in read_toml():
+        if key in NEVER_FOUND:
+            raise ConfigurationError(
+                f"{key} in {path}: a file that nobody named may not say what is run; give {_option_of(key)}, "
+                f"{PREFIX}{key.upper()}, or the file as {PREFIX}CONFIG"
+            )
+    print(f"lachesis {command}: settings from {path}", file=sys.stderr)
+
+
+def _option_of(key: str) -> str:
+    return "overrides on the command line" if key == "overrides" else f"--{key.replace('_', '-')}"
 
 
 def all_names() -> set[str]:

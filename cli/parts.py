@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Listener: TypeAlias = socket.socket
 TINY = "tiny"
+PYTHON = (sys.executable, "-P")  # what lies in the current folder is no module
+# what this process was told of a Redis itself, taken from its children
+NO_REDIS = {"LACHESIS_REDIS_URL": "", "LACHESIS_REDIS_URL_FILE": "", "LACHESIS_EMBEDDED": "false"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -119,32 +122,41 @@ class Processes:
         self, settings: UpSettings, plan: Plan, redis_url: str, home: Path, shim: Listener, door: Listener
     ) -> None:
         self._settings, self._plan, self._home, self._shim, self._door = settings, plan, home, shim, door
-        self._redis = ("--redis-url", redis_url, "--run", settings.run, "--state-dir", str(settings.state_dir))
+        self._run = ("--run", settings.run, "--state-dir", str(settings.state_dir))
+        self._redis = {**NO_REDIS, "LACHESIS_REDIS_URL": redis_url}  # `ps` shows arguments
 
     def _part(
-        self, name: str, *arguments: str, role: str = "", gpus: Sequence[int] = (), inherit: Sequence[int] = ()
+        self,
+        name: str,
+        *arguments: str,
+        role: str = "",
+        gpus: Sequence[int] = (),
+        inherit: Sequence[int] = (),
+        redis: bool = True,
     ) -> Part:
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        told = self._redis if redis else NO_REDIS
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), **told}
         return Part(
             name=name,
-            argv=(sys.executable, "-m", "lachesis.cli.main", role or name, *arguments),
+            argv=(*PYTHON, "-m", "lachesis.cli.main", role or name, *arguments),
             log=self._home / "logs" / f"{name}.log",
             env={"OMP_NUM_THREADS": "1", **visible} if not self._plan.gpus else visible,
             inherit=inherit,
         )
 
     def base_model(self) -> Part:
-        return self._part("base-model", "--out", self._plan.model, "--seed", str(self._settings.seed))
+        arguments = ("--out", self._plan.model, "--seed", str(self._settings.seed))
+        return self._part("base-model", *arguments, redis=False)
 
     def shim(self) -> Part:
-        return self._part("shim", *self._redis, "--fd", str(self._shim.fileno()), inherit=[self._shim.fileno()])
+        return self._part("shim", *self._run, "--fd", str(self._shim.fileno()), inherit=[self._shim.fileno()])
 
     def front_door(self) -> Part:
-        return self._part("front-door", *self._redis, "--fd", str(self._door.fileno()), inherit=[self._door.fileno()])
+        return self._part("front-door", *self._run, "--fd", str(self._door.fileno()), inherit=[self._door.fileno()])
 
     def inference(self, index: int) -> Part:
         name = f"inference-{index}"
-        arguments = [*self._redis, "--server", name, "--port", "0", "--model", self._plan.model]
+        arguments = [*self._run, "--server", name, "--port", "0", "--model", self._plan.model]
         arguments += ["--context-length", str(self._plan.recipe.context_length)]
         if self._settings.sglang_python:
             arguments += ["--sglang-python", self._settings.sglang_python]
@@ -154,12 +166,12 @@ class Processes:
 
     def trainer(self) -> Part:
         words = trainer_overrides(self._settings, self._plan)
-        return self._part("trainer", *self._redis, *words, gpus=self._plan.gpus[:1])
+        return self._part("trainer", *self._run, *words, gpus=self._plan.gpus[:1])
 
     def track(self) -> Part:
         """Tells the trackers of the last evaluation, which comes after the trainer's end."""
-        part = self._part("track", self._redis[1], self._settings.run)
-        return replace(part, argv=(sys.executable, "-m", "lachesis.trainer.track", *part.argv[-2:]))
+        part = self._part("track")
+        return replace(part, argv=(*PYTHON, "-m", "lachesis.trainer.track", self._settings.run))
 
     def env(self) -> Part:
         shim, door = self._shim.getsockname()[1], self._door.getsockname()[1]
@@ -172,4 +184,4 @@ class Processes:
         ]  # fmt: skip
         if self._settings.data:
             arguments += ["--data", self._settings.data]
-        return self._part("env", *arguments)
+        return self._part("env", *arguments, redis=False)

@@ -122,12 +122,12 @@ def model_options(settings: AgentSettings, device: str, model: ModelFolder, vers
 
 
 def environment(device: str, inherited: Mapping[str, str]) -> dict[str, str]:
-    """SGLang's environment. The model is always a local folder by then, so nothing may ask the hub."""
+    """SGLang's environment. The model is always a local folder by then, so nothing may ask the hub; and it needs no Redis."""
     chosen = {
         # else it waits for seconds, with CUDA for a minute, before it admits that it has crashed
         "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
-        **inherited,
+        **{name: value for name, value in inherited.items() if not name.startswith("LACHESIS_REDIS_URL")},
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }

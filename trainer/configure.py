@@ -80,7 +80,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # of the node `lache
     **dict.fromkeys(("batch_size", "num_steps", "publish_every", "checkpoint_every", "keep_versions"), _whole(1)),
     **dict.fromkeys(("full_every", "max_behind"), _whole(1)),
     "prefetch": (lambda value: value in (0, 1) and not isinstance(value, bool), "must be 0 or 1"),
-    **dict.fromkeys(("lockstep", "elastic"), FLAG),
+    **dict.fromkeys(("lockstep", "elastic", "unverified_checkpoints"), FLAG),
     "shadow": _one_of(*SHADOWS),
     "lease_s": (
         lambda value: isinstance(value, NUMBER) and not isinstance(value, bool) and value >= 1,
@@ -133,6 +133,7 @@ class Plan:
     tracking_dir: Path  # of this run and policy
     wandb_project: str
     wandb_group: str
+    unverified_checkpoints: bool = False  # whether one that Redis does not know is loaded, too
     kept: KeptConfiguration | None = None  # told to the run when this trainer begins
 
 
@@ -358,6 +359,7 @@ def make_plan(config: DictConfig, settings: RedisSettings) -> Plan:
         tracking_dir=settings.state_dir.absolute() / "tracking" / place,
         wandb_project=ours.wandb_project,
         wandb_group=ours.wandb_group or settings.run,
+        unverified_checkpoints=ours.unverified_checkpoints,
     )
 
 

@@ -21,6 +21,13 @@ from lachesis.trainer.algorithms import check_with_verl
 from lachesis.trainer.ranks import Ranks, init_process_group
 from lachesis.trainer.reference import Reference, needs_reference
 
+# what numpy's random state, which verl keeps in a checkpoint, is pickled as
+RANDOM_STATE: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    np.empty(0).__reduce__()[0],  # numpy's _reconstruct, whose module has had two names
+]
 _ONE_PROCESS = {  # what torchrun would set; verl reads it whoever starts the process
     "RANK": "0",
     "WORLD_SIZE": "1",
@@ -64,6 +71,7 @@ def build_engine(config: DictConfig) -> Engine:
         os.environ.setdefault(name, value)
     os.environ.setdefault("VERL_LOGGING_LEVEL", "WARN")
     _seed(config.lachesis.seed)
+    load_tensors_only()
 
     with _importing_much():
         import verl.workers.engine  # noqa: F401
@@ -125,6 +133,16 @@ def build_engine(config: DictConfig) -> Engine:
         and actor.use_dynamic_bsz
         and engine.ulysses_sequence_parallel_size == 1,
     )
+
+
+def load_tensors_only() -> None:
+    """Have torch.load take nothing but tensors and plain values in this process, whoever calls it and however.
+
+    verl loads checkpoints with weights_only=False, which would run what a pickle says.
+    """
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals(RANDOM_STATE)
 
 
 def published_tensors(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:

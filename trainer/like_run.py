@@ -14,7 +14,7 @@ from lachesis.trainer.settings import TrainerSettings, quoted
 
 FOLDERS = ("lachesis.weights_dir", "lachesis.checkpoint_dir")
 MODEL = "actor_rollout_ref.model.path"
-ITS_OWN = ("lachesis.replica",)  # of each trainer
+ITS_OWN = ("lachesis.replica", "lachesis.unverified_checkpoints")  # of each trainer, and of this start
 
 
 def kept_configuration(settings: TrainerSettings, config: DictConfig) -> KeptConfiguration:

@@ -88,7 +88,7 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
             engine = build_engine(config)
             # these need verl, which build_engine has imported for the right platform
             from lachesis.trainer.algo import Learner
-            from lachesis.trainer.checkpoint import Checkpoints
+            from lachesis.trainer.checkpoint import make_checkpoints
             from lachesis.trainer.feed import Feed
             from lachesis.trainer.publisher import make_publisher
             from lachesis.trainer.replica import Replica
@@ -102,7 +102,7 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
             ):
                 return 0
             publisher = parts.enter_context(make_publisher(broker, plan, tenure, log))
-            checkpoints = Checkpoints(plan.checkpoint_dir, crew)
+            checkpoints = make_checkpoints(plan, crew, broker)
             feed = parts.enter_context(Feed(broker, plan, tenure, _mapping(plan, engine, learner)))
             tracker = parts.enter_context(_tracker(plan, config))
             replica = Replica(
@@ -202,7 +202,7 @@ def open_tracker(config: DictConfig, *, run: str, policy: str, folder: Path) -> 
 
 def _make(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"{folder}: can't be made ({error.strerror})") from None
     if not os.access(folder, os.W_OK):

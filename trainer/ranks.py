@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lachesis.broker.errors import CheckpointRefused, LachesisError
 from lachesis.broker.records import Group
 
 if TYPE_CHECKING:
@@ -97,8 +98,16 @@ class Crew:
         self._engine.worker.save_checkpoint(path, *args)
 
     def load_checkpoint(self, path: str, *args: Any) -> None:
+        """verl's, with its arguments. Raises CheckpointRefused for what can't be loaded, as what is no tensor."""
         self._ranks.order("load_checkpoint", path, *args)
-        self._engine.worker.load_checkpoint(path, *args)
+        try:
+            self._engine.worker.load_checkpoint(path, *args)
+        except (LachesisError, OSError):
+            raise
+        except Exception as error:  # whatever a file may hold that is no checkpoint of this model
+            raise CheckpointRefused(
+                f"{path!r} can't be loaded: only tensors and plain values are, of the model that is trained ({_reason(error)})"
+            ) from None
 
     def tensors(self) -> Generator[tuple[str, Tensor]]:
         """The weights in memory, whole, under Hugging Face's names. Close it where not all are taken: the others give all."""
@@ -132,6 +141,13 @@ class Crew:
                     pass
             else:
                 getattr(self, name)(*args)
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's message that says what is wrong; the others advise to load it all the same."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith(("Trying to load", "Unsupported"))]
+    return (telling or lines or [type(error).__name__])[0][:300]
 
 
 def share(lengths: Sequence[int], parts: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from lachesis.broker import BlockingBroker
 from lachesis.broker.records import Group
 from lachesis.trainer.algo import Learner
 from lachesis.trainer.batch import TrainingBatch
-from lachesis.trainer.checkpoint import Checkpoints
+from lachesis.trainer.checkpoint import make_checkpoints
 from lachesis.trainer.configure import Plan
 from lachesis.trainer.crew_compute import CrewCompute
 from lachesis.trainer.duties import Team
@@ -51,7 +51,7 @@ def train_together(
 
     def make_upkeep(right: Right, parts: ExitStack) -> Upkeep:
         publisher = make_publisher(broker, plan, right, log)
-        checkpoints = Checkpoints(plan.checkpoint_dir, crew)
+        checkpoints = make_checkpoints(plan, crew, broker)
         return Upkeep(broker, plan, crew, checkpoints, parts.enter_context(publisher), right, log)
 
     team = Team(

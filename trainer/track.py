@@ -1,4 +1,7 @@
-"""Tells a run's trackers of an evaluation that came after its trainer's end: `python -m lachesis.trainer.track URL RUN`."""
+"""Tells a run's trackers of an evaluation that came after its trainer's end: `python -m lachesis.trainer.track RUN`.
+
+The Redis is that of LACHESIS_REDIS_URL.
+"""
 
 from __future__ import annotations
 
@@ -33,4 +36,4 @@ def main(url: str, run: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(os.environ["LACHESIS_REDIS_URL"], *sys.argv[1:]))

@@ -9,6 +9,7 @@ from contextlib import closing
 from structlog.stdlib import BoundLogger
 
 from lachesis.broker import BlockingBroker, Conflict, LeaseLost
+from lachesis.broker.errors import CheckpointRefused
 from lachesis.broker.records import LedgerEntry, TrainerConfig
 from lachesis.broker.shadows import Rule
 from lachesis.trainer.checkpoint import Checkpoints
@@ -39,6 +40,7 @@ class Upkeep:
         self.step = 0  # of the weights in memory
         self._published = -1  # newest version handed to the publisher
         self._saved = 0  # newest checkpoint
+        self._refused: CheckpointRefused | None = None  # of a newer one than that
 
     def register(self) -> None:
         """Read batches; and tell environments what is trained, and let them begin, unless this is a shadow."""
@@ -92,7 +94,7 @@ class Upkeep:
             self.publish()
         for entry in ledger:
             if entry.step > self._saved:
-                replay(entry)
+                self._repeat(entry, replay)
                 self.step = entry.step
                 self._log.info("replayed", step=self.step)
                 self.publish_if_due()
@@ -118,7 +120,7 @@ class Upkeep:
         self.publisher.deliver(step)
 
     def _load(self, committed: int) -> None:
-        steps = self._checkpoints.steps()
+        steps = self._checkpoints.found()
         usable = [step for step in steps if step <= committed]
         beyond = [step for step in steps if step > committed]
         if beyond and not usable:
@@ -130,10 +132,30 @@ class Upkeep:
         for step in beyond:  # Redis lost its last moments: those steps will be trained anew, from other groups
             self._log.warning("checkpoint is ahead of the ledger, dropped", step=step, ledger=committed)
             self._checkpoints.remove(step)
-        if usable:
-            self._checkpoints.load(usable[-1])
-            self.step = self._saved = usable[-1]
+        for step in reversed(usable):
+            try:
+                self._checkpoints.load(step)
+            except CheckpointRefused as error:
+                self._log.warning("checkpoint refused", step=step, why=str(error))
+                self._refused = self._refused or error
+                continue
+            self.step = self._saved = step
             self._log.info("loaded checkpoint", step=self.step)
+            return
+        if self._refused:
+            raise self._refused
+
+    def _repeat(self, entry: LedgerEntry, replay: Callable[[LedgerEntry], None]) -> None:
+        """Train a step once more. Where an older checkpoint had to do, its groups may be gone: then say why they were needed."""
+        try:
+            replay(entry)
+        except (Conflict, LookupError) as error:
+            if self._refused is None:
+                raise
+            raise CheckpointRefused(
+                f"{self._refused}. The checkpoint of step {self._saved} is whole, but what was trained after it is freed: "
+                "put the file back as it was"
+            ) from error
 
     async def _ledger(self) -> list[LedgerEntry]:
         return [entry async for entry in self._broker.broker.queue.ledger(self._plan.policy)]

@@ -1,8 +1,9 @@
 #!lua flags=allow-oom
 -- APPEND: add an entry to a log, once, even when Redis is full: what frees memory writes to it on its way.
--- KEYS  1 any stream that is a log  2 once:<nonce> (string)
--- ARGV  1 seconds to remember the nonce  2 entries to keep, approximately  3… the entry's fields and values
+-- KEYS  1 once:<nonce> (string)
+-- ARGV  1 the key of any stream that is a log: among KEYS it would have to be readable, and some may only write to it
+--       2 seconds to remember the nonce  3 entries to keep, approximately  4… the entry's fields and values
 -- reply "added" | "already"
-if not redis.call('SET', KEYS[2], '1', 'NX', 'EX', ARGV[1]) then return 'already' end
-redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', unpack(ARGV, 3))
+if not redis.call('SET', KEYS[1], '1', 'NX', 'EX', ARGV[2]) then return 'already' end
+redis.call('XADD', ARGV[1], 'MAXLEN', '~', ARGV[3], '*', unpack(ARGV, 4))
 return 'added'

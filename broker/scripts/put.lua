@@ -1,8 +1,9 @@
 #!lua
 -- PUT: make a stored blob part of the queue, once, if there is room for it.
 -- KEYS  1 groups (stream)  2 blob:<gid> (string)  3 seen:<post> (string)  4 state (hash)  5 trainers (hash)
---       6 weights:<policy> (stream)  7 pools (hash)  8 lineage (hash)  9 lineage:old (hash): only read where ARGV 11 says so
---       10 trained (hash)
+--       6 pools (hash)  7 lineage (hash)  8 lineage:old (hash): only read where ARGV 11 says so, as is weights:<policy>, which is no
+--       KEY, since who puts groups may not write to it
+--       9 trained (hash)
 -- ARGV  1 seconds for which the post is remembered (0: while its group is unfinished)  2 a word of this call's own
 --       3 digest of the body, where another body may come under the same id; else ''  4 post: the gid, unless that says otherwise
 --       5 bytes and 6 sequences that may be queued  7 bytes and 8 sequences of one environment (each 0: no limit)
@@ -30,10 +31,10 @@ else
   local ttl = redis.call('PTTL', KEYS[2])
   if ttl == -2 then return 'noblob' end
   if ttl == -1 then
-    local step, last, gid = redis.call('HGET', KEYS[10], ARGV[4]), 0, ARGV[4]
+    local step, last, gid = redis.call('HGET', KEYS[9], ARGV[4]), 0, ARGV[4]
     while step and tonumber(step) > last do -- from each group of the post that is kept to the one that came after it
       gid, last = ARGV[4] .. '~' .. step, tonumber(step)
-      step = redis.call('HGET', KEYS[10], gid)
+      step = redis.call('HGET', KEYS[9], gid)
     end
     if step then gid = gid .. '~' .. ARGV[2] end -- the ids of a replay, of other steps
     if gid ~= ARGV[18] then return 'trained ' .. gid end
@@ -47,8 +48,9 @@ if known then
   return known
 end
 if ARGV[11] == '1' then
-  local newest = redis.call('XREVRANGE', KEYS[6], '+', '-', 'COUNT', '1')[1]
-  if redis.call('EXISTS', KEYS[7], KEYS[8], KEYS[9]) > 0 or (redis.call('HGET', KEYS[5], 'config') or '') ~= ARGV[12]
+  local weights = string.gsub(KEYS[1], 'groups$', 'weights:') .. ARGV[10]
+  local newest = redis.call('XREVRANGE', weights, '+', '-', 'COUNT', '1')[1]
+  if redis.call('EXISTS', KEYS[6], KEYS[7], KEYS[8]) > 0 or (redis.call('HGET', KEYS[5], 'config') or '') ~= ARGV[12]
       or (newest and newest[1] or '') ~= ARGV[13] then
     return 'changed'
   end

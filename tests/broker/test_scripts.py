@@ -61,7 +61,6 @@ async def test_put_without_its_blob_changes_nothing(broker: Broker) -> None:
             keys.seen("g1"),
             keys.state,
             keys.trainers,
-            keys.weights("main"),
             "p",
             "l",
             "o",

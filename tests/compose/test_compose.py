@@ -37,9 +37,7 @@ def test_the_loop_runs_from_images_with_replicas_and_survives_a_kill(services: P
     assert len(now["environments"]) >= 2
     audit = services.lachesis("audit", "--json")
     assert audit["clean"], audit
-    newest = services.compose(
-        "exec", "-T", "redis", "redis-cli", "XREVRANGE", "lachesis:{default}:ledger:main", "+", "-", "COUNT", "1"
-    )
+    newest = services.redis("XREVRANGE", "lachesis:{default}:ledger:main", "+", "-", "COUNT", "1")
     assert newest.split()[0] == f"{STEPS}-0"
 
     services.wait_for_step(STEPS, timeout_s=120, policy="shadow")
@@ -66,17 +64,7 @@ def lossy(behind: int) -> dict[str, Any]:
 
 
 def test_redis_keeps_what_it_accepted_and_is_not_published(services: Project) -> None:
-    appendonly = services.compose("exec", "-T", "redis", "redis-cli", "CONFIG", "GET", "appendonly")
-
-    assert appendonly.split()[1] == "yes"
-    assert (
-        services.compose("exec", "-T", "redis", "redis-cli", "CONFIG", "GET", "maxmemory-policy").split()[1]
-        == "noeviction"
-    )
+    assert services.redis("CONFIG", "GET", "appendonly").split()[1] == "yes"
+    assert services.redis("CONFIG", "GET", "maxmemory-policy").split()[1] == "noeviction"
     services_config = json.loads(services.compose("config", "--format", "json"))["services"]
     assert "ports" not in services_config["redis"]
-
-
-def test_no_service_of_ours_runs_as_root(services: Project) -> None:
-    for service in ("shim", "front-door", "inference"):
-        assert services.compose("exec", "-T", service, "id", "-u").strip() == "10001"

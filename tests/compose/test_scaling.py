@@ -75,8 +75,6 @@ def test_trainers_come_and_go_in_mid_run_and_any_container_may_be_killed(
 
     audit = project.lachesis("audit", "--json")
     assert audit["clean"], audit
-    ledger = project.compose(
-        "exec", "-T", "redis", "redis-cli", "--raw", "XRANGE", "lachesis:{default}:ledger:main", "-", "+"
-    ).splitlines()
+    ledger = project.redis("--raw", "XRANGE", "lachesis:{default}:ledger:main", "-", "+").splitlines()
     committed = [int(ledger[at + 1]) for at, word in enumerate(ledger) if word == "step"]
     assert committed == list(range(1, steps + 1))

@@ -17,6 +17,7 @@ from lachesis.trainer.mapping import to_batch
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from lachesis.broker import BlockingBroker
     from lachesis.trainer.engine import Engine
 
 pytestmark = pytest.mark.verl
@@ -38,7 +39,7 @@ def batches(count: int) -> list[TrainingBatch]:
     ids=["all weights", "adapter", "KL loss", "KL in the reward"],
 )
 def test_resuming_is_bit_for_bit(
-    built: Callable[..., tuple[Engine, DictConfig]], tmp_path: Path, more: tuple[str, ...]
+    built: Callable[..., tuple[Engine, DictConfig]], tmp_path: Path, blocking: BlockingBroker, more: tuple[str, ...]
 ) -> None:
     from lachesis.trainer.algo import Learner
     from lachesis.trainer.checkpoint import Checkpoints
@@ -60,10 +61,10 @@ def test_resuming_is_bit_for_bit(
     expected = trained(whole, config, batches(4))
     first, config = built(*schedule)
     trained(first, config, batches(4)[:2])
-    Checkpoints(tmp_path, first.worker).save(2)
+    Checkpoints(tmp_path, first.worker, blocking, "main").save(2)
     noise = torch.rand(1)
     second, config = built(*schedule)
-    checkpoints = Checkpoints(tmp_path, second.worker)
+    checkpoints = Checkpoints(tmp_path, second.worker, blocking, "main")
     assert checkpoints.steps() == [2]
     checkpoints.load(2)
     assert torch.equal(torch.rand(1), noise)
@@ -74,18 +75,18 @@ def test_resuming_is_bit_for_bit(
 
 
 def test_the_newest_two_are_kept_and_halves_do_not_count(
-    built: Callable[..., tuple[Engine, DictConfig]], tmp_path: Path
+    built: Callable[..., tuple[Engine, DictConfig]], tmp_path: Path, blocking: BlockingBroker
 ) -> None:
     from lachesis.trainer.checkpoint import Checkpoints
 
     engine, _ = built()
-    checkpoints = Checkpoints(tmp_path, engine.worker)
+    checkpoints = Checkpoints(tmp_path, engine.worker, blocking, "main")
     for step in (1, 2, 3):
         checkpoints.save(step)
     assert checkpoints.steps() == [2, 3]
     (tmp_path / "step-4.tmp").mkdir()
     (tmp_path / "step-5").mkdir()  # its deletion was interrupted
-    again = Checkpoints(tmp_path, engine.worker)
+    again = Checkpoints(tmp_path, engine.worker, blocking, "main")
     assert again.steps() == [2, 3]
     again.save(5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-5"]
@@ -102,17 +103,22 @@ class Writes:
         (Path(folder) / "says").write_text(self._says)
 
 
-def test_one_that_was_stopped_while_it_saved_leaves_its_successor_alone(tmp_path: Path) -> None:
+def test_one_that_was_stopped_while_it_saved_leaves_its_successor_alone(
+    tmp_path: Path, blocking: BlockingBroker
+) -> None:
     """It wakes when another has saved that step; its own folder is cleared by whoever came before it began to write."""
     from lachesis.trainer.checkpoint import Checkpoints
 
-    successor = Checkpoints(tmp_path, Writes("successor"))
-    Checkpoints(tmp_path, Writes("zombie", lambda: successor.save(1))).save(1)
+    def made(worker: Writes) -> Checkpoints:
+        return Checkpoints(tmp_path, worker, blocking, "main")
+
+    successor = made(Writes("successor"))
+    made(Writes("zombie", lambda: successor.save(1))).save(1)
     assert (tmp_path / "step-1" / "says").read_text() == "successor"
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
-    cleared = Checkpoints(tmp_path, Writes("zombie", lambda: Checkpoints(tmp_path, Writes("successor")).save(2)))
+    cleared = made(Writes("zombie", lambda: made(Writes("successor")).save(2)))
     with pytest.raises(FileNotFoundError):
         cleared.save(2)
     assert (tmp_path / "step-2" / "says").read_text() == "successor"
-    assert Checkpoints(tmp_path, Writes("")).steps() == [1, 2]
+    assert made(Writes("")).steps() == [1, 2]

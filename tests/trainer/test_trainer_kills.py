@@ -83,6 +83,7 @@ KILLS = [
     ("trained:2", "after the optimizer step, before the commit"),
     ("committed:3", "after the commit, before publishing"),
     ("checkpoint:4", "while a checkpoint is written"),
+    ("checkpoint-noted:4", "when a checkpoint is written and known to Redis, and has not its name yet"),
     ("publish:5", "while a version's files are written"),
     ("announce:6", "after a version's files, before its event"),
 ]
@@ -215,3 +216,26 @@ def test_a_checkpoint_that_redis_knows_nothing_of_is_dropped(a_run: Run) -> None
         assert a_run.finish(a_run.start("lachesis.num_steps=3")) == 0
         assert [entry.step for entry in blocking.call(ledger, blocking.broker)] == [1, 2, 3]
     assert {path.name for path in checkpoints.iterdir()} == {"step-2", "step-3"}
+
+
+def test_a_spoiled_checkpoint_gives_way_to_the_one_before_it(a_run: Run) -> None:
+    checkpoints, log = a_run.state_dir / f"checkpoints/{a_run.name}/main", a_run.state_dir / "trainer.log"
+    spoiled = checkpoints / "step-2" / "optim_world_size_1_rank_0.pt"
+    options = ("lachesis.num_steps=2", "lachesis.checkpoint_every=1")
+    with a_run.broker() as blocking:
+        blocking.call(fill, blocking.broker, groups=3 * BATCH // GROUP)
+        blocking.call(blocking.broker.queue.retention.keep, 1 << 30)
+        assert a_run.finish(a_run.start(*options)) == 0
+        whole = spoiled.read_bytes()
+        spoiled.write_bytes(whole[:-1] + b"!")
+        assert a_run.finish(a_run.start("lachesis.num_steps=3")) == 0
+        assert log.read_text().count(f"why=\"'{spoiled}' has SHA-256 ") == 1
+        assert [entry.step for entry in blocking.call(ledger, blocking.broker)] == [1, 2, 3]
+        assert blocking.call(audit, blocking.broker).clean
+
+        blocking.call(blocking.broker.queue.retention.keep, 0)
+        blocking.call(blocking.broker.queue.retire, "main", 3)
+        (checkpoints / "step-3" / "optim_world_size_1_rank_0.pt").unlink()
+        assert a_run.finish(a_run.start("lachesis.num_steps=4")) == 1
+    assert "step-3/optim_world_size_1_rank_0.pt' is missing: the checkpoint was saved with it" in log.read_text()
+    assert "The checkpoint of step 2 is whole, but what was trained after it is freed" in log.read_text()
