@@ -25,6 +25,7 @@ from lachesis.broker import Broker, ConfigurationError
 from lachesis.broker.access import ENVIRONMENT, Access
 from lachesis.broker.keys import check_name
 from lachesis.broker.logs import configure_logging
+from lachesis.inference.check import Check
 from lachesis.inference.lineage import Lineages
 from lachesis.inference.pool import Pool
 from lachesis.inference.pool_watch import PoolWatch
@@ -49,9 +50,14 @@ class FrontDoor:
         self.relay = Relay(self._pool, settings.patience_s, self.watch.look_now)
         self._lineage_lost = self._lineage_dropped = 0
         record = self.record if settings.lineage_bytes else None
+        check = Check(settings.pass_fields.replace(",", " ").split())
         routes = [
             *(
-                Route(path, GenerationRoute(path, self.relay, record, direct=not settings.upstream), methods=methods)
+                Route(
+                    path,
+                    GenerationRoute(path, self.relay, record, check, direct=not settings.upstream),
+                    methods=methods,
+                )
                 for path, methods in GENERATION.items()
             ),
             Route("/v1/models", self._models),

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lachesis.broker.access import Access, Denied
 from lachesis.broker.records import Role
+from lachesis.inference.check import Check
 from lachesis.inference.generate import BadRequest, read_request
 from lachesis.inference.lineage import Lineages, StreamLineage, lineages, to_ask, without
 from lachesis.inference.openai_stream import OpenAIStream
@@ -34,12 +35,12 @@ class GenerationRoute:
     servers are SGLang's own, and not a router that may ask another one each time.
     """
 
-    def __init__(self, path: str, relay: Relay, record: Record | None, *, direct: bool = True) -> None:
-        self._path, self._relay, self._record, self._direct = path, relay, record, direct
+    def __init__(self, path: str, relay: Relay, record: Record | None, check: Check, *, direct: bool = True) -> None:
+        self._path, self._relay, self._record, self._check, self._direct = path, relay, record, check, direct
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = read_request(await _read(Request(scope, receive)))
+            body = self._check(self._path, read_request(await _read(Request(scope, receive))))
         except ClientDisconnect:
             return
         except BadRequest as error:
@@ -203,10 +204,10 @@ async def _read(request: Request) -> bytes:
 
 
 def _refusal(error: BadRequest) -> Response:
-    return _error(400, str(error), field=error.field, value=error.value, rule=error.rule)
+    return _error(400, str(error), param=error.field, field=error.field, value=error.value, rule=error.rule)
 
 
 def _error(status: int, message: str, **more: object) -> Response:
-    """OpenAI's shape of an error."""
+    """OpenAI's shape of an error; SGLang's own on /generate is its `message` alone."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "code": status, **more}}, status)
