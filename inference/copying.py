@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +15,9 @@ import msgspec
 
 from lachesis.broker.delta import apply_delta
 from lachesis.broker.errors import WeightsRefused
+from lachesis.broker.manifest import MANIFEST, MAX_MANIFEST, read_manifest
 from lachesis.broker.records import Base, FileInfo, Manifest, WeightsEntry
-from lachesis.inference.verification import MANIFEST, VersionGone
+from lachesis.inference.verification import VersionGone
 
 PIECE = 8 << 20  # bytes read at a time
 PART = ".part-"
@@ -41,18 +44,15 @@ class Copying:
 
     def run(self) -> None:
         """Raises VersionGone, WeightsRefused or Abandoned, as Staging.fetch does."""
-        raw = self._read(lambda: self._fs.cat_file(f"{self._root}/{MANIFEST}"))
-        if raw is None:
-            raise VersionGone(f"version {self._entry.version}: {self._entry.uri} does not exist")
+        raw = self._read_manifest()
         if hashlib.sha256(raw).hexdigest() != self._entry.manifest_sha256:
             raise self._refused(f"{MANIFEST} is not the one that was published: its SHA-256 differs from the event's")
         try:
-            manifest = msgspec.json.decode(raw, type=Manifest)
-        except msgspec.DecodeError as error:
-            raise self._refused(f"{MANIFEST} can't be read: {error}") from None
+            manifest = read_manifest(raw)
+        except WeightsRefused as error:
+            raise self._refused(str(error)) from None
+        self._check_room(manifest)
         for name, info in manifest.files.items():
-            if Path(name).name != name or name.startswith(PART):
-                raise self._refused(f"{MANIFEST} names {name!r}, which is not a file's plain name")
             done = self._folder / name
             if done.exists() and done.stat().st_size == info.bytes:
                 continue
@@ -60,7 +60,29 @@ class Copying:
                 self._rebuild(manifest.base, done, info)
             else:
                 self._fetch(done, info)
+        for left in {path.name for path in self._folder.iterdir()} - manifest.files.keys() - {MANIFEST}:
+            (self._folder / left).unlink()  # of a try that was killed
         _place(self._folder / f"{PART}{MANIFEST}", self._folder / MANIFEST, raw)
+
+    def _read_manifest(self) -> bytes:
+        """No more of it than a manifest may have, and a byte."""
+        remote = self._read(lambda: self._fs.open(f"{self._root}/{MANIFEST}", "rb", cache_type="none"))
+        if remote is None:
+            raise VersionGone(f"version {self._entry.version}: {self._entry.uri} does not exist")
+        raw = bytearray()
+        with remote:
+            while piece := self._read(partial(remote.read, MAX_MANIFEST + 1 - len(raw))):
+                raw += piece
+        return bytes(raw)
+
+    def _check_room(self, manifest: Manifest) -> None:
+        """Raise VersionGone, to be tried again, where the disk has no room for what is missing."""
+        have = sum(path.stat().st_size for path in self._folder.iterdir())
+        missing = sum(info.bytes for info in manifest.files.values()) - have
+        if missing > (free := shutil.disk_usage(self._folder).free):
+            raise VersionGone(
+                f"version {self._entry.version}: {missing} bytes are missing, {self._folder} has room for {free}"
+            )
 
     def _rebuild(self, base: Base, done: Path, info: FileInfo) -> None:
         """A whole file from its delta and the copy of its base."""
@@ -90,6 +112,7 @@ class Copying:
         source = f"{self._root}/{to.name}"
         part = to.with_name(PART + to.name)
         resumed = part.exists() and part.stat().st_size <= info.bytes
+        goes_on = False
         with part.open("r+b" if resumed else "wb", buffering=0) as file:
             digest = hashlib.file_digest(file, "sha256") if resumed else hashlib.sha256()
             file.seek(0, os.SEEK_END)
@@ -104,23 +127,27 @@ class Copying:
                         file.truncate(0)
                         file.seek(0)
                         digest = hashlib.sha256()
-                while piece := self._read(lambda: remote.read(PIECE)):
+                # a byte more is asked for than there should be, and never written
+                while piece := self._read(lambda: remote.read(min(PIECE, info.bytes - file.tell() + 1))):
+                    if goes_on := len(piece) > info.bytes - file.tell():
+                        break
                     file.write(piece)
                     digest.update(piece)
                     if self._stop.is_set():
                         raise Abandoned
             os.fsync(file.fileno())
-            if file.tell() < info.bytes == remote.size:
+            size = file.tell()
+            if size < info.bytes == remote.size:
                 raise VersionGone(f"version {self._entry.version}: {source} ended early")
-        if part.stat().st_size == info.bytes and digest.hexdigest() == info.sha256:
+        if size == info.bytes and not goes_on and digest.hexdigest() == info.sha256:
             part.rename(to)
             return
-        size = part.stat().st_size
         part.unlink()
         if resumed:
             self._fetch(to, info)
-        elif size != info.bytes:
-            raise self._refused(f"{to.name} has {size} bytes, the manifest says {info.bytes}")
+        elif goes_on or size != info.bytes:
+            has = f"more than {size}" if goes_on else size
+            raise self._refused(f"{to.name} has {has} bytes, the manifest says {info.bytes}")
         else:
             raise self._refused(f"the SHA-256 of {to.name} differs from the manifest's")
 
@@ -142,17 +169,28 @@ class Copying:
         """What `read` returns, None where there is no such file; VersionGone, to be tried again, where it fails otherwise."""
         try:
             return read()
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if not _is_missing(error):
+                raise self._unreadable(error) from error
             return None
         except Exception as error:  # every backend of fsspec has kinds of its own for a store that does not answer
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: Exception) -> VersionGone:
         what = f"version {self._entry.version}: {self._entry.uri} can't be read now"
-        return VersionGone(f"{what}: {type(error).__name__}: {error}")
+        told = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+        return VersionGone(f"{what}: {type(told).__name__}: {told}")
 
     def _refused(self, reason: str) -> WeightsRefused:
         return WeightsRefused(f"version {self._entry.version} refused: {reason}")
+
+
+def _is_missing(error: FileNotFoundError) -> bool:
+    """Whether the store said that there is no such file; fsspec says so of one that can't be reached, too."""
+    cause = error.__cause__
+    if cause is None or isinstance(cause, FileNotFoundError):
+        return True
+    return getattr(cause, "status", None) in (404, 410) or hasattr(cause, "response")  # aiohttp's error; boto's
 
 
 def _place(part: Path, to: Path, content: bytes) -> None:

@@ -27,6 +27,7 @@ from lachesis.broker.http.connections import uvicorn_options
 from lachesis.broker.http.web_pages import guarded
 from lachesis.broker.keys import check_name
 from lachesis.broker.logs import configure_logging
+from lachesis.inference.check import Check
 from lachesis.inference.lineage import Lineages
 from lachesis.inference.pool import Pool
 from lachesis.inference.pool_watch import PoolWatch
@@ -51,11 +52,14 @@ class FrontDoor:
         self.relay = Relay(self._pool, settings.patience_s, self.watch.look_now)
         self._lineage_lost = self._lineage_dropped = 0
         record = self.record if settings.lineage_bytes else None
+        check = Check(settings.pass_fields.replace(",", " ").split())
         routes = [
             *(
                 Route(
                     path,
-                    GenerationRoute(path, self.relay, record, settings.max_body_bytes, direct=not settings.upstream),
+                    GenerationRoute(
+                        path, self.relay, record, check, settings.max_body_bytes, direct=not settings.upstream
+                    ),
                     methods=methods,
                 )
                 for path, methods in GENERATION.items()

@@ -15,6 +15,7 @@ from lachesis.broker.errors import ConfigurationError
 from lachesis.inference.tensors import read_header
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+MAX_CONFIG = 64 << 20  # bytes of config.json that are read
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -34,10 +35,11 @@ def read_model_folder(folder: Path) -> ModelFolder:
     """Raises ConfigurationError, saying what is missing, unless SGLang can start from the folder."""
     folder = folder.absolute()
     try:
-        config = msgspec.json.decode((folder / "config.json").read_bytes(), type=dict[str, Any])
+        with (folder / "config.json").open("rb") as file:
+            config = msgspec.json.decode(file.read(MAX_CONFIG), type=dict[str, Any])
     except FileNotFoundError:
         raise ConfigurationError(f"model = {str(folder)!r}: it has no config.json, so it is no model folder") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigurationError(f"model = {str(folder)!r}: its config.json can't be read: {error}") from None
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise ConfigurationError(
@@ -46,15 +48,28 @@ def read_model_folder(folder: Path) -> ModelFolder:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigurationError(f"model = {str(folder)!r}: it has no weights (*.safetensors)")
-    text = config.get("text_config", config)  # models that also see or hear keep the language part's figures there
+    text = config.get("text_config") or config  # models that also see or hear keep the language part's figures there
+    if not isinstance(text, dict):
+        raise ConfigurationError(f"model = {str(folder)!r}: text_config in its config.json: must be an object")
     return ModelFolder(
         folder=folder,
-        vocab_size=int(text.get("vocab_size", 0)),
-        context_length=0 if text.get("rope_scaling") else int(text.get("max_position_embeddings", 0)),
+        vocab_size=_count(folder, text, "vocab_size"),
+        context_length=0 if text.get("rope_scaling") else _count(folder, text, "max_position_embeddings"),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or ""),
         tied=bool(config.get("tie_word_embeddings", False)),
         shapes={name: tensor.shape for path in files for name, tensor in read_header(path)[0].items()},
     )
+
+
+def _count(folder: Path, config: dict[str, Any], name: str) -> int:
+    """0 where the configuration does not say."""
+    value = config.get(name)
+    if value is not None and (type(value) is not int or not 0 <= value < 1 << 40):
+        shown = repr(value)[:80]
+        raise ConfigurationError(
+            f"model = {str(folder)!r}: {name} = {shown} in its config.json: must be a whole number"
+        )
+    return value or 0
 
 
 def is_hub_name(model: str) -> bool:

@@ -30,6 +30,7 @@ class Server:
     turn: int = 0  # of its last request: those equally busy take turns
     seed: int = 0  # of its name: its part in choosing a server for a prompt
     failed_at: float | None = None  # the heartbeat it had when a call failed; it is trusted again after the next
+    suspect: object | None = None  # a request that may be why another server was lost, while it is tried here
 
     @property
     def name(self) -> str:
@@ -90,12 +91,13 @@ class Pool:
         self._awaited, self._awaited_until = version, until
         self._newest = max(self._newest, version)
 
-    def pick(self, key: int | None = None) -> Server | None:
+    def pick(self, key: int | None = None, *, alone: bool = False) -> Server | None:
         """The server with the fewest running requests of those that take some, as of the last refresh.
 
         Requests of one `key` go to one server, which has their beginning in its cache, unless it is clearly busier.
+        `alone`: none that has a suspect.
         """
-        able = self.able()
+        able = [server for server in self.able() if not (alone and server.suspect)]
         if any(server.status.rule == "newest" for server in able):
             oldest = self._newest - self._max_lag if self._max_lag else -1
             if self._refreshed_at < self._awaited_until:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeAlias, TypeVar
 from uuid import uuid4
@@ -14,21 +15,23 @@ import anyio
 import msgspec
 from msgspec import Struct
 
+from lachesis.inference.check import check_vocabulary
 from lachesis.inference.generate import (
     Generated,
-    check_request,
     fault_of,
     is_single,
     prompt_key,
     read_answer,
 )
+from lachesis.inference.poison import REFUSED_S, Poison
 from lachesis.inference.pool import STALE_S, Pool, Server
 from lachesis.inference.prefix_cache import choose_key, is_stale, judges, with_key
 
 CONNECT_S = 5.0
 KEEPALIVE_S = 2.0  # below the 5 s after which SGLang closes an idle connection
 ABORT_RETRY_S = 0.2
-LOST_TIMES = 3  # servers lost under one request, after which it is taken for the cause
+LOST_TIMES = 2  # servers lost under one request, after which it is taken for the cause
+ALONE_S = 1.0  # a request under which a server was lost is the only such one on its next server for so long
 NULL_TIMES = 3  # answers with null log-probs, after which the weights are taken for broken
 
 T = TypeVar("T")
@@ -84,6 +87,7 @@ class Relay:
 
     def __init__(self, pool: Pool, patience_s: float, refresh: Callable[[], None]) -> None:
         self._pool, self._patience_s, self._refresh = pool, patience_s, refresh
+        self._poison = Poison()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
             cookie_jar=aiohttp.DummyCookieJar(),  # to look for cookies takes longer than to send a request
@@ -156,33 +160,58 @@ class Relay:
         return await self._try(attempt, body)
 
     async def _try(self, attempt: Callable[[Server], Awaitable[T]], body: dict[str, Any]) -> T:
-        """Make attempts on servers that take requests until one succeeds or patience ends."""
+        """Make attempts on servers that take requests until one succeeds or patience ends.
+
+        A request under which a server was lost may be the cause. So it is tried once more, and without others of its
+        kind, else each of them would lose its second server by the one that is.
+        """
         deadline = anyio.current_time() + self._patience_s
-        losses, last = 0, ""
+        lost, last = 0, ""
         key = prompt_key(body)
         while True:
-            server = await self._next_server(deadline, key, last)
+            server = await self._next_server(deadline, key, last, alone=lost > 0)
             key = None  # where it failed once, the prompt's other servers are as good
+            if self._poison.refuses(body, anyio.current_time()):
+                raise Unanswered(
+                    502, f"{LOST_TIMES} servers were lost while they ran this prompt: it is refused for {REFUSED_S:g} s"
+                )
             if server.status.vocab_size:
-                check_request(body, server.status.vocab_size)
+                check_vocabulary(body, server.status.vocab_size)
             try:
-                return await attempt(server)
-            except _Lost as lost:
+                with self._alone_on(server) if lost else nullcontext():
+                    return await attempt(server)
+            except _Lost as error:
                 self._give_up_on(server)
-                losses += lost.running
-                last = str(lost)
-                if losses >= LOST_TIMES:
-                    raise Unanswered(
-                        502, f"{LOST_TIMES} servers were lost while they ran this request: {last}"
-                    ) from None
+                lost += error.running and server.status.state not in ("updating", "draining")  # then it's of that
+                last = str(error)
+                if lost >= LOST_TIMES:
+                    self._poison.add(body, anyio.current_time())
+                    raise Unanswered(502, f"{lost} servers were lost while they ran this request: {last}") from None
             except _Failed as failed:
                 last = str(failed)
+
+    @contextmanager
+    def _alone_on(self, server: Server) -> Iterator[None]:
+        """For a while no other request under which a server was lost is sent to this one."""
+        server.suspect = suspect = object()
+
+        def release() -> None:
+            if server.suspect is suspect:
+                server.suspect = None
+                self._pool.wake()
+
+        timer = asyncio.get_running_loop().call_later(ALONE_S, release)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            release()
 
     def _give_up_on(self, server: Server) -> None:
         self._pool.failed(server)
         self._refresh()
 
-    async def _next_server(self, deadline: float, key: int | None, last: str) -> Server:
+    async def _next_server(self, deadline: float, key: int | None, last: str, *, alone: bool) -> Server:
         """The next server that takes requests, waiting for one. Raises Unanswered at the deadline."""
         self.waiting += 1
         try:
@@ -190,7 +219,7 @@ class Relay:
                 if anyio.current_time() >= deadline:
                     why = f"; last: {last}" if last else ""
                     raise Unanswered(503, f"no server could answer within {self._patience_s:g} s{why}")
-                if (server := self._pool.pick(key)) is not None:
+                if (server := self._pool.pick(key, alone=alone)) is not None:
                     return server
                 self._refresh()
                 if self.closing:

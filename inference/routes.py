@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lachesis.broker.access import Access, Denied
 from lachesis.broker.http.counts import TooMany, check_json
 from lachesis.broker.records import Role
+from lachesis.inference.check import Check
 from lachesis.inference.generate import BadRequest, read_request
 from lachesis.inference.lineage import Lineages, StreamLineage, lineages, to_ask, without
 from lachesis.inference.openai_stream import OpenAIStream
@@ -38,14 +39,21 @@ class GenerationRoute:
     """
 
     def __init__(
-        self, path: str, relay: Relay, record: Record | None, max_body_bytes: int, *, direct: bool = True
+        self,
+        path: str,
+        relay: Relay,
+        record: Record | None,
+        check: Check,
+        max_body_bytes: int,
+        *,
+        direct: bool = True,
     ) -> None:
-        self._path, self._relay, self._record, self._direct = path, relay, record, direct
+        self._path, self._relay, self._record, self._check, self._direct = path, relay, record, check, direct
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = read_request(await _read(Request(scope, receive), self._max_body_bytes))
+            body = self._check(self._path, read_request(await _read(Request(scope, receive), self._max_body_bytes)))
         except ClientDisconnect:
             return
         except TooMany as error:
@@ -219,11 +227,11 @@ async def _read(request: Request, limit: int) -> bytes:
 
 
 def _refusal(error: BadRequest) -> Response:
-    return _error(400, str(error), field=error.field, value=error.value, rule=error.rule)
+    return _error(400, str(error), param=error.field, field=error.field, value=error.value, rule=error.rule)
 
 
 def _error(status: int, message: str, **more: object) -> Response:
-    """OpenAI's shape of an error."""
+    """OpenAI's shape of an error; SGLang's own on /generate is its `message` alone."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "code": status, **more}}, status)
 

@@ -95,3 +95,8 @@ class FrontDoorSettings(CallerSettings):
     patience_s: float = Field(
         300.0, gt=0, description="seconds a request waits for a server that can answer it, before it gets a 503"
     )
+    pass_fields: str = Field(
+        "",
+        description="further fields of requests, and kinds of message parts, that are passed on to SGLang unchecked, "
+        "as names with commas between them: image_url,image_data lets pictures through",
+    )

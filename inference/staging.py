@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lachesis.broker.manifest import MANIFEST
 from lachesis.broker.records import WeightsEntry
 from lachesis.inference.copying import Abandoned, Copying
-from lachesis.inference.verification import MANIFEST
 
 LOCK_POLL_S = 0.1
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 import numpy as np
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from lachesis.broker.errors import WeightsRefused
 
@@ -32,12 +32,22 @@ _EXPONENTS: dict[str, tuple[type[np.unsignedinteger], int]] = {
 }
 
 
+# Bits of an element of each of the format's types.
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8), **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32), **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+
+Size: TypeAlias = Annotated[int, Meta(ge=0, le=1 << 48)]
+
+
 class StoredTensor(Struct, frozen=True):
     """One tensor as a file's header describes it; offsets are bytes after the header."""
 
     dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
+    shape: Annotated[tuple[Size, ...], Meta(max_length=16)]
+    data_offsets: tuple[Size, Size]
 
 
 Tensors: TypeAlias = dict[str, StoredTensor]
@@ -58,7 +68,7 @@ def read_header(path: Path) -> tuple[Tensors, int]:
             for name, entry in _header.decode(raw).items()
             if name != "__metadata__"
         }
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WeightsRefused(f"{path.name}: its header is not one of a safetensors file: {error}") from None
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
@@ -66,6 +76,9 @@ def read_header(path: Path) -> tuple[Tensors, int]:
         if begin != end or stop < begin:
             raise WeightsRefused(f"{path.name}: tensor {name} lies at bytes {begin} to {stop}, expected from {end}")
         end = stop
+        if math.prod(tensor.shape) * _BITS.get(tensor.dtype, 0) != 8 * (stop - begin):
+            kind = f"type {tensor.dtype} and shape {tensor.shape}"
+            raise WeightsRefused(f"{path.name}: tensor {name} of {kind} has {stop - begin} bytes")
     if 8 + length + end != size:
         raise WeightsRefused(f"{path.name}: {size} bytes, but its header describes {8 + length + end}")
     return tensors, 8 + length
@@ -84,8 +97,6 @@ def read_through(path: Path) -> tuple[str, str | None]:
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):  # without gaps
             begin, stop = tensor.data_offsets
             kind, exponent = _EXPONENTS.get(tensor.dtype, (np.uint8, None))
-            if exponent is not None and math.prod(tensor.shape) * np.dtype(kind).itemsize != stop - begin:
-                raise WeightsRefused(f"{path.name}: tensor {name} of shape {tensor.shape} has {stop - begin} bytes")
             magnitude = kind(np.iinfo(kind).max >> 1)  # all but the sign
             for at in range(begin, stop, CHUNK):
                 part = memoryview(buffer)[: min(CHUNK, stop - at)]

@@ -7,20 +7,19 @@ checked before it sees the files.
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import msgspec
-
 from lachesis.broker.errors import WeightsRefused
+from lachesis.broker.manifest import MANIFEST, MAX_MANIFEST, read_manifest
 from lachesis.broker.records import Manifest, TensorInfo, WeightsEntry
 from lachesis.inference.model_folder import ModelFolder
 from lachesis.inference.tensors import read_header, read_through
 from lachesis.inference.verified import Verified
 
-MANIFEST = "manifest.json"
 _TIED = "lm_head.weight"
 
 
@@ -30,9 +29,12 @@ class VersionGone(LookupError):
 
 def folder_of(entry: WeightsEntry) -> Path:
     """Where the version lies; raises WeightsRefused for a URI that is neither a path nor a file URL."""
-    parts = urlsplit(entry.uri)
-    if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
-        raise WeightsRefused(f"version {entry.version}: {entry.uri!r} is neither a path nor a file:// URL")
+    try:
+        parts = urlsplit(entry.uri)
+    except ValueError as error:
+        raise _refused(entry, f"{entry.uri!r} is no URL: {error}") from None
+    if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost") or "\0" in unquote(parts.path):
+        raise _refused(entry, f"{entry.uri!r} is neither a path nor a file:// URL")
     return Path(unquote(parts.path) if parts.scheme else entry.uri)
 
 
@@ -68,25 +70,24 @@ def _refused(entry: WeightsEntry, reason: str) -> WeightsRefused:
 
 def _verify(folder: Path, entry: WeightsEntry, like: ModelFolder | None) -> Manifest:
     """All but the contents of the files."""
-    raw = (folder / MANIFEST).read_bytes()
+    with (folder / MANIFEST).open("rb") as file:
+        raw = file.read(MAX_MANIFEST + 1)
     if hashlib.sha256(raw).hexdigest() != entry.manifest_sha256:
         raise WeightsRefused(f"{MANIFEST} is not the one that was published: its SHA-256 differs from the event's")
-    try:
-        manifest = msgspec.json.decode(raw, type=Manifest)
-    except msgspec.DecodeError as error:
-        raise WeightsRefused(f"{MANIFEST} can't be read: {error}") from None
+    manifest = read_manifest(raw)
     if manifest.version != entry.version:
         raise WeightsRefused(f"{MANIFEST} belongs to version {manifest.version}")
 
     for name, info in manifest.files.items():
-        if Path(name).name != name:
-            raise WeightsRefused(f"{MANIFEST} names {name!r}, which is not a file's plain name")
-        size = (folder / name).stat().st_size
-        if size != info.bytes:
-            raise WeightsRefused(f"{name} has {size} bytes, the manifest says {info.bytes}")
-    weights = {path.name for path in folder.glob("*.safetensors")}
-    if stray := sorted(weights - manifest.files.keys()):  # SGLang would load them too
-        raise WeightsRefused(f"{stray[0]} is not in the manifest")
+        status = (folder / name).stat()
+        if not stat.S_ISREG(status.st_mode):  # to read a pipe would wait for ever
+            raise WeightsRefused(f"{name} is no file")
+        if status.st_size != info.bytes:
+            raise WeightsRefused(f"{name} has {status.st_size} bytes, the manifest says {info.bytes}")
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if stray := sorted(there - manifest.files.keys() - {MANIFEST}):  # SGLang would read them too
+        raise WeightsRefused(f"{stray[0]!r} is not in the manifest")
+    weights = {name for name in manifest.files if name.endswith(".safetensors")}
 
     found = {
         tensor: TensorInfo(file=name, shape=stored.shape, dtype=stored.dtype)

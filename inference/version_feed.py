@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -29,6 +30,11 @@ LIVE_S = 10.0  # servers silent for longer have no part in a canary
 CENSUS_S = 1.0  # while there is a canary, who lives is looked at so often
 RETRY_S = 1.0  # until Redis, or a folder that is not visible yet, is looked at again
 POLL_S = 0.5  # for a base model in the making
+MAX_REASON = 1000  # characters of why a version was refused
+PASSING = {  # errors of this machine, and not of a version: it is tried again
+    errno.EAGAIN, errno.EDQUOT, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.ESTALE,
+    errno.ETIMEDOUT,
+}  # fmt: skip
 
 T = TypeVar("T")
 
@@ -89,7 +95,7 @@ class VersionFeed:
     def did_not_start(self, tried: Loadable) -> None:
         """SGLang failed while it started from this version. The second time, the version is refused."""
         if tried.version == self._suspect:
-            self._refuse(tried.version, f"version {tried.version} refused: SGLang failed twice to start from it")
+            self._refuse(tried.version, "SGLang failed twice to start from it")
         self._suspect = tried.version if tried.version > 0 else None
 
     # -- what the rule asks for -----------------------------------------------------------------------------------
@@ -159,7 +165,7 @@ class VersionFeed:
     async def _look_at(self, version: int, entry: WeightsEntry | None, like: ModelFolder | None) -> Loadable | None:
         if self._found is not None and self._found.version == version:
             return self._found
-        if entry is not None and not (version == 0 and self._base is not None and _is_gone(entry)):
+        if entry is not None and not (version == 0 and self._base is not None and not _is_there(entry)):
             found = await self._check(entry, like)
             if found is not None or version > 0 or version in self._refused:
                 return found
@@ -177,7 +183,7 @@ class VersionFeed:
         """Verify under the collector's eyes: what a status names as `loading` is left alone."""
         found_at = time.monotonic()
         try:
-            if _is_gone(entry):
+            if not is_remote(entry) and not folder_of(entry).is_dir():
                 raise VersionGone(f"version {entry.version}: {entry.uri} does not exist")
             await self._announce(loading=entry.version)
             if is_remote(entry):
@@ -193,6 +199,12 @@ class VersionFeed:
             self._heartbeat.change(loading=-1, last_error=str(gone))
         except (WeightsRefused, ConfigurationError) as refused:
             self._refuse(entry.version, str(refused))
+        except Exception as error:  # whoever wrote it can be wrong in ways of his own
+            if isinstance(error, OSError) and error.errno in PASSING:
+                self._absent = True
+                self._heartbeat.change(loading=-1, last_error=f"version {entry.version} can't be read now: {error}")
+            else:
+                self._refuse(entry.version, f"{type(error).__name__}: {error}")
         return None
 
     async def _stage(self, entry: WeightsEntry) -> WeightsEntry:
@@ -206,6 +218,8 @@ class VersionFeed:
         return structs.replace(entry, uri=str(folder))
 
     def _refuse(self, version: int, reason: str) -> None:
+        said = f"version {version} refused: "
+        reason = (reason if reason.startswith(said) else said + reason)[:MAX_REASON]
         self._refused[version] = reason
         self._log.error("version refused, the one before it stays", version=version, reason=reason)
         self._heartbeat.change(loading=-1, last_error=reason)
@@ -224,6 +238,9 @@ class VersionFeed:
                 await anyio.sleep(RETRY_S)
 
 
-def _is_gone(entry: WeightsEntry) -> bool:
-    """Whether its folder is not there; of a URL only fetching tells."""
-    return not is_remote(entry) and not folder_of(entry).is_dir()
+def _is_there(entry: WeightsEntry) -> bool:
+    """Whether it has a folder; of a URL only fetching tells."""
+    try:
+        return is_remote(entry) or folder_of(entry).is_dir()
+    except (WeightsRefused, ValueError):
+        return False

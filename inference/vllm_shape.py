@@ -17,10 +17,6 @@ _RENAMED = {
     "max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed",
     "include_stop_str_in_output": "no_stop_trim",
 }  # fmt: skip
-_SAME = (
-    "n", "temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "ignore_eos", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "skip_special_tokens", "spaces_between_special_tokens", "logit_bias",
-)  # fmt: skip
 _OURS = ("prompt", "logprobs", "prompt_logprobs", "stream", "model", "request_id")
 
 
@@ -29,21 +25,18 @@ def is_vllms(path: str, body: Mapping[str, Any]) -> bool:
 
 
 def to_sglang(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The same request for SGLang. Raises BadRequest."""
+    """The same request for SGLang; its fields are checked already (check.py). Raises BadRequest."""
     if body.get("stream"):
         raise BadRequest("stream", True, "vLLM's shape is answered as a whole; SGLang's and OpenAI's may be streamed")
     sampling: dict[str, Any] = {"max_new_tokens": MAX_TOKENS}
     for name, value in body.items():
         if name in _OURS or value is None:
             continue
-        if name not in _SAME and name not in _RENAMED:
-            known = ", ".join(sorted((*_OURS, *_SAME, *_RENAMED)))
-            raise BadRequest(name, value, f"must be one of {known}")
         sampling[_RENAMED.get(name, name)] = value
     if sampling.get("top_k") == 0:
         sampling["top_k"] = -1  # both mean: no limit
     request: dict[str, Any] = {"sampling_params": sampling, **_prompt(body["prompt"])}
-    top, prompt_top = _count(body, "logprobs"), _count(body, "prompt_logprobs")
+    top, prompt_top = body.get("logprobs"), body.get("prompt_logprobs")
     if top is not None or prompt_top is not None:
         request |= {"return_logprob": True, "top_logprobs_num": max(top or 0, prompt_top or 0)}
     if prompt_top is not None:
@@ -61,13 +54,6 @@ def _prompt(prompt: Any) -> dict[str, Any]:
     raise BadRequest("prompt", prompt, 'must be text, token ids, {"prompt": text} or {"prompt_token_ids": [ids]}')
 
 
-def _count(body: Mapping[str, Any], name: str) -> int | None:
-    value = body.get(name)
-    if value is not None and (type(value) is not int or value < 0):
-        raise BadRequest(name, value, "must be a number of alternatives, 0 for the token itself alone")
-    return value
-
-
 def to_vllm(body: Mapping[str, Any], answer: Sequence[Generated]) -> bytes:
     """SGLang's answer in vLLM's shape: lists over the n outputs."""
     prompt = body["prompt"]
@@ -77,12 +63,12 @@ def to_vllm(body: Mapping[str, Any], answer: Sequence[Generated]) -> bytes:
         "token_ids": [each.output_ids or [] for each in answer],
         "finish_reasons": [each.finish for each in answer],
     }
-    if (top := _count(body, "logprobs")) is not None:
+    if (top := body.get("logprobs")) is not None:
         told["logprobs"] = [
             list(_positions(each.meta_info.output_token_logprobs, each.meta_info.output_top_logprobs, top))
             for each in answer
         ]
-    if (top := _count(body, "prompt_logprobs")) is not None:
+    if (top := body.get("prompt_logprobs")) is not None:
         meta = answer[0].meta_info  # all outputs have the one prompt
         found = _positions(meta.input_token_logprobs, meta.input_top_logprobs, top)
         told["prompt_logprobs"] = [

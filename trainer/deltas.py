@@ -12,8 +12,8 @@ import msgspec
 from msgspec import structs
 
 from lachesis.broker.delta import write_delta
+from lachesis.broker.manifest import MANIFEST
 from lachesis.broker.records import Base, Manifest, WeightsEntry
-from lachesis.trainer.versions import MANIFEST
 
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}  # bytes of an element
 

@@ -21,9 +21,9 @@ from structlog.stdlib import BoundLogger
 
 from lachesis.broker.crash import crash_point
 from lachesis.broker.errors import ConfigurationError, StorageError
+from lachesis.broker.manifest import MANIFEST
 from lachesis.broker.records import Manifest, WeightsEntry
 from lachesis.trainer.deltas import Deltas
-from lachesis.trainer.versions import MANIFEST
 
 PATIENCE_S = 600.0  # with a store that does not answer
 FIRST_DELAY_S, LAST_DELAY_S = 0.5, 10.0  # between two tries; it doubles

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from lachesis.broker.crash import crash_point
 from lachesis.broker.errors import LeaseLost, StorageError, WeightsRefused
+from lachesis.broker.manifest import MANIFEST, may_be_published
 from lachesis.broker.records import FileInfo, Manifest, TensorInfo, WeightsEntry
 from lachesis.trainer.durable import rename_durably, sync
 
 DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16")}
 SHARD_BYTES = 4 << 30
 WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)(\.index\.json)?")
-MANIFEST = "manifest.json"
 
 
 class VersionStore:
@@ -47,7 +47,7 @@ class VersionStore:
         self._host: dict[str, Tensor] = {}
         self._shared_files: dict[str, FileInfo] = {}
         for path in sorted(model_dir.iterdir()):
-            if path.is_file() and not WEIGHTS.fullmatch(path.name) and path.name != MANIFEST:
+            if path.is_file() and may_be_published(path.name) and not WEIGHTS.fullmatch(path.name):
                 self._shared_files[path.name] = _settle(Path(shutil.copy(path, self._shared)))
 
     def path(self, version: int) -> Path:

@@ -77,13 +77,13 @@ async def test_a_server_that_refuses_or_hangs_up_is_left_for_another(broker: Bro
     assert hanging.bodies
 
 
-async def test_a_request_that_loses_three_servers_is_taken_for_the_cause(broker: Broker) -> None:
+async def test_a_request_that_loses_two_servers_is_taken_for_the_cause(broker: Broker) -> None:
     async with Upstream(broker, "s", hangs_up).running() as server, door(broker) as client:
         status, answer = await post(client)
 
     assert status == 502
-    assert "3 servers were lost while they ran this request" in answer["error"]["message"]
-    assert len(server.bodies) == 3
+    assert "2 servers were lost while they ran this request" in answer["error"]["message"]
+    assert len(server.bodies) == 2
 
 
 async def test_null_log_probs_are_never_handed_out(broker: Broker) -> None:
@@ -108,6 +108,32 @@ async def test_an_id_beyond_the_vocabulary_does_not_reach_a_server(broker: Broke
         "rule": "token ids go from 0 to 319",
     }
     assert server.bodies == []
+
+
+async def test_only_fields_that_are_known_reach_a_server(broker: Broker) -> None:
+    """And those that were asked for; what OpenAI's clients may send for nothing is left out."""
+    chat = {"messages": [{"role": "user", "content": "hi"}], "user": "me", "store": True, "metadata": {"a": "b"}}
+
+    async def completes(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        return web.json_response({"choices": []})
+
+    async with (
+        Upstream(broker, "s", answers, completes).running() as server,
+        door(broker) as client,
+        door(broker, pass_fields="image_data,lora_path") as lenient,
+    ):
+        status, answer = await post(client, image_data="/etc/passwd")
+        assert (status, answer["error"]["param"], answer["error"]["value"]) == (400, "image_data", "/etc/passwd")
+        assert answer["error"]["message"].startswith("image_data = '/etc/passwd': is not taken here")
+        assert server.bodies == []
+        assert (await post(lenient, image_data="x"))[0] == 200
+        async with client.post("/v1/chat/completions", json=chat) as response:
+            assert response.status == 200
+
+    passed, asked = server.bodies
+    assert passed["image_data"] == "x"
+    assert asked["messages"] == chat["messages"]
+    assert not asked.keys() & {"user", "store", "metadata"}
 
 
 async def test_errors_of_a_server_are_passed_on(broker: Broker) -> None:

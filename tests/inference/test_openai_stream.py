@@ -21,6 +21,7 @@ from lachesis.broker.records import Lineage
 from lachesis.inference.openai_stream import OpenAIStream
 
 ROUTES = ("/v1/completions", "/v1/chat/completions")
+PROMPTS: dict[str, dict[str, Any]] = {ROUTES[0]: {"prompt": [1]}, ROUTES[1]: {"messages": [{"role": "user"}]}}
 
 
 def events(*chunks: Any) -> bytes:
@@ -117,7 +118,7 @@ async def streamed(broker: Broker, path: str, *, becomes: str = "4", rule: str =
 
 
 async def _read(client: aiohttp.ClientSession, path: str) -> bytes:
-    async with client.post(path, json={"stream": True, "n": 2}) as response:
+    async with client.post(path, json={"stream": True, "n": 2, **PROMPTS[path]}) as response:
         assert response.status == 200
         return await response.read()
 
@@ -145,4 +146,4 @@ async def test_where_nothing_can_or_shall_be_recorded_nothing_is_asked(broker: B
     raw, found, asked = await streamed(broker, ROUTES[0], **how)
     assert raw == told(ROUTES[0])[0]
     assert found == [None, None]
-    assert {name for name in asked if name not in ("rid", "extra_key")} == {"stream", "n"}
+    assert {name for name in asked if name not in ("rid", "extra_key")} == {"stream", "n", "prompt"}

@@ -21,11 +21,12 @@ from test_version_feed import LOG, NAN, heartbeat_of
 
 from lachesis.broker import Broker, WeightsRefused
 from lachesis.broker.delta import write_delta
+from lachesis.broker.manifest import MANIFEST
 from lachesis.broker.records import Base, Manifest, WeightsEntry
 from lachesis.inference.copying import Abandoned
 from lachesis.inference.model_folder import read_model_folder
 from lachesis.inference.staging import Staging
-from lachesis.inference.verification import MANIFEST, VersionGone, verify
+from lachesis.inference.verification import VersionGone, verify
 from lachesis.inference.verified import Verified
 from lachesis.inference.version_feed import VersionFeed
 
@@ -138,6 +139,17 @@ async def test_a_beginning_of_another_file_is_fetched_anew(store: Store, tmp_pat
     entry = store.publish(3)
     (tmp_path / "staged" / "v000003").mkdir(parents=True)
     (tmp_path / "staged" / "v000003" / f".part-{WEIGHTS}").write_bytes(b"x" * 1000)
+
+    folder = await fetch(Staging(tmp_path / "staged", keep=2), entry)
+
+    verify(msgspec.structs.replace(entry, uri=str(folder)), None)
+
+
+async def test_what_a_killed_try_left_does_not_spoil_the_next(store: Store, tmp_path: Path) -> None:
+    entry = store.publish(3)
+    (tmp_path / "staged" / "v000003").mkdir(parents=True)
+    for name in (f"{WEIGHTS}.delta", ".part-config.json", "other.safetensors"):
+        (tmp_path / "staged" / "v000003" / name).write_bytes(b"x")
 
     folder = await fetch(Staging(tmp_path / "staged", keep=2), entry)
 

@@ -66,7 +66,7 @@ def add_stray_weights(folder: Path) -> None:
         (tear, "model.safetensors has"),
         (flip_a_byte, "SHA-256 of model.safetensors"),
         (swap_manifest, "SHA-256 differs from the event's"),
-        (add_stray_weights, "stray.safetensors is not in the manifest"),
+        (add_stray_weights, "'stray.safetensors' is not in the manifest"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     ],
 )

@@ -51,9 +51,6 @@ def test_prompt_log_probs_ask_for_the_whole_prompt() -> None:
         ({"prompt": [1, "a"]}, "prompt"),
         ({"prompt": {"text": "hi"}}, "prompt"),
         ({"prompt": "hi", "stream": True}, "stream"),
-        ({"prompt": "hi", "best_of": 2}, "best_of"),
-        ({"prompt": "hi", "logprobs": -1}, "logprobs"),
-        ({"prompt": "hi", "prompt_logprobs": True}, "prompt_logprobs"),
     ],
 )
 def test_what_sglang_has_no_equal_for_is_refused(body: dict[str, Any], field: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import resource
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from torch import Tensor
 from trainer_kit import make_tiny_model, scored_group, stored
 
 from lachesis.broker import LeaseLost, StorageError, WeightsRefused
+from lachesis.broker.manifest import read_manifest
 from lachesis.broker.records import Manifest, WeightsEntry
 from lachesis.trainer import versions
 from lachesis.trainer.mapping import to_batch
@@ -60,6 +62,24 @@ def test_a_version_holds_what_its_manifest_says(store: VersionStore, tiny_model:
         name: ("BF16", tuple(tensor.shape)) for name, tensor in found.items()
     }
     assert all(found[name].equal(tensor.bfloat16()) for name, tensor in tensors())
+
+
+def test_what_agents_would_refuse_stays_behind(tmp_path: Path, tiny_model: Path) -> None:
+    """Files of the base model's folder that are neither configuration nor tokenizer."""
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    for name in (
+        "README.md",
+        "LICENSE",
+        ".gitattributes",
+        "modeling.py",
+        "pytorch_model.bin",
+        "manifest.json",
+        "a b.json",
+    ):
+        (base / name).write_text("x")
+    folder = Path(write(VersionStore(tmp_path / "weights", base, dtype="bf16"), 1, tensors()).uri)
+    manifest = read_manifest((folder / "manifest.json").read_bytes())
+    assert manifest.files.keys() == {path.name for path in tiny_model.iterdir() if path.name != "manifest.json"}
 
 
 def test_large_models_are_written_in_shards(store: VersionStore, monkeypatch: pytest.MonkeyPatch) -> None:
