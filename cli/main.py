@@ -138,9 +138,8 @@ def _refuse(who: str, why: str, code: int, arguments: Sequence[str]) -> int:
 def _print_traceback(
     arguments: Sequence[str], kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    print(
-        _without_passwords("".join(traceback.format_exception(kind, error, trace)), arguments), file=sys.stderr, end=""
-    )
+    text = _without_passwords("".join(traceback.format_exception(kind, error, trace)), arguments)
+    say(*text.rstrip("\n").split("\n"), file=sys.stderr)
 
 
 def _without_passwords(text: str, arguments: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.nearest import did_you_mean
 from lachesis.broker.settings import NO_SETTINGS, PREFIX, Settings, found_toml, read_toml, toml_file
+from lachesis.cli.terminal import say
 
 S = TypeVar("S", bound=Settings)
 NEVER_FOUND = ("sglang_python", "sglang_args", "overrides")  # settings that name programs or code
@@ -113,7 +114,7 @@ def _announce_found(command: str) -> None:
                 f"{key} in {path}: a file that nobody named may not say what is run; give {_option_of(key)}, "
                 f"{PREFIX}{key.upper()}, or the file as {PREFIX}CONFIG"
             )
-    print(f"lachesis {command}: settings from {path}", file=sys.stderr)
+    say(f"lachesis {command}: settings from {path}", file=sys.stderr)
 
 
 def _option_of(key: str) -> str:

@@ -15,6 +15,7 @@ from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.keys import check_name
 from lachesis.broker.settings import Settings, make_folder
 from lachesis.cli.options import parse
+from lachesis.cli.terminal import say
 
 EVERY_RUN = "*"
 ACL_FILE = "users.acl"
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         check_name("run", settings.run)
     place = make_folder("--to", settings.to / "redis")
     if (place / ACL_FILE).exists():
-        print(f"{place / ACL_FILE} is there already")
+        say(f"{place / ACL_FILE} is there already")
         return 0
     roles, passwords = read_rules(settings.run), dict[str, str]()
     for name in (*roles, "admin"):
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     lines = [f"user {name} on #{sha256(passwords[name].encode()).hexdigest()} {rules[name]}" for name in rules]
     lines.append("user default on nopass resetkeys resetchannels -@all +ping")  # for who looks whether it lives
     _write(place / ACL_FILE, "\n".join((*lines, "")))  # last: it says that all are there
-    print(f"users {', '.join(rules)}: {place / ACL_FILE}")
+    say(f"users {', '.join(rules)}: {place / ACL_FILE}")
     return 0
 
 

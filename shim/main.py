@@ -70,7 +70,6 @@ async def serve(settings: ShimSettings, redis_url: str, listener: socket.socket)
             app,
             **uvicorn_options(settings, Protocol),
             log_config=None,
-            proxy_headers=False,  # who may call, and as which trainer, is not for the caller to say
             timeout_graceful_shutdown=DRAIN_S,
             backlog=1024,
             ssl_certfile=settings.tls_cert,

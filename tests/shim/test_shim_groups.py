@@ -32,6 +32,11 @@ async def dead(broker: Broker) -> list[dict[str, str]]:
     return [{key.decode(): value.decode() for key, value in fields.items()} for _, fields in entries]
 
 
+async def kept_body(broker: Broker, gid: str) -> bytes:
+    (letter,) = await broker.dead.find([gid])
+    return await broker.dead.body(letter)
+
+
 # -- repeated -----------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +207,7 @@ async def test_what_cannot_be_trained_is_refused_in_words_and_kept(
     assert (entry["loc"], entry["msg"]) == (["body", *location], message)
     (buried,) = await dead(broker)
     assert (buried["reason"], buried["detail"]) == ("invalid", message)
-    assert await broker.redis.get(broker.keys.blob(buried["gid"])) == body
+    assert await kept_body(broker, buried["gid"]) == body
     assert (await registered.get("/status")).json()["queue_size"] == 0
 
 
@@ -220,7 +225,7 @@ async def test_the_good_groups_of_a_list_are_stored(registered: httpx.AsyncClien
     batch = (await registered.get("/batch")).json()["batch"]
     assert [number_of(item) for item in batch] == [1, 3]
     (buried,) = await dead(broker)
-    kept = json.loads(await broker.redis.get(broker.keys.blob(buried["gid"])))
+    kept = json.loads(await kept_body(broker, buried["gid"]))
     assert kept["tokens"] == bad["tokens"]
     assert math.isnan(kept["scores"][1])
 
