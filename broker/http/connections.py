@@ -108,7 +108,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._held: list[memoryview] = []  # read, and not parsed yet
         self._unclaimed = 0  # bytes since the last that were a whole head, or of a body
         self._body_left = 0  # as Content-Length says
-        self._in_body = self._begun = self._first = False
+        self._chunked = self._in_body = self._begun = self._first = False
         self._clock = 0.0  # of the head, the body or the pause that is waited for
         self._received = 0  # of the body, since the clock began
         self._unsent, self._answer_clock = 0, 0.0
@@ -145,7 +145,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Parse what is held, until requests queue up."""
         while self._held and not self.transport.is_closing():
             data = self._held.pop(0)
-            size = max(CHUNKED_BYTES if self._in_body else PIECE_BYTES, self._body_left)
+            size = max(CHUNKED_BYTES if self._chunked else PIECE_BYTES, self._body_left)
             if size < len(data):
                 self._held.insert(0, data[size:])
                 data = data[:size]
@@ -167,11 +167,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         size = len(self.url)
-        self._body_left = 0
+        self._body_left, self._chunked = 0, False
         for name, value in self.headers:
             size += len(name) + len(value)
             if name == b"content-length":
                 self._body_left = int(value)
+            elif name == b"transfer-encoding":
+                self._chunked = True
         if len(self.headers) > self._policy.headers or size > self._policy.head_bytes:
             rule = f"at most {self._policy.headers} headers and {self._policy.head_bytes} bytes"
             self._refusal = 431, f"the head has {len(self.headers)} headers and {size} bytes: {rule}"
@@ -191,7 +193,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._in_body = self._begun = self._first = False
+        self._chunked = self._in_body = self._begun = self._first = False
         self._clock, self._unclaimed = 0.0, 0
         if self.cycle.response_complete:
             self._shared.rest(self)

@@ -255,7 +255,7 @@ async def test_the_longest_idle_makes_room() -> None:
 async def test_pipelined_requests_are_all_answered_in_order_and_wait_unparsed() -> None:
     async with Server(Policy()).running() as server:
         peer = await server.connect()
-        count = 8000
+        count = 3000
         whole = b"".join(request(f"/echo?{number}", body=b"x" * (number % 50)) for number in range(count))
         sending = asyncio.create_task(peer.send(whole))
         assert [await peer.answer() for _ in range(count)] == [b"%d %d" % (n, n % 50) for n in range(count)]

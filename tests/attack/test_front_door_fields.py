@@ -168,7 +168,10 @@ async def bench(shared_redis: EmbeddedRedis, tmp_path_factory: pytest.TempPathFa
     door = roles.front_door(folder / "door.log", *common, "--fd", str(listener.fileno()), inherit=listener)
     agent = roles.agent(folder / "agent.log", *common, "--model", str(make_model(folder / "base")))
     try:
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
+        connector = aiohttp.TCPConnector(force_close=True)  # else one may be reused just when the door closes it
+        async with aiohttp.ClientSession(
+            f"http://127.0.0.1:{listener.getsockname()[1]}", connector=connector
+        ) as client:
             with anyio.fail_after(290):
                 async with client.post("/generate", json=HEALTHY) as response:
                     assert response.status == 200
