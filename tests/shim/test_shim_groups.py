@@ -32,14 +32,9 @@ async def dead(broker: Broker) -> list[dict[str, str]]:
     return [{key.decode(): value.decode() for key, value in fields.items()} for _, fields in entries]
 
 
-<<<<<<< ours
-async def kept_body(broker: Broker, gid: str) -> bytes:
-    (letter,) = await broker.dead.find([gid])
-=======
 async def kept_body(broker: Broker) -> bytes:
     """Of the one refused post."""
     (letter,) = await broker.dead.all()
->>>>>>> theirs
     return await broker.dead.body(letter)
 
 
@@ -213,11 +208,7 @@ async def test_what_cannot_be_trained_is_refused_in_words_and_kept(
     assert (entry["loc"], entry["msg"]) == (["body", *location], message)
     (buried,) = await dead(broker)
     assert (buried["reason"], buried["detail"]) == ("invalid", message)
-<<<<<<< ours
-    assert await kept_body(broker, buried["gid"]) == body
-=======
     assert await kept_body(broker) == body
->>>>>>> theirs
     assert (await registered.get("/status")).json()["queue_size"] == 0
 
 
@@ -234,12 +225,7 @@ async def test_the_good_groups_of_a_list_are_stored(registered: httpx.AsyncClien
     assert answer["detail"][0]["loc"] == ["body", 1, "scores", 1]
     batch = (await registered.get("/batch")).json()["batch"]
     assert [number_of(item) for item in batch] == [1, 3]
-<<<<<<< ours
-    (buried,) = await dead(broker)
-    kept = json.loads(await kept_body(broker, buried["gid"]))
-=======
     kept = json.loads(await kept_body(broker))
->>>>>>> theirs
     assert kept["tokens"] == bad["tokens"]
     assert math.isnan(kept["scores"][1])
 

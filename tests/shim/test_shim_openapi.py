@@ -30,11 +30,8 @@ MORE_ANSWERS = {
     "403": "runs may have tokens, and web pages may not call",
     "409": "another trainer's settings: upstream ignores the second registration",
     "413": "bodies are bounded",
-<<<<<<< ours
     "421": "a web page can give its own name to any address",
-=======
     "429": "environments, trainers and runs are bounded",
->>>>>>> theirs
     "503": "Redis does not answer, refuses, or is full; upstream keeps everything in its own memory",
 }
 MORE_KEYS = {"weight_versions": "an environment that knows its weight versions may say so; upstream ignores the key"}
