@@ -48,6 +48,7 @@ async def test_a_run_makes_only_listed_keys_of_the_listed_types(broker: Broker) 
     await broker.journal.control("register", "test")
     await parties.writer("main", ttl_s=60).acquire()
     await broker.tokens.create("admin")
+    await broker.checkpoints.add("main", "0" * 64, 1)
     await queue.retention.keep(1 << 20)
     await queue.bury("bad", b"{}", "invalid", "test")
     for number in range(6):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 from queued import dead, lease, put
 from redis.exceptions import ResponseError
 from scored import trained
@@ -11,6 +12,7 @@ from lachesis.broker import Broker, LeaseLost
 from lachesis.broker.audit import audit
 from lachesis.broker.dead import untrainable
 from lachesis.broker.errors import NotFound
+from lachesis.broker.records import RefusedEntry
 
 pytestmark = pytest.mark.anyio
 
@@ -95,8 +97,8 @@ async def test_sequences_that_a_step_is_trained_without_are_noted_once(broker: B
         await broker.queue.commit("main", held, trained(held.batch), untrainable=letters)
     found = await broker.dead.all()
     assert [(letter.accepted, letter.sequence, letter.entry) for letter in found] == [
-        (False, ("g1", 1), letters[0]),
-        (False, ("g/2", 0), letters[1]),
+        (False, ("g1", 1), RefusedEntry(**structs.asdict(letters[0]))),
+        (False, ("g/2", 0), RefusedEntry(**structs.asdict(letters[1]))),
     ]
     status = await broker.queue.status()
     assert (status.untrainable, status.dead) == (2, 0)
