@@ -17,6 +17,7 @@ from trajectories import ENV, TRAINER, group, serving
 from lachesis.broker import Broker, connection
 from lachesis.broker.access import Access
 from lachesis.broker.audit import audit
+from lachesis.broker.keys import RUNS
 from lachesis.shim import status
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
@@ -225,7 +226,7 @@ def _all_but_envs(broker: Broker) -> list[str]:
     prefix = broker.keys.groups.removesuffix("groups")
     names = ("groups", "blob:*", "seen:*", "state", "trainers", "trained", "weights:*", "pools", "served", "lineage*")
     names += ("batches", "tokens")
-    return [prefix + name for name in names]
+    return [RUNS, *(prefix + name for name in names)]
 
 
 async def test_a_mistake_of_ours_is_no_trouble_of_redis(sick: Sick) -> None:

@@ -20,6 +20,7 @@ from lachesis.broker.records import LedgerEntry, Member
 
 STEPS, GROUPS = 12, 6  # groups of a step, of four sequences each
 EXACT = "lachesis.elastic_dtype=fp64"
+PATIENT = "lachesis.lease_s=60"  # where nobody dies: a busy machine stops none of them for so long
 SETTINGS = {
     "actor_rollout_ref.actor.optim.lr": 1e-2,
     "lachesis.batch_size": 4 * GROUPS,
@@ -135,7 +136,7 @@ def train(run: Run, count: int, *overrides: str) -> list[dict[str, str]]:
     """All steps with `count` replicas (0: one trainer that is none); the steps' metrics."""
     with connect_blocking(run.url, run.name) as broker:
         names = [f"r{number}" for number in range(count)] or ["single"]
-        more = overrides if count else (*overrides, "lachesis.elastic=false")
+        more = (*overrides, PATIENT) if count else (*overrides, "lachesis.elastic=false")
         processes = [run.start(one, *more) for one in names]
         if count:
             run.wait_for(broker, count)
@@ -155,7 +156,7 @@ def train(run: Run, count: int, *overrides: str) -> list[dict[str, str]]:
 def train_in_ranks(run: Run, replicas: int) -> None:
     """All steps with replicas of two ranks each."""
     with connect_blocking(run.url, run.name) as broker:
-        started = [run.start_ranks(f"r{number}", EXACT, ranks=2) for number in range(replicas)]
+        started = [run.start_ranks(f"r{number}", EXACT, PATIENT, ranks=2) for number in range(replicas)]
         run.wait_for(broker, replicas)
         broker.call(fill, broker.broker, STEPS * GROUPS)
         for process in (rank for ranks in started for rank in ranks):
