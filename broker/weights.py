@@ -53,9 +53,9 @@ class Weights:
 
     async def wait_newer(self, policy: str, than: int, timeout_s: float) -> WeightsEntry | None:
         """The newest version above `than`, waiting up to `timeout_s` for one to appear."""
-        newest = await self.newest(policy)
+        known = await self._redis.xrevrange(self._keys.weights(policy), count=1)  # perhaps one that can't be read
+        newest = await self.newest(policy)  # after that: one that is published in between is not waited for
         if newest is None or newest.version <= than:
-            known = await self._redis.xrevrange(self._keys.weights(policy), count=1)  # perhaps one that can't be read
             cursor = known[0][0].decode() if known else "0-0"
             if not await wait_for_entries(self._blocking, self._keys.weights(policy), cursor, timeout_s):
                 return None

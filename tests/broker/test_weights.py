@@ -29,6 +29,21 @@ async def test_a_version_is_published_once_and_never_after_a_newer_one(broker: B
     assert await broker.weights.newest("shadow") is None
 
 
+async def test_what_is_published_while_a_follower_looks_is_not_missed(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = broker.weights.newest
+
+    async def published_meanwhile(policy: str) -> WeightsEntry | None:
+        found = await look(policy)
+        if found is None:
+            await broker.weights.publish(policy, entry(0))
+        return found
+
+    monkeypatch.setattr(broker.weights, "newest", published_meanwhile)
+    assert await broker.weights.wait_newer("main", -1, 5) == entry(0)
+
+
 async def test_a_follower_wakes_up_for_the_newest(broker: Broker) -> None:
     waiting = asyncio.create_task(broker.weights.wait_newer("main", -1, 10))
     await broker.weights.publish("main", entry(0))
