@@ -60,7 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     _write(place / "cli", CLI, mode=0o700)
     rules = {**roles, "admin": "~* &* +@all"}
     lines = [f"user {name} on #{sha256(passwords[name].encode()).hexdigest()} {rules[name]}" for name in rules]
-    lines.append("user default on nopass resetkeys resetchannels -@all +ping")  # for who looks whether it lives
+    # nobody can be the default user; but with its rights the server reads its own file, and leaves out what they forbid
+    lines.append("user default off resetpass ~* &* +@all")
     _write(place / ACL_FILE, "\n".join((*lines, "")))  # last: it says that all are there
     say(f"users {', '.join(rules)}: {place / ACL_FILE}")
     return 0
