@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import LACHESIS, python
 from redis import Redis
-from redis.exceptions import NoPermissionError
+from redis.exceptions import AuthenticationError
 
 from lachesis.broker import EmbeddedRedis
 from lachesis.cli.redis_users import read_rules
@@ -88,8 +88,8 @@ def test_the_users_made_for_redis_are_those_of_the_page(tmp_path: Path) -> None:
 
     with EmbeddedRedis(tmp_path / "redis", config=[f'aclfile "{tmp_path}/users/redis/users.acl"']) as server:
         anybody = Redis(unix_socket_path=str(server.socket))
-        assert anybody.ping()
         for command in (
+            ("PING",),
             ("GET", "x"),
             ("INFO",),
             ("ACL", "LIST"),
@@ -97,7 +97,7 @@ def test_the_users_made_for_redis_are_those_of_the_page(tmp_path: Path) -> None:
             ("SUBSCRIBE", "x"),
             ("EVALSHA", "x", "0"),
         ):
-            with pytest.raises(NoPermissionError):
+            with pytest.raises(AuthenticationError):
                 anybody.execute_command(*command)
         for name, url in urls.items():
             user, _, password = url.removeprefix("redis://").partition("@")[0].partition(":")
