@@ -18,8 +18,8 @@ import zstandard
 from msgspec import Struct
 
 from lachesis.broker.codec import narrowed
+from lachesis.broker.counts import TooMany, check_msgpack
 from lachesis.broker.errors import InvalidGroup
-from lachesis.broker.nested import holds_more_lists
 from lachesis.broker.records import Group, GroupEntry, ScoredGroup, Spans
 
 CODEC = "mp2z"
@@ -266,8 +266,12 @@ def _spread(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def _check_lists(data: bytes, most: int | None) -> None:
-    if most is not None and holds_more_lists(data, most):
-        raise _not_packed(f"must not hold more than {most} lists and maps")
+    if most is None:
+        return
+    try:
+        check_msgpack(data, most)
+    except TooMany as error:
+        raise _not_packed(f"must not hold more than {most} lists and maps ({error})") from None
 
 
 def _not_packed(rule: str) -> InvalidGroup:

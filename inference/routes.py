@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lachesis.broker.access import Access, Denied
-from lachesis.broker.http.counts import TooMany, check_json
+from lachesis.broker.counts import TooMany, check_json
 from lachesis.broker.records import Role
 from lachesis.inference.check import Check
 from lachesis.inference.generate import BadRequest, read_request

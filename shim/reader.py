@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
+from lachesis.broker.counts import TooMany, check_json, check_msgpack
 from lachesis.broker.errors import InvalidGroup
-from lachesis.broker.http.counts import TooMany, check_json, check_msgpack
 from lachesis.broker.packing import to_arrays, to_scored, unpack, unpacked_bytes
 from lachesis.broker.records import Group, ScoredGroup
 from lachesis.broker.validation import admit

@@ -1,1 +1,1 @@
-"""What the shim and the front door share of HTTP: which connections they keep, and which bodies they begin to read."""
+"""What the shim and the front door share of HTTP: which connections they keep, and who may call."""

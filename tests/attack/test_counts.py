@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lachesis.broker.http import counts
-from lachesis.broker.http.counts import Counts, TooMany, check_json, check_msgpack
+from lachesis.broker import counts
+from lachesis.broker.counts import Counts, TooMany, check_json, check_msgpack
 
 texts = st.text(max_size=8) | st.sampled_from(['[,{"', "\\", '\\"', '"[', "\\\\", ",,,", "é[", "\ud7ff"])
 values: st.SearchStrategy[Any] = st.recursive(
