@@ -197,7 +197,7 @@ class Agent:
         checksum = await server.checksum()
         self.heartbeat.change(
             version=now.version, loading=-1, vocab_size=now.model.vocab_size, checksum=checksum,
-            prefix_key=self._updates.prefix_key(now.version, self.heartbeat.status.updates),
+            prefix_key=self._updates.loaded(now.version, self.heartbeat.status.updates),
         )  # fmt: skip
         while (wanted := await feed.next(now.version, now.model, 0.0)) is not None:
             await self._updates.swap(server, wanted)

@@ -4,7 +4,8 @@ SGLang finds a cached prefix by its tokens and by `extra_key`. Such a server's s
 that no later load gets again, not even one of the same version; front doors send it along. So what was read by other
 weights is not found: neither prefixes from before an update nor the mixture that a request leaves behind which went
 through it. A front door may learn of an update late, though. A request that it sent under the old key then meets the
-new weights, may find a prefix of the old ones, and its first token tells: its answer is asked for again.
+new weights, may find a prefix of the old ones, and its first token tells: its answer is asked for again. The token tells
+a version, not a load, so the server's agent empties the cache whenever it goes back to an older version.
 """
 
 from __future__ import annotations

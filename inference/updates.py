@@ -39,6 +39,7 @@ class Updates:
         )
         self._pause_limit_s = 0.9 * watchdog_s(settings)
         self._at_once, self._counted_at = settings.update_at_once, -math.inf
+        self._newest = -1  # of the versions that were loaded
 
     async def apply(self, server: SGLangServer, to: Loadable) -> bool:
         """Load a version into a serving server; False, soon, while too many others of the pool update."""
@@ -61,8 +62,9 @@ class Updates:
             raise failure
         return True
 
-    def prefix_key(self, version: int, updates: int) -> str:
-        """Of a version that is served after so many updates; see prefix_cache.py."""
+    def loaded(self, version: int, updates: int) -> str:
+        """Note what is served after so many updates; its prefix key, see prefix_cache.py."""
+        self._newest = max(self._newest, version)
         return f"{version}.{updates}" if self._settings.update_mode == "in_place" else ""
 
     async def _update(self, server: SGLangServer, to: Loadable) -> None:
@@ -78,9 +80,12 @@ class Updates:
     async def swap(self, server: SGLangServer, to: Loadable) -> None:
         """Swap the weights under the running requests. On any doubt the server is not continued but replaced.
 
+        Going back to a version is never done in place: a front door that missed both loads would take what other weights
+        read meanwhile under this version's first key for this version's own, so the cache is emptied.
+
         Raises ServerFailed, also where the pause would become longer than SGLang's watchdog bears.
         """
-        in_place = self._settings.update_mode == "in_place"
+        in_place = self._settings.update_mode == "in_place" and to.version > self._newest
         with anyio.CancelScope(shield=True):  # SIGTERM waits for the end of it
             began = time.monotonic()
             try:
@@ -109,7 +114,7 @@ class Updates:
             checksum=checksum,
             loading=-1,
             updates=updates,
-            prefix_key=self.prefix_key(to.version, updates),
+            prefix_key=self.loaded(to.version, updates),
             last_update_s=figures["total_s"],
             last_error=to.passed_over,
         )

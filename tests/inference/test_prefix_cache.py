@@ -123,7 +123,7 @@ def agent(redis_server: EmbeddedRedis, tmp_path: Path) -> Iterator[Path]:
 async def test_no_answer_goes_on_from_a_prefix_of_other_weights(
     redis_server: EmbeddedRedis, agent: Path, tmp_path: Path, keys: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts come again and again, so they are cached, while versions come, and one comes back, under the requests.
+    """Prompts come again and again, so they are cached, while versions come, and two come back, under the requests.
 
     What an answer's first version made has Hugging Face's log-probs; it would not, had other weights read its prompt:
     that is what who asks the server itself, without a key, gets. Under keys of their own, which they have while Redis is
@@ -134,6 +134,7 @@ async def test_no_answer_goes_on_from_a_prefix_of_other_weights(
     store, stop = tmp_path / "store", False
     done: list[tuple[dict[str, Any], int, Any]] = []
     prompts = np.random.default_rng(0).integers(5, VOCAB, (6, 96)).tolist()
+    another = prompts[0][::-1]
     reference = Reference(lambda version: store / f"v{version:06d}")
     broker = await Broker.connect(redis_server.url)
 
@@ -155,15 +156,18 @@ async def test_no_answer_goes_on_from_a_prefix_of_other_weights(
             while not any(version_of(answer) == str(version) and cached(answer) for _, _, answer in done[began:]):  # noqa: ASYNC110
                 await anyio.sleep(0.02)
 
-    async def pin(version: int) -> None:
+    async def rule(wanted: PoolRule) -> None:
         judged, _ = await broker.pools.rule("main")
-        assert await broker.pools.steer("main", PoolRule("pin", version), judged)
+        assert await broker.pools.steer("main", wanted, judged)
+
+    async def pin(version: int) -> None:
+        await rule(PoolRule("pin", version))
         await serve(version)
         await answered_from_cache(version)
 
-    async def straight() -> tuple[dict[str, Any], int, Any]:
+    async def straight(prompt: list[int], **key: str) -> tuple[dict[str, Any], int, Any]:
         [status] = await broker.parties.servers()
-        body = {"input_ids": prompts[0], "sampling_params": SAMPLING, "return_logprob": True}
+        body = {"input_ids": prompt, "sampling_params": SAMPLING, "return_logprob": True, **key}
         async with aiohttp.ClientSession(status.url) as direct:
             return body, *await generate(direct, body)
 
@@ -175,13 +179,21 @@ async def test_no_answer_goes_on_from_a_prefix_of_other_weights(
             await publish(broker, agent, store, version)
             await serve(version)
             await answered_from_cache(version)
-        for version in (6, 7, 6):
-            await pin(version)
-        await straight()
+        await pin(6)
+        [status] = await broker.parties.servers()
+        missed = {"extra_key": status.prefix_key}  # what a front door sends that hears of no update from now on
         await pin(7)
-        without_key = await straight()
+        await straight(another, **missed)
+        await pin(6)
+        came_back = await straight(another, **missed)
+        await pin(7)
         stop = True
         await asyncio.gather(*clients)
+        await straight(prompts[0])
+        await rule(PoolRule("newest"))
+        await publish(broker, agent, store, 8)
+        await serve(8)
+        without_key = await straight(prompts[0])
     await broker.aclose()
 
     tokens, largest = reference.difference(map(only_first_version, done))
@@ -191,6 +203,8 @@ async def test_no_answer_goes_on_from_a_prefix_of_other_weights(
     print(f"{len(done)} answers, {tokens} tokens, |Δ| ≤ {largest:.1e}, without a key {stale:.1e}; {spanning} of two versions; cached: {by_version}")  # fmt: skip
     assert largest <= TOLERANCE
     assert spanning
+    assert version_of(came_back[2]) == "6"
+    assert reference.difference([only_first_version(came_back)])[1] <= TOLERANCE
     assert cached(without_key[2])
     assert stale > 100 * TOLERANCE
 
