@@ -8,6 +8,7 @@ arrays. Nothing that is nested is decoded here.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -29,8 +30,16 @@ from lachesis.shim.errors import Malformed
 INLINE_BYTES = 1 << 20  # what is not larger than this, decompressed, and
 INLINE_LISTS = 20_000  # has no more lists and objects, is decoded at once
 WORKERS = 2
+MEMORY = 10  # times the body's size, or MEMORY_BYTES if that is more, is what a worker may take
+MEMORY_BYTES = 64 << 20
 READ_S = 240.0  # a worker that takes longer, its start included, is ended
 LENGTH_BYTES = 8  # before each message to and from a worker
+
+CRASHES = (
+    -signal.SIGSEGV,
+    -signal.SIGABRT,
+    -signal.SIGBUS,
+)  # how C code ends that gets no memory and does not expect it
 
 Refusal = tuple[str, Any, str]  # as InvalidGroup's field, value and rule
 
@@ -53,6 +62,11 @@ class Reply(msgspec.Struct, array_like=True):
     packed: Sequence[bytes] = ()
     envs: Sequence[int | None] = ()
     posted: Sequence[bytes] = ()  # the JSON of those refused
+
+
+def too_much(size: int) -> Reply:
+    rule = f"must not take more than {MEMORY} times as much memory to read"
+    return Reply("too much", json.dumps(f"body = {size} bytes: {rule}").encode())
 
 
 class Read(NamedTuple):
@@ -125,7 +139,8 @@ _idle: list[subprocess.Popen[bytes]] = []
 
 
 def _ask(order: Order, body: bytes) -> Reply:
-    """A worker's reply; where one dies, perhaps of what it read before, another one's."""
+    """A worker's reply; where one dies, perhaps of what it read before, another one's. Two that crash had too little memory."""
+    ends = []
     for _ in range(2):
         with suppress(OSError):  # there is none to be had, or it is gone
             worker = _take()
@@ -137,11 +152,13 @@ def _ask(order: Order, body: bytes) -> Reply:
             finally:
                 watch.cancel()
                 if reply is None:
-                    worker.kill()
-                    worker.wait()
+                    worker.kill()  # too late for one that has crashed
+                    ends.append(worker.wait())
             if reply is not None:
                 _idle.append(worker)
                 return reply
+    if len(ends) == 2 and set(ends) <= {*CRASHES}:
+        return too_much(len(body))
     return Reply("died")
 
 

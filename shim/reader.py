@@ -22,10 +22,8 @@ from lachesis.broker.validation import admit
 from lachesis.shim.bodies import check_messages, decode_group, decode_groups
 from lachesis.shim.errors import Malformed
 from lachesis.shim.groups_in import MAX_SEQUENCES, env_of, pack_group
-from lachesis.shim.large import LENGTH_BYTES, Order, Read, Reply
+from lachesis.shim.large import LENGTH_BYTES, MEMORY, MEMORY_BYTES, Order, Read, Reply, too_much
 
-MEMORY = 10  # times the body's size
-MEMORY_BYTES = 64 << 20  # that any body may take
 MAX_SPANS = 20_000  # of weight_versions: they are looked at one by one
 ROWS = ("tokens", "masks", "advantages", "ref_logprobs", "inference_logprobs")
 
@@ -45,9 +43,7 @@ def read(order: Order, body: bytes) -> Reply:
     except TooMany as error:
         return Reply("too much", _json(str(error)))
     except MemoryError:
-        return Reply(
-            "too much", _json(f"body = {size} bytes: must not take more than {MEMORY} times as much memory to read")
-        )
+        return too_much(size)
 
 
 def _entries(order: Order, body: bytes) -> Iterator[Read]:
