@@ -130,6 +130,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        if not self._held and not self.flow.held and len(data) <= self._piece():
+            self._feed(data)
+            return
         self._held.append(memoryview(data))
         if not self.flow.held:
             self._parse()
@@ -145,19 +148,26 @@ class BoundedProtocol(HttpToolsProtocol):
         """Parse what is held, until requests queue up."""
         while self._held and not self.transport.is_closing():
             data = self._held.pop(0)
-            size = max(CHUNKED_BYTES if self._chunked else PIECE_BYTES, self._body_left)
-            if size < len(data):
+            if (size := self._piece()) < len(data):
                 self._held.insert(0, data[size:])
                 data = data[:size]
-            self._unclaimed += len(data)
-            super().data_received(data)  # type: ignore[arg-type]
-            if self._unclaimed > self._policy.head_bytes:
-                self._refusal = 431, f"the head has more than {self._policy.head_bytes} bytes"
-                self.send_400_response("")
-            if self.pipeline:
-                self.flow.pause_reading()
-                self.flow.held = True
+            self._feed(data)
+            if self.flow.held:
                 return
+
+    def _piece(self) -> int:
+        """Bytes that the parser gets at once."""
+        return max(CHUNKED_BYTES if self._chunked else PIECE_BYTES, self._body_left)
+
+    def _feed(self, data: bytes | memoryview) -> None:
+        self._unclaimed += len(data)
+        super().data_received(data)  # type: ignore[arg-type]
+        if self._unclaimed > self._policy.head_bytes:
+            self._refusal = 431, f"the head has more than {self._policy.head_bytes} bytes"
+            self.send_400_response("")
+        if self.pipeline:
+            self.flow.pause_reading()
+            self.flow.held = True
 
     # -- the parser's calls ---------------------------------------------------------------------------------------
 
