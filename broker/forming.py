@@ -7,19 +7,21 @@ import time
 from collections.abc import Mapping, Sequence
 
 from lachesis.broker import allot
-from lachesis.broker.codec import from_entry, read_number, to_entry
+from lachesis.broker.codec import read_number, to_entry
 from lachesis.broker.connection import Redis
 from lachesis.broker.environments import Environments
 from lachesis.broker.errors import Unreadable
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
-from lachesis.broker.records import BatchEntry, GroupEntry, QueueStatus
+from lachesis.broker.records import BatchEntry, QueueStatus
 from lachesis.broker.refit import Refit, fitted_to, sizes_of
 from lachesis.broker.staleness import Staleness
 
 PATIENCE_S = 30.0  # a batch waits this long for a living environment with a minimum that has nothing queued
 MAX_SLICE = 1024  # entries read at a time
 ATTEMPTS = 100  # while other replicas are faster
+
+_COUNTS = (b"tok", b"v_min", b"v_max", b"bytes")  # of a queued group
 
 _WAITING = re.compile(rb"waiting:(@?[\w.-]+):(\d+)")
 
@@ -122,9 +124,9 @@ class Forming:
                 continue
             chosen = allot.next_batch(sizes, envs, batch_size, minimums, status.waiting, status.formed + 1)
             if chosen is not None:
-                for index in chosen:
-                    from_entry(GroupEntry, found[index][1])  # what is made of them below can be read
-                return [found[index] for index in chosen]
+                taken = [found[index] for index in chosen]
+                _check(taken)
+                return taken
             if at_end:
                 return None
             wanted *= 2
@@ -154,8 +156,19 @@ def _any_larger(status: QueueStatus, batch_size: int) -> bool:
     return any(size > batch_size for sizes in status.waiting.values() for size in sizes)
 
 
+def _check(chosen: Sequence[Entry]) -> None:
+    """Raise Unreadable unless all that is asked of them below can be read."""
+    try:
+        for _, fields in chosen:
+            fields[b"gid"].decode()
+            for name in _COUNTS:
+                int(fields[name])
+    except (KeyError, ValueError) as error:
+        raise Unreadable(f"an entry of the queue has no {error}") from error
+
+
 def _any_longer(chosen: Sequence[Entry], max_token_len: int) -> bool:
-    return any(int(fields.get(b"longest", 0)) > max_token_len for _, fields in chosen)
+    return any(read_number(fields.get(b"longest", b"0")) > max_token_len for _, fields in chosen)
 
 
 def read_status(state: Mapping[bytes, bytes]) -> QueueStatus:
