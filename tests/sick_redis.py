@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
 from redis import asyncio as redis_asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -21,11 +22,6 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from lachesis.broker import EmbeddedRedis
 
 CONFIG = ("enable-debug-command yes", "enable-protected-configs yes", "busy-reply-threshold 5")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 class SickRedis:
@@ -155,8 +151,8 @@ async def sick_redis(
     folder: Path, *, cluster: bool = False, user: bool = False
 ) -> AsyncIterator[tuple[str, SickRedis]]:
     """(URL, what makes it sick) of a server of one's own. `user`: the URL is that of a user whose rights can be taken."""
-    port = free_port()
-    more = ("cluster-enabled yes", f"port {port}", "bind 127.0.0.1") if cluster else ()
+    ports = (f"port {free_port()}", f"cluster-port {free_port()}", "bind 127.0.0.1")
+    more = ("cluster-enabled yes", *ports) if cluster else ()
     with EmbeddedRedis(folder, config=(*CONFIG, *more)) as server:
         sick = SickRedis(server)
         if cluster:
