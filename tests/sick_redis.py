@@ -84,7 +84,7 @@ class SickRedis:
     @asynccontextmanager
     async def _busy(self) -> AsyncIterator[None]:
         """Somebody's script does not end."""
-        other = redis_asyncio.Redis(unix_socket_path=str(self._server.socket), socket_timeout=None)
+        other = self._waiting()
         script = asyncio.create_task(other.eval("while true do end", 0))
         await until(self._refuses_writes)
         yield
@@ -105,7 +105,8 @@ class SickRedis:
         await self._do("DEBUG", "POPULATE", 20_000, "filler", 1024)
         await self._do("CONFIG", "SET", "key-load-delay", 10_000)  # microseconds
         await self._do("CONFIG", "SET", "loading-process-events-interval-bytes", 1024)
-        other = redis_asyncio.Redis(unix_socket_path=str(self._server.socket), socket_timeout=None)
+        await self._do("CONFIG", "SET", "rdbcompression", "no")  # so that it answers after each key
+        other = self._waiting()
         reading = asyncio.create_task(other.execute_command("DEBUG", "RELOAD"))
         await until(self._refuses_writes)
         yield
@@ -126,6 +127,11 @@ class SickRedis:
         await until(self._refuses_writes)
         yield
         await self._do("CLUSTER", "ADDSLOTS", 0)
+
+    def _waiting(self) -> redis_asyncio.Redis:
+        """A client whose one command may take long, and is not sent again."""
+        at_once = Retry(NoBackoff(), 0)
+        return redis_asyncio.Redis(unix_socket_path=str(self._server.socket), socket_timeout=None, retry=at_once)
 
     async def _refuses_writes(self) -> bool:
         try:
