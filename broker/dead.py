@@ -22,7 +22,16 @@ from lachesis.broker.packing import queue_entry, unpacked_bytes
 from lachesis.broker.records import DeadEntry, Group, RefusedEntry
 
 SLICE = 1000
-UNTRAINABLE = "untrainable"
+OVERSIZED, LOST, UNREADABLE, UNTRAINABLE = "oversized", "lost", "unreadable", "untrainable"
+REASONS = {
+    "stale": "accepted; by the time there was a batch for it, it lay more than --max-lag versions behind",
+    "deliveries": "accepted; its batch was lent to trainers too often without being committed",
+    OVERSIZED: "accepted; then a trainer registered whose batches, or sequences, may not be so large",
+    LOST: "accepted; its data was deleted by hand before it was trained",
+    UNREADABLE: "accepted; its data or its entry in the queue was spoilt, or written by a version that this one can't read",
+    "invalid": "a post that was refused: NaN, ragged, over-long, …; kept for a week, of a large one the first MiB",
+    UNTRAINABLE: "a sequence that its trainer could not use (group/place); the rest of its group was trained",
+}
 BODY_BYTES = 1 << 20  # that are kept of a refused post
 
 
@@ -82,16 +91,13 @@ class DeadLetters:
     async def body(self, letter: Letter) -> bytes:
         """What is kept of it: a blob (of a sequence: its group's), or the body as it was posted, or its beginning.
 
-        Raises NotFound if that is gone.
+        Raises NotFound if that is gone, and InvalidGroup if it can't be decompressed.
         """
         gid, _ = letter.sequence or (letter.entry.gid, 0)
         body = await self._redis.get(self._keys.blob(gid))
-        if body is None and letter.sequence:
-            raise NotFound(f"the data of {gid!r} is gone: the group was trained, and a checkpoint covers it")
         refused = letter.entry if isinstance(letter.entry, RefusedEntry) else None
         if body is None or (refused and refused.size and not refused.kept):
-            why = "a week, while all of them together are not too large"
-            raise NotFound(f"the data of {letter.entry.gid!r} is gone: refused posts are kept for {why}")
+            raise NotFound(f"the data of {gid!r} is gone: {_why_gone(letter)}")
         if refused and refused.kept:
             return _decompressed(bytes(body))
         return bytes(body)
@@ -127,6 +133,14 @@ class DeadLetters:
 def to_letter(id_: bytes, entry: DeadEntry, *, accepted: bool) -> Letter:
     id_text = id_.decode()
     return Letter(id_text, int(id_text.split("-")[0]) / 1000, accepted, entry)
+
+
+def _why_gone(letter: Letter) -> str:
+    if letter.sequence:
+        return "the group was trained, and a checkpoint covers it"
+    if letter.accepted:
+        return "it was deleted by hand, as nothing else frees what a dead letter holds"
+    return "refused posts are kept for a week, while all of them together are not too large"
 
 
 def _decompressed(kept: bytes) -> bytes:

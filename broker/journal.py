@@ -1,6 +1,7 @@
-"""Two logs people read: `metrics` (one entry per step, update, evaluation) and `control` (who did what, when).
+"""Two logs people read: `metrics` and `control`.
 
-An entry's id says when it was written.
+`metrics` has one entry per step, step of a shadow, update, evaluation, and example (a rollout in words); `control` says
+who did what. An entry's id says when it was written.
 
 They are logs, not state: trimmed. An entry stands once, also where the client had to send it twice.
 """
@@ -16,7 +17,7 @@ from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
 
 KEEP = 100_000  # entries of `metrics`, approximately
-KEEP_EVENTS = 10_000  # of `control`, which whoever may call can write to
+KEEP_EVENTS = 10_000  # of `control`, which whoever may call can write to; as includes/log_event.lua has it
 EVENT_CHARACTERS = 4096  # of what happened; who did it is a name
 SLICE = 500  # entries read at a time
 ONCE_S = 300  # a command is not sent again after so long

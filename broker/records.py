@@ -100,7 +100,7 @@ class DeadEntry(Struct, frozen=True):
     """
 
     gid: str
-    reason: str  # stale | deliveries; of a post: invalid; of a sequence: untrainable
+    reason: str  # one of dead.REASONS; of a post: invalid; of a sequence: untrainable
     deliveries: int  # how often its batch was lent
     detail: str
 

@@ -18,6 +18,7 @@ from redis.exceptions import ResponseError
 from lachesis.broker.codec import SHOWN, flat_entry, read_entries, read_json, warn
 from lachesis.broker.connection import Redis
 from lachesis.broker.crash import crash_point
+from lachesis.broker.dead import LOST, OVERSIZED, UNREADABLE
 from lachesis.broker.errors import Conflict
 from lachesis.broker.keys import Keys
 from lachesis.broker.lua import Scripts
@@ -30,8 +31,6 @@ SLICE = 500  # entries read at a time
 BLOBS = 16  # groups read at a time
 MOST_OPEN = 1000  # batches lent to a policy's trainers and not committed
 REASON = 2  # words of a reason, where an entry would be
-
-OVERSIZED, LOST, UNREADABLE = "oversized", "lost", "unreadable"
 
 
 class Sizes(NamedTuple):

@@ -13,8 +13,8 @@ from pydantic_settings import CliPositionalArg
 from rich.table import Table
 
 from lachesis.broker.client import Broker
-from lachesis.broker.dead import Letter
-from lachesis.broker.errors import ConfigurationError, InvalidGroup
+from lachesis.broker.dead import REASONS, Letter
+from lachesis.broker.errors import ConfigurationError, InvalidGroup, NotFound
 from lachesis.broker.nearest import did_you_mean
 from lachesis.broker.packing import from_blob, is_packed, to_scored
 from lachesis.broker.records import Group
@@ -24,21 +24,18 @@ from lachesis.cli.actions import dispatch, with_broker
 from lachesis.cli.options import parse
 from lachesis.cli.terminal import console, say, say_json
 
-USAGE = """\
+EXPLAINED = "\n".join(f"  {reason:<11}  {what}" for reason, what in REASONS.items())
+USAGE = f"""\
 usage: lachesis dead list [--reason REASON] [--json]
        lachesis dead show ID [--tokens] [--json]
        lachesis dead requeue ID… | --all [--reason REASON] [--older-than 3d]
        lachesis dead purge ID… | --all [--reason REASON] [--older-than 3d]
 
 Dead letters are groups that could not be trained. Reasons:
-  stale       accepted; by the time there was a batch for it, it lay more than --max-lag versions behind
-  deliveries  accepted; its batch was lent to trainers too often without being committed
-  invalid     a post that was refused: NaN, ragged, over-long, …; kept for a week, of a large one the first MiB
-  untrainable a sequence that its trainer could not use (group/place); the rest of its group was trained
+{EXPLAINED}
 requeue puts them back at the end of the queue, refused posts if they are valid now; purge gives them up for good.
 Every action takes --redis-url and --run; `lachesis dead list --help` explains them. docs/guarantees.md says more."""
 
-REASONS = ("stale", "deliveries", "invalid", "untrainable")
 SHOWN_BODY = 500  # characters of a refused post
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 WHO = "lachesis dead"
@@ -47,10 +44,7 @@ WHO = "lachesis dead"
 class ListSettings(RedisSettings):
     """Show the dead letters of a run, oldest first."""
 
-    reason: str = Field(
-        "",
-        description="only those with this reason: stale, deliveries, oversized, lost, unreadable, invalid, untrainable",
-    )
+    reason: str = Field("", description=f"only those with this reason: {', '.join(REASONS)}")
     json_output: bool = Field(False, alias="json", description="print one JSON array")
 
 
@@ -69,7 +63,7 @@ class Selection(RedisSettings):
 
     ids: CliPositionalArg[list[str]] = Field([], description="ids, as `lachesis dead list` shows them")
     all: bool = Field(False, description="all of them, or with the options below all that match")
-    reason: str = Field("", description="with --all: only those with this reason")
+    reason: str = Field("", description=f"with --all: only those with this reason: {', '.join(REASONS)}")
     older_than: str = Field("", description="with --all: only those that died longer ago than e.g. 90s, 15m, 12h, 3d")
 
 
@@ -108,15 +102,17 @@ def show(arguments: Sequence[str]) -> int:
 
     async def run(broker: Broker) -> int:
         (letter,) = await broker.dead.find([settings.id])
-        body = await broker.dead.body(letter)
-        group = from_blob(body) if letter.accepted or letter.sequence else None
+        body, group, why_not = await _content(broker, letter)
         if settings.json_output:
-            kept: dict[str, Any] = {"group": to_scored(group)} if group else {"body": body.decode(errors="replace")}
-            kept |= {"whole_bytes": letter.cut_from} if letter.cut_from else {}
-            say_json({**_plain(letter), **kept})
+            kept = {"not_shown": why_not} if why_not else _kept(body, group)
+            cut = {"whole_bytes": letter.cut_from} if letter.cut_from else {}
+            say_json({**_plain(letter), **kept, **cut})
             return 0
         for name, value in _plain(letter).items():
             say(f"{name:<10}  {value}")
+        if why_not:
+            say(f"not shown   {why_not}")
+            return 0
         say(*(_summary(group, letter.sequence, settings.tokens) if group else _excerpt(body, settings.tokens)))
         if letter.cut_from:
             say(f"kept        the first {len(body):,} of its {letter.cut_from:,} bytes")
@@ -185,7 +181,10 @@ async def _requeue(broker: Broker, letter: Letter, policy: str) -> str:
     """Put it back; else say why it stays."""
     if letter.sequence:
         return "the rest of its group was trained without it"
-    body = await broker.dead.body(letter)
+    try:
+        body = await broker.dead.body(letter)
+    except (NotFound, InvalidGroup) as error:
+        return str(error)
     if letter.cut_from:
         return f"of its {letter.cut_from:,} bytes only the first {len(body):,} are kept"
     if not letter.accepted:
@@ -251,6 +250,19 @@ def _plain(letter: Letter) -> dict[str, Any]:
         "deliveries": entry.deliveries,
         "detail": entry.detail,
     }
+
+
+async def _content(broker: Broker, letter: Letter) -> tuple[bytes, Group | None, str]:
+    """What is kept of it, the group in that (None: a refused post), and why it can't be shown if so."""
+    try:
+        body = await broker.dead.body(letter)
+        return body, from_blob(body) if letter.accepted or letter.sequence else None, ""
+    except (NotFound, InvalidGroup) as error:
+        return b"", None, str(error)
+
+
+def _kept(body: bytes, group: Group | None) -> dict[str, Any]:
+    return {"group": to_scored(group)} if group else {"body": body.decode(errors="replace")}
 
 
 def _table(letters: Sequence[Letter]) -> None:

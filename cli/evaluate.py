@@ -18,7 +18,7 @@ class EvaluateSettings(Settings):
 
     env: str = Field("arithmetic", description="environment whose held-out problems to ask")
     front_door_url: str = Field("http://127.0.0.1:9000", description="address of the front door")
-    model: str = Field("", description="folder or name of the tokenizer (needed where the prompt uses a chat template)")
+    model: str = Field("", description="name of the model to ask the front door for (default: policy)")
     data: str = Field("", description="file of problems for environments that take one")
     limit: int = Field(500, ge=1, description="at most so many problems")
     json_output: bool = Field(False, alias="json", description="print one JSON object")

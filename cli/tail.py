@@ -30,7 +30,7 @@ class TailSettings(RedisSettings):
     """Show what a run's parts have told: its newest steps, evaluations and weight updates, a line each.
 
     With --examples: rollouts of its steps in words, best and worst, and the evaluations between them. With --control:
-    who registered, joined, left, paused or reset it. Times are those of this machine's time zone.
+    who registered, joined, left, was evicted, or reset it. Times are those of this machine's time zone.
     """
 
     examples: bool = Field(False, description="show rollouts: prompt, response, score, advantage and versions")

@@ -23,7 +23,8 @@ usage: lachesis token create --role environment|trainer|admin [--name NAME] [--r
        lachesis token revoke NAME [--run RUN]
 
 Bearer tokens for shim and front door, of one run. A run that never had a token is open to every program that reaches
-a shim on this machine's loopback address; once it has one, and at any other address, every call needs one.
+them on this machine's loopback address, and with --open-runs on any address; else, and once it has one, every call
+needs one.
 `lachesis token create --help` lists the options, docs/security.md explains."""
 
 

@@ -33,7 +33,10 @@ class ShimSettings(CallerSettings):
         1000, ge=0, description="runs on this Redis at which one that is not known yet is refused (0: any number)"
     )
     max_body_lists: int = Field(
-        250_000, gt=0, description="lists and objects that a request body may hold; more get 413"
+        250_000,
+        gt=0,
+        description="lists and objects that a large body may hold; more get 413. Not counted are a body of JSON of up to 1 MiB, "
+        "decompressed, with up to 20,000 of them, and a packed one of up to 1 MiB with up to 64 KiB of nested values",
     )
     queue_quota_bytes: int = Field(
         0, ge=0, description="stored bytes of queued groups above which posts wait for up to 240 s (0: no limit)"

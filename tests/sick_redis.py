@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
 from redis import asyncio as redis_asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -21,11 +22,6 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from lachesis.broker import EmbeddedRedis
 
 CONFIG = ("enable-debug-command yes", "enable-protected-configs yes", "busy-reply-threshold 5")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 class SickRedis:
@@ -88,7 +84,7 @@ class SickRedis:
     @asynccontextmanager
     async def _busy(self) -> AsyncIterator[None]:
         """Somebody's script does not end."""
-        other = redis_asyncio.Redis(unix_socket_path=str(self._server.socket), socket_timeout=None)
+        other = self._waiting()
         script = asyncio.create_task(other.eval("while true do end", 0))
         await until(self._refuses_writes)
         yield
@@ -109,7 +105,8 @@ class SickRedis:
         await self._do("DEBUG", "POPULATE", 20_000, "filler", 1024)
         await self._do("CONFIG", "SET", "key-load-delay", 10_000)  # microseconds
         await self._do("CONFIG", "SET", "loading-process-events-interval-bytes", 1024)
-        other = redis_asyncio.Redis(unix_socket_path=str(self._server.socket), socket_timeout=None)
+        await self._do("CONFIG", "SET", "rdbcompression", "no")  # so that it answers after each key
+        other = self._waiting()
         reading = asyncio.create_task(other.execute_command("DEBUG", "RELOAD"))
         await until(self._refuses_writes)
         yield
@@ -130,6 +127,11 @@ class SickRedis:
         await until(self._refuses_writes)
         yield
         await self._do("CLUSTER", "ADDSLOTS", 0)
+
+    def _waiting(self) -> redis_asyncio.Redis:
+        """A client whose one command may take long, and is not sent again."""
+        at_once = Retry(NoBackoff(), 0)
+        return redis_asyncio.Redis(unix_socket_path=str(self._server.socket), socket_timeout=None, retry=at_once)
 
     async def _refuses_writes(self) -> bool:
         try:
@@ -155,8 +157,8 @@ async def sick_redis(
     folder: Path, *, cluster: bool = False, user: bool = False
 ) -> AsyncIterator[tuple[str, SickRedis]]:
     """(URL, what makes it sick) of a server of one's own. `user`: the URL is that of a user whose rights can be taken."""
-    port = free_port()
-    more = ("cluster-enabled yes", f"port {port}", "bind 127.0.0.1") if cluster else ()
+    ports = (f"port {free_port()}", f"cluster-port {free_port()}", "bind 127.0.0.1")
+    more = ("cluster-enabled yes", *ports) if cluster else ()
     with EmbeddedRedis(folder, config=(*CONFIG, *more)) as server:
         sick = SickRedis(server)
         if cluster:

@@ -6,6 +6,7 @@
 -- reply number evicted
 -- Where the last one goes for good, the writer lock is free: nobody is waited for.
 -- What an evicted one had claimed is claimed by others; its gradients count for nothing.
+-- include log_event
 local limits, gone, left, time = {}, {}, 0, redis.call('TIME')
 for i = 3, #ARGV, 2 do limits[ARGV[i]] = tonumber(ARGV[i + 1]) end
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -22,8 +23,7 @@ for _, found in ipairs(gone) do
   redis.call('ZREM', KEYS[2], found[1])
   redis.call('ZREM', KEYS[3], found[1])
   redis.call('HDEL', KEYS[1], 'at:' .. found[1], 'vote:' .. found[1], 'trained:' .. found[1], 'since:' .. found[1])
-  redis.call('XADD', KEYS[5], 'MAXLEN', '~', 100000, '*', 'event', 'evicted', 'who', found[1], 'detail',
-    found[2] .. ', epoch ' .. epoch)
+  log_event(KEYS[5], 'event', 'evicted', 'who', found[1], 'detail', found[2] .. ', epoch ' .. epoch)
 end
 if ARGV[2] == '1' and left == #gone and redis.call('ZCARD', KEYS[2]) == 0
   and redis.call('GET', KEYS[4]) == 'replicas-' .. redis.call('HGET', KEYS[1], 'generation') then

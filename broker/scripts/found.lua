@@ -6,6 +6,7 @@
 -- reply { "founded", generation, epoch } (now, or by a call whose reply was lost) | { "fenced" } (the lock is another's)
 --       | { "behind" } (the ledger ends at another step)
 -- The lock goes from the founder to the generation. Whoever was a member is none any more, and can commit nothing.
+-- include log_event
 local generation = tonumber(redis.call('HGET', KEYS[1], 'generation') or '0')
 local epoch = tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0')
 local holder = redis.call('GET', KEYS[6])
@@ -24,6 +25,5 @@ redis.call('HSET', KEYS[1], 'generation', generation, 'epoch', epoch, 'joined', 
   'since:' .. ARGV[1], now)
 redis.call('ZADD', KEYS[2], 1, ARGV[1])
 redis.call('ZADD', KEYS[3], now, ARGV[1])
-redis.call('XADD', KEYS[8], 'MAXLEN', '~', 100000, '*', 'event', 'founded', 'who', ARGV[1], 'detail',
-  'generation ' .. generation .. ' from step ' .. step)
+log_event(KEYS[8], 'event', 'founded', 'who', ARGV[1], 'detail', 'generation ' .. generation .. ' from step ' .. step)
 return {'founded', generation, epoch}

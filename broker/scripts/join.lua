@@ -4,6 +4,7 @@
 --       5 control (stream)
 -- ARGV  1 id, new for every life  2 generation and 3 step of the weights it holds (-1: none of any use)
 -- reply { "joined", generation, epoch } | { "nobody" } (no replicas hold the writer lock: they are to be founded)
+-- include log_event
 local generation = redis.call('HGET', KEYS[1], 'generation')
 if not generation or redis.call('GET', KEYS[4]) ~= 'replicas-' .. generation then return {'nobody'} end
 if redis.call('ZSCORE', KEYS[2], ARGV[1]) then
@@ -16,5 +17,5 @@ redis.call('ZADD', KEYS[2], redis.call('HINCRBY', KEYS[1], 'joined', 1), ARGV[1]
 redis.call('ZADD', KEYS[3], now, ARGV[1])
 redis.call('HSET', KEYS[1], 'at:' .. ARGV[1], ARGV[2] == generation and ARGV[3] or '-1', 'since:' .. ARGV[1], now)
 local epoch = redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-redis.call('XADD', KEYS[5], 'MAXLEN', '~', 100000, '*', 'event', 'joined', 'who', ARGV[1], 'detail', 'epoch ' .. epoch)
+log_event(KEYS[5], 'event', 'joined', 'who', ARGV[1], 'detail', 'epoch ' .. epoch)
 return {'joined', tonumber(generation), epoch}

@@ -4,6 +4,7 @@
 -- ARGV  1 its id in the stream  2 what counts it in `state`: 'dead', or '' for a letter of `refused`
 --       3… the log entry's fields and values
 -- reply "purged" | "gone" (it was not there any more)
+-- include log_event
 -- include refused
 local letter = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
 if not letter then return 'gone' end
@@ -15,5 +16,5 @@ else
   redis.call('HINCRBY', KEYS[3], ARGV[2], -1)
   redis.call('HINCRBY', KEYS[3], 'purged', 1)
 end
-redis.call('XADD', KEYS[4], 'MAXLEN', '~', '10000', '*', unpack(ARGV, 3))
+log_event(KEYS[4], unpack(ARGV, 3))
 return 'purged'

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from commands import LACHESIS, python
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError
+from redis.retry import Retry
 
 from lachesis.broker import EmbeddedRedis
 from lachesis.cli.redis_users import read_rules
@@ -87,7 +89,7 @@ def test_the_users_made_for_redis_are_those_of_the_page(tmp_path: Path) -> None:
     assert all(url.partition("@")[0].rpartition(":")[2] not in kept + made.stdout for url in urls.values())
 
     with EmbeddedRedis(tmp_path / "redis", config=[f'aclfile "{tmp_path}/users/redis/users.acl"']) as server:
-        anybody = Redis(unix_socket_path=str(server.socket))
+        anybody = Redis(unix_socket_path=str(server.socket), retry=Retry(NoBackoff(), 0))
         for command in (
             ("PING",),
             ("GET", "x"),

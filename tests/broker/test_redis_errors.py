@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from redis._parsers import BaseParser
 from redis.exceptions import OutOfMemoryError, ResponseError
 from replicas import founded
-from sick_redis import free_port, pair, sick_redis, until
+from sick_redis import pair, sick_redis, until
 
 from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis, RedisUnsuitable, connect_blocking
 from lachesis.broker.access import Access, Denied

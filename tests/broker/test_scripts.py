@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
 import pytest
 from msgspec import structs
 from queued import ENV, dead, lease, put
+from replicas import founded
 from scored import group, trained
 
 from lachesis.broker import Broker
@@ -15,6 +17,7 @@ from lachesis.broker.audit import audit
 from lachesis.broker.codec import to_entry
 from lachesis.broker.dead import Letter
 from lachesis.broker.errors import NotFound
+from lachesis.broker.journal import KEEP_EVENTS
 from lachesis.broker.packing import pack, to_blob
 from lachesis.broker.queue import BLOB_TTL_S
 from lachesis.broker.records import DUPLICATE_WINDOW_S, BatchEntry, Limits, TrainerConfig, WeightsEntry
@@ -214,6 +217,26 @@ async def test_what_is_purged_is_freed_counted_and_logged_once(broker: Broker) -
     assert report.findings == []
     assert (report.accepted, report.dead, report.purged) == (2, 1, 1)
     assert await broker.queue.put("g1", group(1), v_min=0, v_max=0) == "duplicate"
+
+
+async def test_whatever_writes_to_the_log_of_events_keeps_as_many(broker: Broker) -> None:
+    node = 100  # entries by which a stream is trimmed
+    more = KEEP_EVENTS + 3 * node
+    fill = f"for _ = redis.call('XLEN', KEYS[1]), {more} do redis.call('XADD', KEYS[1], '*', 'event', 'x') end"
+    letter = await a_dead_letter(broker)
+    acts: dict[str, Callable[[], Awaitable[object]]] = {
+        "purge": lambda: broker.dead.purge(letter, who="me"),
+        "founded": lambda: founded(broker),
+        "joined": lambda: broker.members.join("main", "b", generation=1, step=0),
+        "evicted": lambda: broker.members.evict("main", silent_s=60, limits={"b": 0}),
+        "reset": lambda: broker.journal.control("reset", "me"),
+    }
+    for event, act in acts.items():
+        await broker.redis.eval(fill, 1, broker.keys.control)
+        await act()
+        _, ((_, fields),) = await broker.journal.newest_events(1)
+        assert fields["event"] == event
+        assert KEEP_EVENTS <= await broker.redis.xlen(broker.keys.control) <= KEEP_EVENTS + node
 
 
 async def test_a_refused_post_is_kept_once_and_never_counted(broker: Broker) -> None:

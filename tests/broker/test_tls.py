@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from urllib.parse import urlencode
 
 import pytest
 import trustme
+from ports import free_port
 from scored import group, trained
 
 from lachesis.broker import Broker, RedisUnreachable
@@ -47,8 +47,7 @@ def server(
     ):
         certificate.private_key_pem.write_to_path(folder / f"{name}.key")
         (folder / f"{name}.pem").write_bytes(b"".join(pem.bytes() for pem in certificate.cert_chain_pems))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     options = {
         "port": "0", "tls-port": str(port), "bind": "127.0.0.1", "tls-cert-file": "server.pem", "tls-key-file": "server.key",
         "tls-ca-cert-file": "ca.pem", "tls-auth-clients": request.param, "requirepass": "secret", "save": "",

@@ -10,7 +10,7 @@ from scored import trained
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
-from lachesis.broker.dead import untrainable
+from lachesis.broker.dead import REASONS, untrainable
 from lachesis.broker.records import Limits, ScoredGroup, TrainerConfig, WeightsEntry
 
 pytestmark = pytest.mark.anyio
@@ -99,6 +99,57 @@ async def test_a_sequence_that_its_group_was_trained_without_can_only_be_looked_
     assert "1 sequences that their groups were trained without" in lachesis("status", *where).stdout
     assert lachesis("dead", "purge", "--all", *where).stdout == "purged 1 sequences\n"
     assert await broker.queue.fetch(["g1"])  # the group's data is not the letter's
+
+
+async def test_one_whose_data_is_gone_is_shown_as_that_and_does_not_keep_others(
+    broker: Broker, where: tuple[str, ...]
+) -> None:
+    for number in (4, 5):
+        await broker.queue.put(f"g{number}", group(number), v_min=9, v_max=9)
+    lease = await broker.queue.lease_or_form("main", "t", 4, lapse_s=0)
+    assert lease is not None
+    await broker.redis.delete(*map(broker.keys.blob, ("g1", "g4", "refused-p")))
+    await broker.redis.set(broker.keys.blob("g0"), b"spoilt")
+    await broker.parties.register_trainer(TrainerConfig("g", "p", 4, 3, "", 1, 0, 1))
+    await broker.queue.refit("main", apart=[lease.batch.step])
+    deleted = "it was deleted by hand"
+    expired = "refused posts are kept for a week"
+    for gid, reason, says in (
+        ("g4", "lost", f"the data of 'g4' is gone: {deleted}"),
+        ("g1", "stale", f"the data of 'g1' is gone: {deleted}"),
+        ("g0", "stale", "body = 'bytes': must be a stored group"),
+        ("refused-p", "invalid", f"the data of 'refused-p' is gone: {expired}"),
+    ):
+        shown = lachesis("dead", "show", gid, *where)
+        assert shown.returncode == 0
+        assert f"\nreason      {reason}\n" in f"\n{shown.stdout}"
+        assert f"\nnot shown   {says}" in shown.stdout
+        told = json.loads(lachesis("dead", "show", gid, "--json", *where).stdout)
+        assert (told["id"], told["reason"]) == (gid, reason)
+        assert told["not_shown"].startswith(says)
+
+    done = lachesis("dead", "requeue", "--all", *where)
+    assert done.returncode == 1
+    assert done.stderr == ""
+    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert {gid: what.partition(":")[0] for gid, what in said.items()} == {
+        "g0": "not requeued", "g1": "not requeued", "g2": "requeued", "g3": "requeued", "g4": "not requeued",
+        "refused-p": "not requeued",
+    }  # fmt: skip
+    assert deleted in said["g1"]
+    assert expired in said["refused-p"]
+    assert [entry.gid for _, entry in await broker.queue.queued()] == ["g5", "g2", "g3"]
+    assert lachesis("dead", "purge", "--all", "--reason", "lost", *where).stdout == "purged 1 accepted groups\n"
+
+
+async def test_each_reason_is_explained_and_may_be_asked_for(where: tuple[str, ...]) -> None:
+    usage = lachesis("dead").stdout
+    helps = [lachesis("dead", action, "--help").stdout for action in ("list", "requeue", "purge")]
+    for reason in REASONS:
+        assert f"\n  {reason} " in usage
+        assert all(reason in text for text in helps)
+        done = lachesis("dead", "list", "--reason", reason, *where)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 async def test_they_are_given_up(broker: Broker, where: tuple[str, ...]) -> None:

@@ -147,7 +147,7 @@ CASES = [
     Case(f"token revoke nobody {THERE}", "no token named 'nobody'"),
     Case(
         f"dead list --reason stael {THERE}",
-        "--reason = 'stael': must be one of deliveries, invalid, stale, untrainable",
+        "--reason = 'stael': must be one of deliveries, invalid, lost, oversized, stale, unreadable, untrainable",
     ),
     Case(f"dead show nosuch {THERE}", "nosuch", code=1),
     Case(f"dead purge {THERE}", "which ones?"),

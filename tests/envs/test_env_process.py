@@ -6,7 +6,6 @@ import json
 import queue
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from lachesis.broker.errors import ConfigurationError
 from lachesis.envs.main import run
@@ -95,8 +95,7 @@ class Shim(BaseHTTPRequestHandler):
 
 
 def test_it_waits_for_the_shim_in_one_line_and_stops_when_told(model_folder: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://x:secret@127.0.0.1:{port}/runs/a/"
     arguments = ("arithmetic", "--shim-url", url, "--model", str(model_folder))
     with started(*arguments) as process:

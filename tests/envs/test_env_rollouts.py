@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import httpx
 import pytest
 import torch
 from completion_server import TinyModel
+from ports import free_port
 
 from lachesis.envs.main import make_env
 from lachesis.envs.registry import entry
@@ -160,8 +160,7 @@ async def test_an_evaluation_is_greedy_and_reported_once(
 
 @pytest.fixture
 def run_api(tmp_path: Path) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [Path(sys.executable).parent / "run-api", "--host", "127.0.0.1", "--port", str(port)]
     with open(tmp_path / "run-api.log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)

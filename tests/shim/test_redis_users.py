@@ -219,3 +219,20 @@ async def test_roles_are_kept_apart(roles: dict[str, Broker]) -> None:
             else:
                 with pytest.raises(ResponseError, match=REFUSED):
                     await roles[user].redis.execute_command(*command)
+
+
+async def test_an_inference_server_can_only_add_to_the_metrics(roles: dict[str, Broker]) -> None:
+    keys, redis = roles["inference"].keys, roles["inference"].redis
+    await roles["trainer"].journal.metric("step", {"step": 1})
+    script = await redis.script_load("return redis.call(unpack(ARGV))")
+    for command in (
+        ("SET", keys.metrics, "x"), ("SET", keys.metrics, "x", "GET"), ("PEXPIRE", keys.metrics, "0"), ("HSET", keys.metrics, "a", "b"),
+        ("ZADD", keys.metrics, "1", "a"), ("XTRIM", keys.metrics, "MAXLEN", "0"), ("XDEL", keys.metrics, "1-0"),
+        ("UNLINK", keys.metrics), ("XREAD", "STREAMS", keys.metrics, "0"), ("XADD", keys.once("n"), "*", "a", "b"),
+    ):  # fmt: skip
+        for sent in (command, ("EVALSHA", script, "0", *command)):
+            with pytest.raises(ResponseError, match=REFUSED):
+                await redis.execute_command(*sent)
+    await roles["inference"].journal.metric("update", {"version": 1})
+    _, entries = await roles["observer"].journal.newest(10, {"step", "update"})
+    assert [fields["kind"] for _, fields in entries] == ["step", "update"]

@@ -14,11 +14,11 @@ import pytest
 from sick_redis import SickRedis, pair, sick_redis, until
 from trajectories import ENV, TRAINER, group, serving
 
-from lachesis.broker import Broker, connection
+from lachesis.broker import Broker, client, connection
 from lachesis.broker.access import Access
 from lachesis.broker.audit import audit
 from lachesis.broker.keys import RUNS
-from lachesis.shim import status
+from lachesis.shim import pressure, status
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 
@@ -173,9 +173,11 @@ async def _reached(broker: Broker, accepted: int) -> bool:
     return (await broker.queue.status()).accepted >= accepted
 
 
-async def test_posts_that_wait_share_one_question(sick: Sick) -> None:
+async def test_posts_that_wait_share_one_question(sick: Sick, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a refusing Redis is asked does not grow with the posts that wait, and no group is sent to it again and again."""
     posts = 30
+    monkeypatch.setattr(client, "ASK_S", 0.1)  # three or four questions
+    monkeypatch.setattr(pressure, "QUICK_S", 0.1)
 
     async with sick.make("NOREPLICAS"):
         held = [asyncio.create_task(sick.post(number)) for number in range(100, 100 + posts)]

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from ports import free_port
 from safetensors.torch import load_file
 from trainer_kit import fill, preload, until
 from verl_run import STEPS, Run
@@ -44,8 +45,7 @@ class FtpServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"ftp://user:pw@127.0.0.1:{self.port}/weights"
         self._process: subprocess.Popen[bytes] | None = None
 
