@@ -34,7 +34,7 @@ demo: setup ## train a tiny model on this machine until it can do arithmetic: a 
 test-quick: .venv/.ready ## lint, types, and the tests that need neither verl nor SGLang: before each commit, in three minutes
 	@tools/test quick
 
-test: setup ## everything a change must pass, and what CI runs: 30 to 45 minutes on two cores
+test: setup ## everything a change must pass, and what CI runs: about 20 minutes on two cores, twice that on slow ones
 	@tools/test all
 
 test-long: setup ## the same in its long forms, with soaks, matrices, random hypotheses and coverage: before a release, some hours

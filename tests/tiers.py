@@ -18,6 +18,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 SLOW = ("sglang", "verl")  # markers of files that take long
+PIECE_S = 0.12  # of Python's time on the machine that limits were set on
 CHECKS = list(hypothesis.HealthCheck)  # they judge wall time
 hypothesis.settings.register_profile("ci", deadline=None, suppress_health_check=CHECKS, derandomize=True, database=None)
 hypothesis.settings.register_profile("long", deadline=None, suppress_health_check=CHECKS, print_blob=True)
@@ -26,7 +27,9 @@ hypothesis.settings.register_profile("long", deadline=None, suppress_health_chec
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="the tests marked long too, others in their long form")
     parser.addoption(
-        "--file-s", type=float, help="fail where a file's tests take longer together, session's fixtures apart"
+        "--file-s",
+        type=float,
+        help="fail where a file's tests take longer together, session's fixtures apart; slower machines get more in proportion",
     )
 
 
@@ -83,11 +86,20 @@ def pytest_fixture_setup(request: Any) -> Generator[None, object, object]:
             request._pyfuncitem.user_properties.append(("session_fixture_s", time.monotonic() - began))
 
 
+def slowness() -> float:
+    """How many times longer a piece of Python takes now than on the machine that limits were set on; 1 at least."""
+    began = time.perf_counter()
+    sum(number * number for number in range(2_000_000))
+    return max(1.0, (time.perf_counter() - began) / PIECE_S)
+
+
 class _FileTimes:
     """Seconds by file; a file that takes longer than the limit fails the run."""
 
     def __init__(self, limit_s: float | None) -> None:
         self._limit_s, self._seconds = limit_s, Counter[str]()
+        if self._limit_s:
+            self._slowness = slowness()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         shared = sum(value for name, value in report.user_properties if name == "session_fixture_s")
@@ -100,6 +112,8 @@ class _FileTimes:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self._limit_s:
+            self._limit_s *= max(self._slowness, slowness())
         if self._too_long() and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
