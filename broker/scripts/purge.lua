@@ -2,7 +2,7 @@
 -- PURGE: take a dead letter away with its data, and say so in the log.
 -- KEYS  1 dead or refused (stream)  2 blob:<gid> (string)  3 state (hash)  4 control (stream)
 -- ARGV  1 its id in the stream  2 what counts it in `state`: 'dead', or '' for a letter of `refused`
---       3… the log entry's fields and values
+--       3 what its gid takes from `ids`  4… the log entry's fields and values
 -- reply "purged" | "gone" (it was not there any more)
 -- include refused
 local letter = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
@@ -14,6 +14,7 @@ else
   redis.call('UNLINK', KEYS[2])
   redis.call('HINCRBY', KEYS[3], ARGV[2], -1)
   redis.call('HINCRBY', KEYS[3], 'purged', 1)
+  redis.pcall('HINCRBY', KEYS[3], 'ids', ARGV[3])
 end
-redis.call('XADD', KEYS[4], 'MAXLEN', '~', '10000', '*', unpack(ARGV, 3))
+redis.call('XADD', KEYS[4], 'MAXLEN', '~', '10000', '*', unpack(ARGV, 4))
 return 'purged'
