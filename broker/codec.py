@@ -16,6 +16,7 @@ from msgspec import Struct
 from lachesis.broker.errors import Unreadable
 
 GID_BYTES = 12
+IDS = 1 << 20  # see id_number
 SHOWN = 300  # characters of a record that are repeated in an error
 _INT32 = np.dtype("<i4")  # to compare with a name takes longer
 
@@ -30,6 +31,16 @@ def gid_of(body: bytes) -> str:
     import xxhash  # the environment of SGLang's agents, who need no ids, does not have it
 
     return xxhash.xxh3_128_hexdigest(body)[: 2 * GID_BYTES]
+
+
+def id_number(gid: str) -> int:
+    """What the id of an accepted group adds to the counter `ids`: 24 bits of its hash, signed, above 20 bits that hold 1.
+
+    So a sum tells how many ids are in it, modulo IDS, and is another one, all but surely, where they are others.
+    """
+    import xxhash
+
+    return ((xxhash.xxh3_64_intdigest(gid.encode()) >> 40) - 2**23) * IDS + 1
 
 
 def tokens_digest(tokens: Sequence[int] | np.ndarray) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import zstandard
 from msgspec import Struct
 
-from lachesis.broker.codec import read_entries, to_entry
+from lachesis.broker.codec import id_number, read_entries, to_entry
 from lachesis.broker.connection import Redis
 from lachesis.broker.errors import InvalidGroup, NotFound
 from lachesis.broker.keys import Keys
@@ -117,7 +117,7 @@ class DeadLetters:
         detail = f"{letter.entry.gid} ({letter.entry.reason}): {letter.entry.detail}"
         reply = await self._scripts.purge(
             keys=[stream, keys.blob(letter.entry.gid), keys.state, keys.control],
-            args=[letter.id, counter, "event", event, "who", who, "detail", detail],
+            args=[letter.id, counter, -id_number(letter.entry.gid), "event", event, "who", who, "detail", detail],
         )
         return bool(reply == b"purged")
 

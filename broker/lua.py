@@ -23,7 +23,7 @@ NAMES = (
     "arrive", "put", "lengths", "record", "bury", "form", "drop", "lease", "deliver", "renew", "commit", "retire", "cover", "leave", "requeue",
     "refit", "purge", "subscribe", "acquire", "hold", "adopt", "enlist", "visit", "register_env", "update_env", "hear", "report", "publish", "steer", "take_turn",
     "note", "note_new", "append", "reset",
-    "found", "join", "beat", "evict", "meet", "heal", "open", "claim", "vote",
+    "found", "join", "beat", "evict", "meet", "heal", "open", "claim", "vote", "close",
 )  # fmt: skip
 
 FREQUENT = (
@@ -123,6 +123,7 @@ class Scripts:
     open: WireScript
     claim: WireScript
     vote: WireScript
+    close: Script
 
     def __init__(self, redis: Redis, wire: Wire) -> None:
         folder = files("lachesis.broker") / "scripts"

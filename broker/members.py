@@ -209,6 +209,19 @@ class Members:
             raise LeaseLost(f"step {step} of policy {policy!r} can't be committed: {reply.decode()}")
         return bool(reply == b"committed")
 
+    async def close(self, me: Membership, step: int, *, why: str) -> None:
+        """Give the open step up, which can't be trained as it is. The epoch is over then: all meet anew, to open another.
+
+        Raises Moved, and LeaseLost if another step is open.
+        """
+        reply = await self._scripts.close(
+            keys=[*self._team(me), self._keys.work(me.policy), self._keys.control],
+            args=[me.id, me.generation, me.epoch, step, why],
+        )
+        self._check(me, reply)
+        if reply == b"other":
+            raise LeaseLost(f"step {step} of policy {me.policy!r} is not open any more")
+
     # -- reading --------------------------------------------------------------------------------------------------
 
     async def standing(self, policy: str) -> Standing | None:

@@ -12,7 +12,7 @@ from msgspec import structs
 from redis.exceptions import ResponseError
 
 from lachesis.broker import allot
-from lachesis.broker.codec import flat_entry, from_entry, read_entries, read_json, tell_once, to_entry, warn
+from lachesis.broker.codec import flat_entry, from_entry, id_number, read_entries, read_json, tell_once, to_entry, warn
 from lachesis.broker.connection import Redis, wait_for_entries
 from lachesis.broker.dead import compressed
 from lachesis.broker.errors import ConfigurationError, LeaseLost, Unreadable
@@ -129,7 +129,7 @@ class Queue:
             keys += [names.pools, names.lineage, names.old_lineage, names.trained]
             fields = [text for pair in to_entry(entry).items() for text in pair]
             memory = [window_s, call, digest, post]
-            args = [*memory, *quotas, *lag, *belief, entry.env, entry.n, entry.bytes, *fields]
+            args = [*memory, *quotas, *lag, *belief, entry.env, entry.n, entry.bytes, id_number(gid), *fields]
             store = ("SET", names.blob(gid), blob, "NX", "EX", BLOB_TTL_S)
             reply = bytes(await self._scripts.put(keys=keys, args=args, after=store)).decode()
             if reply.startswith("trained "):

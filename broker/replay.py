@@ -22,7 +22,7 @@ WAIT_S = 0.25
 DUPLICATE_WINDOW_S = (
     LONGEST_WINDOW_S  # one that was interrupted is started again by somebody, not by a client that waits
 )
-WAITING = {"full": "the queue is full", "late": "as much is queued as its trainer takes in time"}
+FULL = "the queue is full"
 
 
 class Selection(Struct, frozen=True):
@@ -198,9 +198,9 @@ async def _put(target: Broker, gid: str, group: Group, done: Replayed, quota: in
         if reply in ("stored", "duplicate"):
             done.waiting = ""
             return reply
-        if reply in WAITING and await target.queue.starves():
+        if reply == "full" and await target.queue.starves():
             limits = Limits()
             continue
-        done.waiting = WAITING.get(reply, reply)
+        done.waiting = FULL if reply == "full" else reply
         tell()
         await asyncio.sleep(WAIT_S)

@@ -15,16 +15,15 @@ from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.keys import check_name
 from lachesis.broker.nearest import did_you_mean
 from lachesis.cli.supervisor import Part
+from lachesis.cli.up import TINY, UpSettings
 from lachesis.envs.registry import entry
 from lachesis.envs.registry import names as env_names
 from lachesis.trainer.settings import quoted
 
 if TYPE_CHECKING:
-    from lachesis.cli.up import UpSettings
     from lachesis.envs.task import Recipe
 
 Listener: TypeAlias = socket.socket
-TINY = "tiny"
 PYTHON = (sys.executable, "-P")  # what lies in the current folder is no module
 # what this process was told of a Redis itself, taken from its children
 NO_REDIS = {"LACHESIS_REDIS_URL": "", "LACHESIS_REDIS_URL_FILE": "", "LACHESIS_EMBEDDED": "false"}

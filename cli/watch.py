@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lachesis.broker.client import Broker
 from lachesis.broker.records import ServerStatus
+from lachesis.cli.entries import env_scores
 from lachesis.cli.pool import describe
 from lachesis.cli.progress import View
 from lachesis.cli.supervisor import Supervisor
-from lachesis.cli.tail import env_scores
 
 SILENT_S = 10.0
 POOL = "main"  # whose servers `lachesis up` starts

@@ -10,7 +10,8 @@ from warm import WarmPython
 from lachesis.cli.main import COMMANDS
 
 LACHESIS = ("-m", "lachesis.cli.main")
-python = WarmPython(*dict.fromkeys(c.module.partition(":")[0] for c in COMMANDS.values()), "lachesis.shim.main")
+LATER = ("lachesis.cli.entries", "lachesis.cli.loop", "lachesis.shim.main")  # imported once a command has its settings
+python = WarmPython(*dict.fromkeys(c.module.partition(":")[0] for c in COMMANDS.values()), *LATER)
 
 
 def lachesis(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

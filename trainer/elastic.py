@@ -3,6 +3,7 @@
 A step, for each replica: claim groups and accumulate their gradients until all are claimed; sum over the replicas; vote;
 when the last vote has committed the step, apply the sum. Whoever dies before its vote leaves groups behind that the
 others claim; nobody else's gradients are lost, as what is summed is a copy. Whoever dies after the commit is not missed.
+A step that can't be trained as it is, such as one with a group whose data was deleted, is begun anew from what there is.
 Between steps all replicas hold the same weights, bit for bit, so a new one gets them from any other.
 
 Protocol and proofs by test: broker/members.py. What is computed, and by what, only `Compute` knows.
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
+from typing import NoReturn
 
 from msgspec import structs
 from torch import Tensor
@@ -87,7 +89,7 @@ class ElasticReplica:
                     self._go_on()
                 except Moved:
                     self._move()
-                except LeaseLost:  # the batch was given up, or is lent to others by now
+                except LeaseLost:  # another step is open by now
                     self._drop_work()
             # each that leaves sees that the last step was followed up, in case those before it died
             if self.seat.wait_to_be_first():
@@ -129,6 +131,8 @@ class ElasticReplica:
             if (standing.generation, standing.step, standing.won) == mine:  # committed, by the votes of others
                 self._apply()
         self._summed = None
+        if self._batch is not None and standing.open != self._batch.step:  # it was closed: it may be opened again
+            self._drop_work()
 
     def _meet(self, me: Membership) -> None:
         """Wait for all replicas, connect to them, and give the newest weights to those that lack them."""
@@ -172,7 +176,7 @@ class ElasticReplica:
         if leads:
             self._layout.prepare(batch.step)
         with Claims(self._broker, self._team, me, batch, self._held, self._pace) as claims:
-            while groups := self._next(claims):
+            while groups := self._next(me, batch, claims):
                 crash_point("claimed", batch.step)
                 told = self._compute.accumulate(batch, groups)
                 self._held.update(zip([place for place, _ in groups], told, strict=True))
@@ -221,6 +225,8 @@ class ElasticReplica:
             standing = self._broker.call(self._members.standing, self._team.policy)
             if standing is not None and standing.open:
                 self._laid_out = self._broker.call(queue.batch, standing.open)
+                if self._laid_out is None:
+                    self._close(me, standing.open, "its batch was taken apart")
             elif leads:
                 newest = self._broker.call(queue.newest_group)
                 self._laid_out = self._layout.lay_out(me)
@@ -236,20 +242,28 @@ class ElasticReplica:
             self._duties.opened(batch.step)
         return batch
 
-    def _next(self, claims: Claims) -> list[tuple[int, Group]]:
+    def _next(self, me: Membership, batch: BatchEntry, claims: Claims) -> list[tuple[int, Group]]:
         try:
             return claims.next()
-        except LookupError:  # evicted meanwhile: others have trained them by now, and a checkpoint has freed them
-            self.seat.check_epoch()
-            raise
+        except LookupError as error:
+            self.seat.check_epoch()  # evicted meanwhile: others have trained them by now, and a checkpoint has freed them
+            self._close(me, batch.step, str(error))
+
+    def _close(self, me: Membership, step: int, why: str) -> NoReturn:
+        """The step can't be trained as it is. The first replica sees to that when all have met (see layout.py)."""
+        self._broker.call(self._members.close, me, step, why=why)
+        raise Moved(f"step {step} of policy {me.policy!r} was closed: {why}")
 
     def _vote(self, me: Membership, entry: LedgerEntry, letters: Sequence[DeadEntry], digest: str) -> None:
         """Returns when all have voted for the same sums: the step is committed."""
         vote, since = self._members.vote, time.monotonic()
-        while not self._broker.call(vote, me, entry.step, digest, entry, untrainable=letters):
-            crash_point("voted", entry.step)
-            self.seat.watch()
-            pause(since)
+        try:
+            while not self._broker.call(vote, me, entry.step, digest, entry, untrainable=letters):
+                crash_point("voted", entry.step)
+                self.seat.watch()
+                pause(since)
+        except LeaseLost as error:  # its batch was taken apart, or is lent to others by now
+            self._close(me, entry.step, str(error))
 
     def _apply(self) -> None:
         assert self._batch is not None

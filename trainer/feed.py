@@ -106,13 +106,7 @@ class Feed:
     def load(self, entry: BatchEntry | LedgerEntry) -> Ready:
         """Fetch a batch's groups and map them. Raises Conflict if they are gone."""
         began = time.perf_counter()
-        try:
-            groups = self._broker.call(self._queue.fetch, entry.gids)
-        except LookupError as error:
-            raise Conflict(
-                f"step {entry.step} can't be trained: {error}. Its weights are in the checkpoint of that step or a later "
-                f"one, if there is one to put back into {self._plan.checkpoint_dir}"
-            ) from error
+        groups = fetch(self._broker, self._plan, entry)
         fetched = time.perf_counter()
         batch = self._mapping(groups)
         mapped = time.perf_counter()
@@ -171,6 +165,17 @@ class Feed:
                 max_deliveries=plan.max_deliveries,
                 delivered=False,  # see Publisher.deliver
             )
+
+
+def fetch(broker: BlockingBroker, plan: Plan, entry: BatchEntry | LedgerEntry) -> list[Group]:
+    """A step's groups, in order. Raises Conflict if they are gone."""
+    try:
+        return broker.call(broker.broker.queue.fetch, entry.gids)
+    except LookupError as error:
+        raise Conflict(
+            f"step {entry.step} can't be trained: {error}. Its weights are in the checkpoint of that step or a later "
+            f"one, if there is one to put back into {plan.checkpoint_dir}"
+        ) from error
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from lachesis.trainer.batch import TrainingBatch
 from lachesis.trainer.configure import Plan
 from lachesis.trainer.crew_compute import CrewCompute
 from lachesis.trainer.duties import Trained
+from lachesis.trainer.feed import fetch
 from lachesis.trainer.group_learner import GroupLearner
 from lachesis.trainer.metrics import batch_metrics
 from lachesis.trainer.reducer import Alone
@@ -93,9 +94,12 @@ class Lead:
         began = time.perf_counter()
         try:
             groups = self._broker.call(self._broker.broker.queue.fetch, trained.entry.gids)
-        except LookupError:  # who leads by now has saved, and freed them
-            self.check()
-            raise
+        except LookupError as error:
+            self.check()  # who leads by now has saved, and freed them
+            self._log.warning(
+                "a step's data was deleted: it is trained, and not told", step=trained.entry.step, why=str(error)
+            )
+            return
         fetched = time.perf_counter()
         batch = self._mapping(groups)
         mapped = time.perf_counter()
@@ -133,7 +137,7 @@ class Lead:
         return self._upkeep
 
     def _replay(self, entry: LedgerEntry) -> None:
-        groups = self._broker.call(self._broker.broker.queue.fetch, entry.gids)
+        groups = fetch(self._broker, self._plan, entry)
         batch = BatchEntry(entry.step, entry.gids, entry.n, entry.tok, entry.v_min, entry.v_min, 0.0)
         told = self._compute.accumulate(batch, list(enumerate(groups)))
         sums = self._compute.reduce(Alone(), torch.zeros(0, dtype=torch.uint8), lambda: None)

@@ -149,7 +149,7 @@ class Upkeep:
         """Train a step once more. Where an older checkpoint had to do, its groups may be gone: then say why they were needed."""
         try:
             replay(entry)
-        except (Conflict, LookupError) as error:
+        except Conflict as error:
             if self._refused is None:
                 raise
             raise CheckpointRefused(

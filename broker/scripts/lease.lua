@@ -9,26 +9,14 @@
 -- delivery. A batch that was lent too often is given up, and the next one lent: the policy goes on without it; and if
 -- no other policy has trained it or still may, its groups become dead letters. A lossy shadow that is behind by more batches
 -- than it may be skips the oldest of those that it has not read.
-local stream, policy, consumer, limit, gone = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[4]), 0
-
-local function deliver(step)  -- the same as DELIVER
-  local delivered, groups, sequences = tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0'), 0, 0
-  if step <= delivered then return end
-  local later = step < tonumber(redis.call('HGET', KEYS[2], 'formed') or '0')
-  for _, entry in ipairs(later and redis.call('XRANGE', stream, (step + 1) .. '-0', '+') or {}) do
-    for j = 1, #entry[2], 2 do
-      if entry[2][j] == 'gids' then groups = groups + select(2, string.gsub(entry[2][j + 1], '%S+', '')) end
-      if entry[2][j] == 'n' then sequences = sequences + (tonumber(entry[2][j + 1]) or 0) end
-    end
-  end
-  redis.call('HSET', KEYS[2], 'delivered', step, 'undelivered_groups', groups, 'undelivered_sequences', string.format('%.0f', sequences))
-end
+-- include delivered
+local stream, state, policy, consumer, limit, gone = KEYS[1], KEYS[2], ARGV[1], ARGV[2], tonumber(ARGV[4]), 0
 
 local function pass_over(id)
   local step = string.match(id, '^%d+')
   redis.call('XACK', stream, policy, id)
   if redis.call('HSETNX', KEYS[4], policy .. ':' .. step, '') == 1 then
-    redis.call('HINCRBY', KEYS[2], 'gone', 1)
+    redis.call('HINCRBY', state, 'gone', 1)
     gone = gone + 1
   end
 end
@@ -44,7 +32,7 @@ local function lapsed()  -- one call looks at ten pending batches: however many 
 end
 
 local function lend(id, fields, deliveries)
-  if ARGV[5] == '1' then deliver(tonumber(string.match(id, '^%d+'))) end
+  if ARGV[5] == '1' then deliver(stream, state, tonumber(string.match(id, '^%d+'))) end
   return {gone, id, fields, deliveries}
 end
 
@@ -69,17 +57,17 @@ local function give_up(id, fields, deliveries)
   local detail = 'step ' .. step .. ' was lent ' .. deliveries .. ' times and never committed'
   for gid in string.gmatch(gids, '%S+') do
     redis.call('XADD', KEYS[3], '*', 'gid', gid, 'reason', 'deliveries', 'deliveries', deliveries, 'detail', detail)
-    redis.call('HINCRBY', KEYS[2], 'dead', 1)
-    redis.call('HINCRBY', KEYS[2], 'dropped:deliveries', 1)
+    redis.call('HINCRBY', state, 'dead', 1)
+    redis.call('HINCRBY', state, 'dropped:deliveries', 1)
   end
   for _, name in ipairs(policies) do redis.call('HSET', KEYS[4], name .. ':' .. step, '') end
-  deliver(tonumber(step))
+  deliver(stream, state, tonumber(step))
   redis.call('XDEL', stream, id)
-  if (tonumber(batch.bytes or '') or 0) > 0 then redis.call('HINCRBY', KEYS[2], 'kept_bytes', '-' .. batch.bytes) end
+  if (tonumber(batch.bytes or '') or 0) > 0 then redis.call('HINCRBY', state, 'kept_bytes', '-' .. batch.bytes) end
 end
 
 local function skip(most)
-  local oldest = tonumber(redis.call('HGET', KEYS[2], 'formed') or '0') - most + 1
+  local oldest = tonumber(redis.call('HGET', state, 'formed') or '0') - most + 1
   for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
     local at = {}
     for j = 1, #group, 2 do at[group[j]] = group[j + 1] end
@@ -118,20 +106,20 @@ end
 
 local most = string.match(rule(policy), '^lossy (%d+)$')
 if most then skip(tonumber(most)) end
-local read, formed = 0, tonumber(redis.call('HGET', KEYS[2], 'formed') or '0')
+local read, formed = 0, tonumber(redis.call('HGET', state, 'formed') or '0')
 for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
   local at = {}
   for j = 1, #group, 2 do at[group[j]] = group[j + 1] end
   if at.name == policy then read = tonumber(string.match(at['last-delivered-id'], '^%d+')) end
 end
 local new = redis.call('XREADGROUP', 'GROUP', policy, consumer, 'COUNT', 1, 'STREAMS', stream, '>')
-local first = math.max(read, tonumber(redis.call('HGET', KEYS[2], 'joined:' .. policy) or '0')) + 1
+local first = math.max(read, tonumber(redis.call('HGET', state, 'joined:' .. policy) or '0')) + 1
 local behind = new and tonumber(string.match(new[1][2][1][1], '^%d+')) or formed + 1
 for step = first, behind - 1 do pass_over(step .. '-0') end  -- deleted before anybody read them
 if new then return lend(new[1][2][1][1], new[1][2][1][2], 1) end
 if read < formed then redis.call('XGROUP', 'SETID', stream, policy, formed .. '-0') end
-local delivered = tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0')
+local delivered = tonumber(redis.call('HGET', state, 'delivered') or '0')
 if delivered < formed and #redis.call('XRANGE', stream, (delivered + 1) .. '-0', '+', 'COUNT', 1) == 0 then
-  deliver(formed)  -- none of them will be
+  deliver(stream, state, formed)  -- none of them will be
 end
 return {gone}

@@ -10,7 +10,7 @@
 --       9 steps that a group may be late, 0 for any, '' to leave it as it is  10 policy whose steps they are
 --       11 1 if the sender has not asked, but believes that there are no servers and no lineages, and that the trainer's
 --       registration and the newest version's entry id are 12 and 13 ('' for none)
---       14 env  15 n  16 bytes  17… the entry's fields and values, gid first
+--       14 env  15 n  16 bytes  17 what its gid adds to `ids`  18… the entry's fields and values, gid first
 -- reply "stored" (now, or by a call whose reply was lost) | "duplicate" (the post was stored of late)
 --       | "conflict" (with another body) | "unfinished" (its group is still somewhere, however old)
 --       | "trained <gid>" (its group is still kept, but trained: the next one is to have this gid)
@@ -37,7 +37,7 @@ else
       step = redis.call('HGET', KEYS[9], gid)
     end
     if step then gid = gid .. '~' .. ARGV[2] end -- the ids of a replay, of other steps
-    if gid ~= ARGV[18] then return 'trained ' .. gid end
+    if gid ~= ARGV[19] then return 'trained ' .. gid end
     known = 'unfinished'
   end
 end
@@ -75,8 +75,9 @@ end
 
 if ARGV[1] ~= '0' then redis.call('SET', KEYS[3], memory, 'EX', ARGV[1]) end
 redis.call('PERSIST', KEYS[2])
-redis.call('XADD', KEYS[1], '*', unpack(ARGV, 17))
+redis.call('XADD', KEYS[1], '*', unpack(ARGV, 18))
 redis.call('HINCRBY', KEYS[4], 'accepted', 1)
+redis.pcall('HINCRBY', KEYS[4], 'ids', ARGV[17]) -- an audit's only: nothing is refused where it is full
 redis.call('HINCRBY', KEYS[4], 'groups', 1)
 redis.call('HINCRBY', KEYS[4], 'sequences', n)
 redis.call('HINCRBY', KEYS[4], 'bytes', ARGV[16])

@@ -14,6 +14,7 @@ from scored import group, trained
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
 from lachesis.broker.codec import tokens_digest
+from lachesis.broker.errors import Moved
 from lachesis.broker.lua import NAMES
 from lachesis.broker.members import Claimed, Meeting
 from lachesis.broker.records import (
@@ -429,10 +430,22 @@ async def vote(run: Run) -> None:
     assert [member.trained for member in await run.direct.members.members("main")] == [2]
 
 
+async def close(run: Run) -> None:
+    await run.filled()
+    me = await opened(run.direct)
+    run.lose("close")
+    with pytest.raises(Moved):  # the call that was answered finds the epoch over
+        await run.broker.members.close(me, 1, why="it can't be trained")
+    standing = await run.direct.members.standing("main")
+    assert standing is not None
+    assert (standing.epoch, standing.open) == (2, 0)
+
+
 SCRIPTS = {case.__name__: case for case in (
     arrive, put, lengths, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, refit, purge, reset, subscribe, acquire,
     hold, adopt, enlist, visit, register_env, update_env, hear,
     report, publish, steer, take_turn, append, note, note_new, found, join, beat, evict, meet, heal, open, claim, vote,
+    close,
 )}  # fmt: skip
 
 

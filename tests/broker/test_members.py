@@ -297,6 +297,38 @@ async def test_what_was_given_up_under_the_replicas_is_not_committed(filled: Bro
     assert (await audit(filled)).findings == []
 
 
+async def test_a_closed_step_is_void_and_all_meet_anew_for_another(filled: Broker) -> None:
+    a, b = await two_at_work(filled)
+    assert not await filled.members.vote(a, 1, "d", await entry_of(filled, 1))
+    await filled.redis.delete(filled.keys.blob("g1"))
+    await filled.members.close(b, 1, why="group g1 has no blob")
+    for me in (a, b):
+        with pytest.raises(Moved):
+            await filled.members.vote(me, 1, "d", await entry_of(filled, 1))
+        with pytest.raises(Moved):
+            await filled.members.close(me, 1, why="it does not know yet")
+    standing = await filled.members.standing("main")
+    assert standing is not None
+    assert (standing.epoch, standing.open) == (3, 0)
+    assert await filled.redis.exists(filled.keys.work("main")) == 0
+    _, told = (await filled.redis.xrevrange(filled.keys.control, count=1))[0]
+    assert told == {b"event": b"closed", b"who": b"b", b"detail": b"step 1, epoch 3: group g1 has no blob"}
+
+    a, b = Membership("main", "a", 1, 3), Membership("main", "b", 1, 3)
+    assert (await filled.queue.refit("main", apart=[1])).dead == 1
+    assert await filled.members.open(a, await lent(filled))
+    assert await filled.members.claim(a, 2, count=2, held=0) == Claimed(((0, "g0"), (1, "g2")), left=0)
+    assert not await filled.members.vote(b, 2, "d", await entry_of(filled, 2))
+    assert await filled.members.vote(a, 2, "d", await entry_of(filled, 2))
+
+
+async def test_only_the_step_that_is_open_is_closed(filled: Broker) -> None:
+    me = await opened(filled)
+    with pytest.raises(LeaseLost, match="not open any more"):
+        await filled.members.close(me, 2, why="a mistake")
+    assert await filled.members.claim(me, 1, count=2, held=0) == Claimed(((0, "g0"), (1, "g1")), left=0)
+
+
 async def test_a_reset_forgets_the_replicas(filled: Broker) -> None:
     me = await opened(filled)
     await filled.reset()

@@ -190,6 +190,19 @@ class Replicas(RuleBasedStateMachine):
         replica.done = claimed is None
         replica.held.update(claimed.groups if claimed else ())
 
+    @rule(place=PLACES, twice=TWICE)
+    def close(self, place: int, twice: bool) -> None:
+        """The step that it works on turns out to be of no use."""
+        replica = self.replicas[place]
+        if replica.me is None or replica.meeting is None or not replica.working or replica.done:
+            return
+        try:
+            self.call(twice, self.members.close, replica.me, replica.working, why="a test")
+        except Moved:
+            self.look_around(replica)
+        except LeaseLost:
+            replica.drop_work()
+
     @rule()
     def reduce(self) -> None:
         """All members of an epoch are done, and can reach each other: each gets what they hold together."""
@@ -227,6 +240,8 @@ class Replicas(RuleBasedStateMachine):
         if replica.buffer and standing.step == replica.working and standing.won == replica.me.epoch:
             replica.apply()
         replica.buffer, replica.done = None, False
+        if replica.working != standing.open:
+            replica.drop_work()
         replica.me = Membership("main", replica.id, standing.generation, standing.epoch)
 
     # -- what must hold -------------------------------------------------------------------------------------------

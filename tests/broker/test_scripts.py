@@ -69,7 +69,7 @@ async def test_put_without_its_blob_changes_nothing(broker: Broker) -> None:
             "o",
             keys.trained,
         ],
-        args=[60, "w", "", "g1", 0, 0, 0, 0, "", "main", 0, "", "", "0", 2, 100, "gid", "g1"],
+        args=[60, "w", "", "g1", 0, 0, 0, 0, "", "main", 0, "", "", "0", 2, 100, 1, "gid", "g1"],
     )
     assert reply == b"noblob"
     assert not await broker.redis.exists(keys.groups, keys.seen("g1"), keys.state)

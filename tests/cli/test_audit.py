@@ -7,7 +7,7 @@ from msgspec import structs
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
-from lachesis.broker.codec import to_entry
+from lachesis.broker.codec import id_number, to_entry
 from lachesis.broker.records import DeadEntry, LedgerEntry, ScoredGroup
 from lachesis.cli.audit import render
 
@@ -72,6 +72,50 @@ async def test_a_group_trained_twice_is_found(run: Broker) -> None:
     findings = (await audit(run)).findings
     assert "groups in more than one place: g0" in findings
     assert "step 2 was committed with other groups than its batch holds" in findings
+
+
+async def train_again(broker: Broker) -> None:
+    """Groups of step 1, freed, are posted again; then all but one of those that wait are trained and freed."""
+    assert await broker.queue.retire("main", 1) == 1
+    await broker.redis.delete(*(broker.keys.seen(f"g{number}") for number in (0, 1)))
+    for number in (0, 1):
+        assert await broker.queue.put(f"g{number}", group(number), v_min=0, v_max=0) == "stored"
+    while lease := await broker.queue.lease_or_form("main", "r", 4, lapse_s=60):
+        await broker.queue.commit("main", lease, trained(lease.batch.step, lease.batch.gids))
+        assert await broker.queue.retire("main", lease.batch.step) == 1
+    report = await audit(broker)
+    assert report.clean, report.findings
+    assert report.queued == 1
+
+
+async def train_one_twice(broker: Broker) -> None:
+    """As if the newest step, whose batch is freed, had trained its second group twice, and not the first."""
+    *before, newest = [entry async for entry in broker.queue.ledger("main")]
+    ledger = broker.keys.ledger("main")
+    await broker.redis.delete(ledger)
+    for entry in (*before, structs.replace(newest, gids=(newest.gids[1], newest.gids[1]))):
+        await broker.redis.xadd(ledger, to_entry(entry), id=f"{entry.step}-0")
+
+
+@pytest.mark.parametrize("purged", [False, True])
+async def test_an_id_that_came_again_and_was_trained_too_often_is_found(run: Broker, purged: bool) -> None:
+    if purged:
+        assert await run.queue.lease("main", "r", lapse_s=0, max_deliveries=1) is None
+        for letter in await run.dead.accepted():
+            assert await run.dead.purge(letter, who="a test")
+    await train_again(run)
+    await train_one_twice(run)
+    assert (await audit(run)).findings == [
+        "the groups accounted for are not those accepted: some are there too often, and as many not at all"
+    ]
+
+
+async def test_a_run_that_an_earlier_release_accepted_groups_for_is_judged_by_their_number(run: Broker) -> None:
+    """It did not add up ids."""
+    await run.redis.hincrby(run.keys.state, "ids", -id_number("g0"))
+    await train_again(run)
+    await train_one_twice(run)
+    assert (await audit(run)).clean
 
 
 async def test_a_step_committed_twice_is_found(run: Broker) -> None:

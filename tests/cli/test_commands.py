@@ -39,6 +39,20 @@ def test_every_command_explains_itself_without_loading_torch() -> None:
     assert [name for name in COMMANDS if f"usage: lachesis {name}" not in done.stdout] == []
 
 
+@pytest.mark.parametrize("command", ["up", "tail"])
+def test_help_waits_for_no_client_of_redis(command: str) -> None:
+    code = f"""
+import sys
+from lachesis.cli.main import main
+try:
+    main(["{command}", "--help"])
+finally:
+    print("imported:", *sorted({{"redis", "numpy", "zstandard", "anyio"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "imported:")
+
+
 def test_a_command_is_a_process_with_an_exit_code() -> None:
     """As a shell starts it; the other tests fork theirs from a process that has imported it."""
     command = [sys.executable, "-m", "lachesis.cli.main", "frobnicate"]

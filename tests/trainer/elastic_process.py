@@ -142,8 +142,8 @@ class TinyDuties:
             self._publish(0)
         for entry in ledger[saved:]:
             groups = self._broker.call(self._broker.broker.queue.fetch, entry.gids)
-            told = self._compute.accumulate(_batch_of(entry), list(enumerate(groups)))
-            self._compute.apply(_batch_of(entry), self._compute.sums(torch.device("cpu")), told)
+            told = self._compute.accumulate(batch_of(entry), list(enumerate(groups)))
+            self._compute.apply(batch_of(entry), self._compute.sums(torch.device("cpu")), told)
             crash_point("replayed", entry.step)
             self.follow_up(entry.step)
         return len(ledger)
@@ -187,7 +187,7 @@ class TinyDuties:
             self._broker.call(weights.publish, "main", entry)
 
 
-def _batch_of(entry: LedgerEntry) -> BatchEntry:
+def batch_of(entry: LedgerEntry) -> BatchEntry:
     return BatchEntry(entry.step, entry.gids, entry.n, entry.tok, entry.v_min, entry.v_min, 0.0)
 
 

@@ -19,6 +19,7 @@ from lachesis.broker import BlockingBroker
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.logs import configure_logging
 from lachesis.broker.records import EnvConfig, Group, LedgerEntry
+from lachesis.cli.loop import start_over
 from lachesis.trainer import tracking
 from lachesis.trainer.batch import TrainingBatch
 from lachesis.trainer.configure import make_plan
@@ -209,6 +210,27 @@ def test_what_is_tracked_can_be_read_back(tmp_path: Path) -> None:
     events.Reload()
     assert set(events.Tags()["scalars"]) == set(lines[1]["data"])
     assert [(event.step, event.value) for event in events.Scalars("actor/loss")] == [(3, 0.75), (4, 1.0)]
+
+
+@pytest.mark.verl
+@pytest.mark.usefixtures("clean_environment")
+def test_a_run_that_starts_over_forgets_what_it_tracked(
+    blocking: BlockingBroker, configured: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    """And its weights and checkpoints; not what is another run's."""
+    mine, other = (
+        make_plan(configured(), TrainerSettings(state_dir=tmp_path, run=run))
+        for run in (blocking.broker.keys.run, f"{blocking.broker.keys.run}-2")
+    )
+    with Tracker(("file", "tensorboard"), project="p", name="n", folder=mine.tracking_dir, config={}) as tracker:
+        tracker.log(1, {"loss": 1.0})
+    assert list(mine.tracking_dir.glob("*.jsonl"))
+    for plan in (mine, other):
+        for folder in (plan.tracking_dir, plan.weights_dir, plan.checkpoint_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+    blocking.call(start_over, blocking.broker, tmp_path)
+    left = {place.name: [run.name for run in place.iterdir()] for place in tmp_path.iterdir()}
+    assert left == {"tracking": [other.run], "weights": [other.run], "checkpoints": [other.run]}
 
 
 def test_without_backends_nothing_is_made(tmp_path: Path) -> None:

@@ -100,6 +100,11 @@ def until(condition: Callable[[], object], patience_s: float = PATIENCE_S) -> No
         time.sleep(0.01)
 
 
+def is_stopped(process: ForkServerProcess) -> bool:
+    """Whether it waits for SIGCONT."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 context = multiprocessing.get_context("forkserver")
 
 

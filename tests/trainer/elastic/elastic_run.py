@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import elastic_process
-from elastic_process import Settings
+import torch
+from elastic_process import Settings, TinyCompute, batch_of
+from msgspec import structs
 from scored import group
-from trainer_kit import PATIENCE_S, context, until
+from trainer_kit import PATIENCE_S, context, stored, until
 
 from lachesis.broker import BlockingBroker, connect_blocking
 from lachesis.broker.audit import audit
@@ -81,6 +83,18 @@ def check(run: Run, expected: list[tuple[int, str]], *finished: str) -> None:
         assert versions_of(broker) == expected
         assert broker.call(audit, broker.broker).findings == []
         assert broker.call(broker.broker.queue.status).untrainable == expected[-1][0]  # one of each step, once
+
+
+def trained_alone(ledger: list[LedgerEntry]) -> list[tuple[int, str]]:
+    """(version, hash of the weights) of one that trains those steps' groups in this process."""
+    compute = TinyCompute()
+    found = [(0, compute.digest())]
+    for entry in ledger:
+        groups = [structs.replace(stored(group(int(gid[1:]) % 64)), gid=gid) for gid in entry.gids]
+        told = compute.accumulate(batch_of(entry), list(enumerate(groups)))
+        compute.apply(batch_of(entry), compute.sums(torch.device("cpu")), told)
+        found.append((entry.step, compute.digest()))
+    return found
 
 
 def with_leader(run: Run, **settings: Any) -> None:

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 
 import pytest
-from elastic_run import SILENT_S, STEPS, Run, check, ledger_of, step_of, with_leader
-from trainer_kit import until
+from elastic_run import SILENT_S, STEPS, Run, check, ledger_of, step_of, trained_alone, versions_of, with_leader
+from trainer_kit import is_stopped, until
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
+from lachesis.broker.audit import audit
+from lachesis.broker.dead import Letter
 
 pytestmark = pytest.mark.verl
 
@@ -190,3 +192,51 @@ def test_a_reset_run_stops_its_replicas_with_a_reason(
         broker.call(broker.broker.reset)
     assert run.exit_of("leader") == 1
     assert "was reset" in run.log("leader")
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["data_deleted", "batch_taken_apart"])
+def test_a_step_that_can_be_trained_no_more_is_passed_over_and_told(
+    shared_redis: EmbeddedRedis, run_name: str, make_run: Callable[..., Run], lost: bool
+) -> None:
+    """By hand, or by the trainer of another policy; when its groups are to be claimed, or some are in the sums already."""
+    run = make_run(shared_redis.url, run_name, compute_s=0.02, silent_s=60.0, steps=STEPS + 1, queued=1)
+    with_leader(run, stop_at="leased:2" if lost else "claimed:2")
+    leader = run.processes["leader"]
+    for name in ("r1", "r2"):
+        run.start(name)
+    with connect_blocking(run.url, run.name) as broker:
+        until(lambda: [m.step >= 0 for m in broker.call(broker.broker.members.members, "main")] == [True] * 3)
+        run.queue(run.steps)
+        until(lambda: is_stopped(leader))
+        batch = broker.call(broker.broker.queue.batch, 2)
+        assert batch is not None
+        if lost:
+            assert broker.call(broker.broker.redis.delete, broker.broker.keys.blob(batch.gids[-1])) == 1
+        else:
+            broker.call(take_apart, broker, 2)
+        assert leader.pid is not None
+        os.kill(leader.pid, signal.SIGCONT)
+        for name in run.processes:
+            assert run.exit_of(name) == 0, run.log(name)
+        ledger = ledger_of(broker)
+        assert [entry.step for entry in ledger] == [1, *range(3, STEPS + 2)]
+        assert versions_of(broker) == trained_alone(ledger)
+        letters = broker.call(broker.broker.dead.accepted)
+        assert [(letter.entry.gid, letter.entry.reason) for letter in letters] == [(batch.gids[-1], "lost")] * lost
+        events = broker.call(broker.broker.redis.xrange, broker.broker.keys.control)
+        [told] = [fields[b"detail"].decode() for _, fields in events if fields[b"event"] == b"closed"]
+        assert told.startswith("step 2, ")
+        assert (batch.gids[-1] in told) == lost
+        findings = broker.call(audit, broker.broker).findings
+        assert findings == [f"groups waiting without their data: {batch.gids[-1]}"] * lost
+        for letter in letters:
+            broker.call(give_up, broker, letter)
+        assert broker.call(audit, broker.broker).findings == []
+
+
+async def give_up(broker: BlockingBroker, letter: Letter) -> None:
+    assert await broker.broker.dead.purge(letter, who="a test")
+
+
+async def take_apart(broker: BlockingBroker, step: int) -> None:
+    assert (await broker.broker.queue.refit("main", apart=[step])).batches == 1

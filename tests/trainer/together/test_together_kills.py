@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 
 import pytest
-from together_kit import GROUPS, STEPS, Run, check_clean, fill
-from trainer_kit import PATIENCE_S
+from together_kit import GROUPS, PATIENT, STEPS, Run, check_clean, fill
+from trainer_kit import PATIENCE_S, is_stopped, until
 
 from lachesis.broker import connect_blocking
 
@@ -37,3 +38,21 @@ def test_a_replica_killed_at_its_worst_moment_is_not_missed(
             dies = name == ("leader" if leads else "other")
             assert process.exitcode in ((-signal.SIGKILL, 0) if dies else (0,)), run.log(name)
         check_clean(run, broker)
+
+
+def test_data_deleted_when_its_step_is_committed_is_missed_in_the_metrics_only(make_run: Callable[[], Run]) -> None:
+    run = make_run()
+    with connect_blocking(run.url, run.name) as broker:
+        broker.call(fill, broker.broker, STEPS * GROUPS)
+        leader = run.start("leader", PATIENT, stop_at="committed:4")
+        until(lambda: is_stopped(leader))
+        batch = broker.call(broker.broker.queue.batch, 4)
+        assert batch is not None
+        assert broker.call(broker.broker.redis.delete, broker.broker.keys.blob(batch.gids[0])) == 1
+        os.kill(leader.pid, signal.SIGCONT)
+        leader.join(PATIENCE_S)
+        assert leader.exitcode == 0, run.log("leader")
+        check_clean(run, broker)
+        told = [fields for _, fields in broker.call(broker.broker.journal.metrics) if fields["kind"] == "step"]
+        assert [int(fields["step"]) for fields in told] == [step for step in range(1, STEPS + 1) if step != 4]
+        assert f"group {batch.gids[0]} has no blob" in run.log("leader")

@@ -53,10 +53,11 @@ class Run:
         settings = {"actor_rollout_ref.model.path": self._model, **SETTINGS, "lachesis.replica": name}
         return [*(f"{key}={value}" for key, value in settings.items()), "lachesis.elastic=true", *overrides]
 
-    def start(self, name: str, *overrides: str, crash_at: str = "") -> Any:
-        log = self.folder / f"{name}.log"
+    def start(self, name: str, *overrides: str, crash_at: str = "", stop_at: str = "") -> Any:
+        words, log = self.words(name, *overrides), self.folder / f"{name}.log"
+        environment = {"LACHESIS_STOP_AT": stop_at}
         process = start_trainer(
-            self.url, self.name, self.folder, self.words(name, *overrides), crash_at=crash_at, log=log
+            self.url, self.name, self.folder, words, crash_at=crash_at, log=log, environment=environment
         )
         self._ends.append(process.kill)
         return process
