@@ -28,8 +28,8 @@ from rich.table import Table
 from servers import cpu_ms, resident_kib, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.records import ServerStatus
-from lachesis.inference.ports import find_free
+from lachesis.broker.records.groups import ServerStatus
+from lachesis.service.ports import find_free
 
 CLIENTS = 32
 console = Console(width=120)

@@ -31,7 +31,7 @@ from rich.table import Table
 from servers import TRAINER, resident_kib, serving
 
 from lachesis.broker import EmbeddedRedis
-from lachesis.inference.ports import find_free
+from lachesis.service.ports import find_free
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "attack")]
 from bombs import BOMBS, GZIP, MIB, PACKED, WHOLE, Bomb, filled  # noqa: E402

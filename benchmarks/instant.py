@@ -50,9 +50,12 @@ def question(number: int) -> bytes:
     sampling = {"n": 1, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": OUTPUT}
     asked = {"sampling_params": sampling, "return_logprob": True, "return_text_in_logprobs": False}
     body = json.dumps({"input_ids": prompt, **asked}).encode()
-    return b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (
-        len(body),
-        body,
+    return (
+        b"POST /generate HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+        % (
+            len(body),
+            body,
+        )
     )
 
 

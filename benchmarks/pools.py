@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.inference import command
-from lachesis.inference.model_folder import read_model_folder
-from lachesis.inference.ports import find_free
+from lachesis.inference.agent import sglang_args
+from lachesis.inference.agent.sglang_process import SGLangServer
 from lachesis.inference.settings import AgentSettings
-from lachesis.inference.sglang_server import SGLangServer
-from lachesis.trainer.versions import VersionStore
+from lachesis.inference.versions.model_folder import read_model_folder
+from lachesis.service.ports import find_free
+from lachesis.trainer.weights.versions import VersionStore
 
 SIZES = {"2 MB": (128, 2), "100 MB": (512, 8)}  # of float32 weights: hidden size and layers
 SERVERS = 2
@@ -157,11 +157,15 @@ async def alone(versions: Versions, folder: Path, updates: int, at_once: int) ->
         servers = []
         for number in range(SERVERS):
             port = find_free("127.0.0.1")
-            argv = command.command_line(settings, command.find_python(""), command.find_device("auto"), port)
-            environment = command.environment(command.find_device("auto"), os.environ)
+            argv = sglang_args.command_line(
+                settings, sglang_args.find_python(""), sglang_args.find_device("auto"), port
+            )
+            environment = sglang_args.environment(sglang_args.find_device("auto"), os.environ)
             url, log = f"http://127.0.0.1:{port}", folder / f"alone-{number}.log"
             servers.append(await stack.enter_async_context(SGLangServer(argv, environment, url, log)))
-        options = command.model_options(settings, command.find_device("auto"), read_model_folder(versions.model), 0)
+        options = sglang_args.model_options(
+            settings, sglang_args.find_device("auto"), read_model_folder(versions.model), 0
+        )
         await asyncio.gather(*(server.start_model(options, READY_S) for server in servers))
         found: list[float] = []
 

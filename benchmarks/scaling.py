@@ -24,11 +24,11 @@ import anyio
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
-from lachesis.broker.embedded import EmbeddedRedis
-from lachesis.broker.records import LedgerEntry
-from lachesis.cli import parts
+from lachesis.broker.records.groups import LedgerEntry
+from lachesis.broker.store.embedded import EmbeddedRedis
 from lachesis.cli.options import parse
-from lachesis.cli.up import UpSettings
+from lachesis.cli.up import plan
+from lachesis.cli.up.command import UpSettings
 
 ELASTIC = "lachesis.elastic=true"
 JOIN_AT, KILL_AT = 20, 50
@@ -42,7 +42,7 @@ class Replicas:
     def __init__(self, folder: Path, redis_url: str, steps: int) -> None:
         settings = parse(UpSettings, "up", ["--state-dir", str(folder), "--steps", str(steps), "--gpus", "0", ELASTIC])
         with socket.socket() as unused:
-            processes = parts.Processes(settings, parts.plan(settings), redis_url, folder, unused, unused)
+            processes = plan.Processes(settings, plan.plan(settings), redis_url, folder, unused, unused)
             self._part = processes.trainer()
         self._folder = folder
         self._running: list[subprocess.Popen[bytes]] = []

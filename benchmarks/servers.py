@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lachesis.inference.ports import find_free
+from lachesis.service.ports import find_free
 
 SEQUENCES, LENGTH, PROMPT = 8, 2048, 512  # of a group; tokens
 VOCABULARY = 128_000

@@ -37,8 +37,8 @@ from servers import (
 )  # fmt: skip
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.packing import PACKED_TYPE, pack
-from lachesis.shim.direct import read_group
+from lachesis.broker.records.packing import PACKED_TYPE, pack
+from lachesis.shim.intake.simdjson_decoder import read_group
 
 GROUPS = BATCH // SEQUENCES  # in a batch
 RATE = 100  # status requests a second

@@ -28,16 +28,16 @@ from rich.table import Table
 from servers import BATCH, LENGTH, SEQUENCES, VOCABULARY, cpu_ms, group
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
-from lachesis.broker.packing import from_blob, pack, to_blob
-from lachesis.broker.records import LedgerEntry
-from lachesis.shim.direct import read_group
-from lachesis.trainer.configure import Plan
-from lachesis.trainer.feed import Feed, Ready
-from lachesis.trainer.mapping import to_batch
-from lachesis.trainer.metrics import batch_metrics
-from lachesis.trainer.publisher import Publisher
-from lachesis.trainer.tenure import Tenure
-from lachesis.trainer.versions import VersionStore
+from lachesis.broker.records.groups import LedgerEntry
+from lachesis.broker.records.packing import from_blob, pack, to_blob
+from lachesis.shim.intake.simdjson_decoder import read_group
+from lachesis.trainer.config.compose import Plan
+from lachesis.trainer.data.collate import to_batch
+from lachesis.trainer.metrics.step import batch_metrics
+from lachesis.trainer.prefetch import Feed, Ready
+from lachesis.trainer.weights.publisher import Publisher
+from lachesis.trainer.weights.versions import VersionStore
+from lachesis.trainer.writer_lock import Tenure
 
 GROUPS = BATCH // SEQUENCES
 STEP_S = 10.0

@@ -1,12 +1,12 @@
-"""The fabric: records, codec, keys, scripts and the client that every other room meets in. No torch; of HTTP
-only what two rooms share, in `http`.
+"""The fabric: what a run is in Redis, and all that may be done with it. No torch, no HTTP.
 
-The client is imported when it is first named, so that `--help` and settings need not wait for redis-py and numpy.
+Read client.py first: `Broker` is one run's view, by concern. Below it lie replicas, queue, retention, weights and run,
+then records and store; above it archive and audit. The client is imported when it is first named, so that `--help` and
+settings need not wait for redis-py and numpy.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from lachesis.broker.embedded import EmbeddedRedis
 from lachesis.broker.errors import (
     ConfigurationError,
     Conflict,
@@ -18,6 +18,7 @@ from lachesis.broker.errors import (
     StorageError,
     WeightsRefused,
 )
+from lachesis.broker.store.embedded import EmbeddedRedis
 
 if TYPE_CHECKING:
     from lachesis.broker.client import BlockingBroker, Broker, connect_blocking

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct, field
 
 from lachesis.broker.client import Broker
-from lachesis.broker.codec import IDS, id_number, read_entries, read_number
-from lachesis.broker.forming import read_status
-from lachesis.broker.queue import read_ledger
-from lachesis.broker.records import BatchEntry, DeadEntry, GroupEntry, LedgerEntry, QueueStatus
+from lachesis.broker.queue.form import read_status
+from lachesis.broker.queue.queue import read_ledger
+from lachesis.broker.records.entries import IDS, id_number, read_entries, read_number
+from lachesis.broker.records.groups import BatchEntry, DeadEntry, GroupEntry, LedgerEntry, QueueStatus
 
 SHOWN = 5  # examples named in a finding
 

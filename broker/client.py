@@ -14,25 +14,25 @@ from anyio.from_thread import BlockingPortal
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from lachesis.broker.checkpoints import CheckpointDigests
-from lachesis.broker.codec import read_seconds
-from lachesis.broker.connection import HEARTBEATS, open_redis, patience, reconnect
-from lachesis.broker.dead import DeadLetters
 from lachesis.broker.errors import LimitReached
-from lachesis.broker.journal import Journal
-from lachesis.broker.keys import RUNS, Keys
-from lachesis.broker.lineage import LineageStore
-from lachesis.broker.lua import Scripts
-from lachesis.broker.members import Members
-from lachesis.broker.parties import Parties
-from lachesis.broker.pools import Pools
-from lachesis.broker.queue import AGAIN, Queue
-from lachesis.broker.records import LONGEST_WINDOW_S
-from lachesis.broker.redis_errors import trouble
-from lachesis.broker.server import check_server
-from lachesis.broker.tokens import Tokens
-from lachesis.broker.weights import Weights
-from lachesis.broker.wire import Wire
+from lachesis.broker.queue.queue import AGAIN, Queue
+from lachesis.broker.records.entries import read_seconds
+from lachesis.broker.records.groups import LONGEST_WINDOW_S
+from lachesis.broker.records.keys import RUNS, Keys
+from lachesis.broker.replicas.members import Members
+from lachesis.broker.retention.dead_letters import DeadLetters
+from lachesis.broker.run.journal import Journal
+from lachesis.broker.run.lineage import LineageStore
+from lachesis.broker.run.registry import Parties
+from lachesis.broker.run.tokens import Tokens
+from lachesis.broker.store.connection import HEARTBEATS, open_redis, patience, reconnect
+from lachesis.broker.store.multiplexed import Wire
+from lachesis.broker.store.redis_errors import trouble
+from lachesis.broker.store.scripts import Scripts
+from lachesis.broker.store.server import check_server
+from lachesis.broker.weights.checkpoints import CheckpointDigests
+from lachesis.broker.weights.pools import Pools
+from lachesis.broker.weights.versions import Weights
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -10,10 +10,10 @@ from redis.exceptions import NoPermissionError
 
 from lachesis.broker.client import Broker
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.keys import check_name
 from lachesis.broker.nearest import did_you_mean
-from lachesis.broker.settings import RedisSettings
+from lachesis.broker.records.keys import check_name
 from lachesis.cli.terminal import say
+from lachesis.service.settings import RedisSettings
 
 T = TypeVar("T")
 MAIN = "main"  # the policy that the pools serve unless told otherwise

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from lachesis.broker.client import Broker
-from lachesis.broker.environments import is_alive
-from lachesis.broker.records import EnvRecord, LedgerEntry, ServerStatus, TrainerConfig
+from lachesis.broker.records.groups import EnvRecord, LedgerEntry, ServerStatus, TrainerConfig
+from lachesis.broker.run.environments import is_alive
 
 SERVER_STALE_S = 10.0  # a heartbeat older than this is a dead server's
 REPLICA_STALE_S = 30.0  # likewise; the others of its policy take it out earlier, if there are any

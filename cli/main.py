@@ -26,22 +26,37 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "up": Command("train here: start and supervise every part, show the progress", "lachesis.cli.up"),
-    "status": Command("what a run is doing now, who of it is alive, and whether it is healthy", "lachesis.cli.status"),
-    "tail": Command(
-        "the newest steps and evaluations of a run, its rollouts in words, or who came and went", "lachesis.cli.tail"
+    "up": Command("train here: start and supervise every part, show the progress", "lachesis.cli.up.command"),
+    "status": Command(
+        "what a run is doing now, who of it is alive, and whether it is healthy", "lachesis.cli.commands.status"
     ),
-    "audit": Command("is every accepted group in exactly one committed step, or still queued?", "lachesis.cli.audit"),
-    "trainers": Command("who trains each policy: replicas, what each holds, how fast it is", "lachesis.cli.trainers"),
-    "shadow": Command("policies that train on the same batches, side by side", "lachesis.cli.shadow"),
-    "token": Command("make, list and revoke the tokens that a run's callers need", "lachesis.cli.token"),
-    "redis-users": Command("make Redis's users, one for each role, with passwords", "lachesis.cli.redis_users"),
-    "dead": Command("what could not be trained: list, show, requeue, purge", "lachesis.cli.dead"),
-    "pool": Command("which version a pool serves: newest, pin, canary, promote, rollback", "lachesis.cli.pool"),
-    "retention": Command("how many bytes of trained batches a run keeps, and who holds them", "lachesis.cli.retention"),
-    "archive": Command("write a run's trained batches to an archive before they are freed", "lachesis.cli.archive"),
-    "replay": Command("put the groups of an archive, or of another run, into a run", "lachesis.cli.replay"),
-    "evaluate": Command("held-out accuracy of what the servers serve now", "lachesis.cli.evaluate"),
+    "tail": Command(
+        "the newest steps and evaluations of a run, its rollouts in words, or who came and went",
+        "lachesis.cli.commands.tail",
+    ),
+    "audit": Command(
+        "is every accepted group in exactly one committed step, or still queued?", "lachesis.cli.commands.audit"
+    ),
+    "trainers": Command(
+        "who trains each policy: replicas, what each holds, how fast it is", "lachesis.cli.commands.trainers"
+    ),
+    "shadow": Command("policies that train on the same batches, side by side", "lachesis.cli.commands.shadow"),
+    "token": Command("make, list and revoke the tokens that a run's callers need", "lachesis.cli.commands.token"),
+    "redis-users": Command(
+        "make Redis's users, one for each role, with passwords", "lachesis.cli.commands.redis_users"
+    ),
+    "dead": Command("what could not be trained: list, show, requeue, purge", "lachesis.cli.commands.dead"),
+    "pool": Command(
+        "which version a pool serves: newest, pin, canary, promote, rollback", "lachesis.cli.commands.pool"
+    ),
+    "retention": Command(
+        "how many bytes of trained batches a run keeps, and who holds them", "lachesis.cli.commands.retention"
+    ),
+    "archive": Command(
+        "write a run's trained batches to an archive before they are freed", "lachesis.cli.commands.archive"
+    ),
+    "replay": Command("put the groups of an archive, or of another run, into a run", "lachesis.cli.commands.replay"),
+    "evaluate": Command("held-out accuracy of what the servers serve now", "lachesis.cli.commands.evaluate"),
     "shim": Command("the Atropos Trajectory API over Redis Streams", "lachesis.cli.roles:shim"),
     "trainer": Command(
         "a verl trainer that consumes batches and publishes weight versions", "lachesis.cli.roles:trainer"
@@ -49,7 +64,9 @@ COMMANDS = {
     "inference": Command("an SGLang server and the agent that keeps its weights new", "lachesis.cli.roles:inference"),
     "front-door": Command("the one address of a pool of SGLang servers", "lachesis.cli.roles:front_door"),
     "env": Command("an environment: makes rollouts and posts them to the shim", "lachesis.cli.roles:env"),
-    "base-model": Command("make the tiny model that the built-in environment starts from", "lachesis.cli.base_model"),
+    "base-model": Command(
+        "make the tiny model that the built-in environment starts from", "lachesis.cli.commands.base_model"
+    ),
 }
 
 
@@ -119,7 +136,7 @@ def _not_ours(error: BaseException) -> str | None:
     """What Redis or the system refused, in a line; None for any other error. A command has been patient with Redis by then."""
     from redis.exceptions import RedisError  # takes longer than all of --help
 
-    from lachesis.broker.redis_errors import describe, trouble
+    from lachesis.broker.store.redis_errors import describe, trouble
 
     while isinstance(error, BaseExceptionGroup):  # of task groups; the first error says it
         error = error.exceptions[0]
@@ -144,7 +161,7 @@ def _print_traceback(
 
 def _without_passwords(text: str, arguments: Sequence[str]) -> str:
     """The text with what looks like a URL among arguments and variables as it may be shown, wherever it is repeated."""
-    from lachesis.broker.connection import hide_password  # takes longer than all of --help
+    from lachesis.broker.store.connection import hide_password  # takes longer than all of --help
 
     given = [*arguments, *(value for name, value in os.environ.items() if name.upper().startswith("LACHESIS_"))]
     for word in dict.fromkeys(part for one in given for part in (one.partition("=")[2], one)):

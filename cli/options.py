@@ -15,8 +15,8 @@ from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.nearest import did_you_mean
-from lachesis.broker.settings import NO_SETTINGS, PREFIX, Settings, found_toml, read_toml, toml_file
 from lachesis.cli.terminal import say
+from lachesis.service.settings import NO_SETTINGS, PREFIX, Settings, found_toml, read_toml, toml_file
 
 S = TypeVar("S", bound=Settings)
 NEVER_FOUND = ("sglang_python", "sglang_args", "overrides")  # settings that name programs or code

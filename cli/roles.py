@@ -41,7 +41,7 @@ def inference(arguments: Sequence[str]) -> int:
     from lachesis.inference.settings import AgentSettings
 
     settings = parse(AgentSettings, "inference", arguments)
-    from lachesis.inference.agent import run
+    from lachesis.inference.agent.agent import run
 
     return run(settings)
 
@@ -50,7 +50,7 @@ def front_door(arguments: Sequence[str]) -> int:
     from lachesis.inference.settings import FrontDoorSettings
 
     settings = parse(FrontDoorSettings, "front-door", arguments)
-    from lachesis.inference.front_door import run
+    from lachesis.inference.gateway.app import run
 
     return run(settings)
 

@@ -1,1 +1,4 @@
-"""Environments: arithmetic, which needs no download, and gsm8k."""
+"""Environments: arithmetic, which needs no download, and gsm8k.
+
+Read task.py first, then single_turn.py.
+"""

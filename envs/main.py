@@ -13,13 +13,13 @@ from typing import Any
 
 import httpx
 
-from lachesis.broker.connection import hide_password
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.logs import configure_logging
+from lachesis.broker.store.connection import hide_password
 from lachesis.envs.registry import entry
 from lachesis.envs.settings import EnvSettings
 from lachesis.envs.task import Task
 from lachesis.envs.urls import split_token
+from lachesis.service.logs import configure_logging
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 RETRY_S = 0.3

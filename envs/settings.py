@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from lachesis.broker.settings import Settings
+from lachesis.service.settings import Settings
 
 
 class EnvSettings(Settings):

@@ -10,8 +10,8 @@ from msgspec import structs
 from redis.exceptions import RedisError
 from structlog.stdlib import BoundLogger
 
-from lachesis.broker.parties import Parties
-from lachesis.broker.records import ServerStatus
+from lachesis.broker.records.groups import ServerStatus
+from lachesis.broker.run.registry import Parties
 
 INTERVAL_S = 1.0
 

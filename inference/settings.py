@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from lachesis.broker.http.callers import CallerSettings
-from lachesis.broker.lineage import MAX_BYTES
-from lachesis.broker.settings import RedisSettings
+from lachesis.broker.run.lineage import MAX_BYTES
+from lachesis.service.http.callers import CallerSettings
+from lachesis.service.settings import RedisSettings
 
 
 class AgentSettings(RedisSettings):

@@ -13,22 +13,22 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route, Router
 
 from lachesis.broker import Broker
-from lachesis.broker.access import ADMIN, ANY, ENVIRONMENT, OPEN, TRAINER, Access, Seen
-from lachesis.broker.http.web_pages import guarded
-from lachesis.broker.records import Role
-from lachesis.shim.access import Guard
-from lachesis.shim.batches_out import BatchEndpoint, LatestExample
-from lachesis.shim.bodies import SMALL_BYTES
+from lachesis.broker.records.groups import Role
+from lachesis.service.http.access import ADMIN, ANY, ENVIRONMENT, OPEN, TRAINER, Access, Seen
+from lachesis.service.http.web_pages import guarded
+from lachesis.shim.batch.endpoint import BatchEndpoint, LatestExample
+from lachesis.shim.batch.http_trainers import HttpTrainers
 from lachesis.shim.errors import HANDLERS, refuse
-from lachesis.shim.groups_in import GroupsIn
-from lachesis.shim.openapi import openapi
-from lachesis.shim.parties import PartyRoutes
-from lachesis.shim.pressure import HOLD_S, Hold, Patient, Pressure
-from lachesis.shim.runs import Runs
+from lachesis.shim.http.access import Guard
+from lachesis.shim.http.run_router import Runs
+from lachesis.shim.intake.backpressure import HOLD_S, Hold, Patient, Pressure
+from lachesis.shim.intake.decode import SMALL_BYTES
+from lachesis.shim.intake.scored_data import GroupsIn
+from lachesis.shim.intake.versions import Versions
+from lachesis.shim.routes.openapi import openapi
+from lachesis.shim.routes.registration import PartyRoutes
+from lachesis.shim.routes.status import StatusRoutes
 from lachesis.shim.settings import ShimSettings
-from lachesis.shim.status import StatusRoutes
-from lachesis.shim.trainers import HttpTrainers
-from lachesis.shim.versions import Versions
 
 POSTS = ("/scored_data", "/scored_data_list")  # what an environment loses where they fail
 CHANGING_GETS = ("/batch", "/reset_data")

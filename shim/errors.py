@@ -13,10 +13,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from lachesis.broker.access import Denied
 from lachesis.broker.errors import ConfigurationError, Conflict, InvalidGroup, LimitReached
-from lachesis.broker.redis_errors import Trouble, describe, trouble
-from lachesis.broker.validation import path
+from lachesis.broker.queue.admission import path
+from lachesis.broker.store.redis_errors import Trouble, describe, trouble
+from lachesis.service.http.access import Denied
 
 SHOWN = 1000  # characters of a wrong value that are repeated to its sender
 SHOWN_IN_TEXT = 100

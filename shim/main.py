@@ -15,12 +15,12 @@ import uvicorn
 import uvloop
 
 from lachesis.broker import Broker, ConfigurationError
-from lachesis.broker.connection import hide_password
-from lachesis.broker.http.connections import Policy, uvicorn_options
-from lachesis.broker.keys import check_name
-from lachesis.broker.logs import configure_logging
+from lachesis.broker.records.keys import check_name
+from lachesis.broker.store.connection import hide_password
+from lachesis.service.http.connections import Policy, uvicorn_options
+from lachesis.service.logs import configure_logging
 from lachesis.shim.app import build_app
-from lachesis.shim.connection import Protocol
+from lachesis.shim.http.delivery import Protocol
 from lachesis.shim.settings import ShimSettings
 
 DRAIN_S = 20

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lachesis.broker.http.callers import CallerSettings
-from lachesis.broker.records import DUPLICATE_WINDOW_S, LONGEST_WINDOW_S, MAX_DELIVERIES, Limits
+from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, LONGEST_WINDOW_S, MAX_DELIVERIES, Limits
+from lachesis.service.http.callers import CallerSettings
 
 
 class ShimSettings(CallerSettings):

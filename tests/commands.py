@@ -10,7 +10,11 @@ from warm import WarmPython
 from lachesis.cli.main import COMMANDS
 
 LACHESIS = ("-m", "lachesis.cli.main")
-LATER = ("lachesis.cli.entries", "lachesis.cli.loop", "lachesis.shim.main")  # imported once a command has its settings
+LATER = (
+    "lachesis.cli.commands.entries",
+    "lachesis.cli.up.run",
+    "lachesis.shim.main",
+)  # imported once a command has its settings
 python = WarmPython(*dict.fromkeys(c.module.partition(":")[0] for c in COMMANDS.values()), *LATER)
 
 

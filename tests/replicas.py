@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lachesis.broker import Broker
-from lachesis.broker.members import CONSUMER
-from lachesis.broker.records import Membership
+from lachesis.broker.records.groups import Membership
+from lachesis.broker.replicas.members import CONSUMER
 
 BATCH = 4  # sequences
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from lachesis.broker import Broker
-from lachesis.broker.environments import ALIVE_S
+from lachesis.broker.run.environments import ALIVE_S
 
 
 async def silence(broker: Broker, env_id: int) -> None:

@@ -1,6 +1,6 @@
 """Python processes without the wait for their imports: each is forked from a process that has imported them already.
 
-    python = WarmPython("lachesis.cli.audit")
+    python = WarmPython("lachesis.cli.commands.audit")
     done = python.run("-m", "lachesis.cli.main", "audit", "--json")     # as subprocess.run([sys.executable, …])
     process = python.start("-m", "lachesis.cli.main", "shim")           # as subprocess.Popen([sys.executable, …])
 

@@ -17,21 +17,21 @@ from structlog.stdlib import BoundLogger
 
 from lachesis.broker import BlockingBroker, connect_blocking
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.logs import configure_logging
-from lachesis.broker.records import Group
-from lachesis.trainer.algorithms import summed_loss
-from lachesis.trainer.batch import TrainingBatch
-from lachesis.trainer.configure import Plan, compose_config, in_force, make_plan, resolved
-from lachesis.trainer.engine import Engine, build_engine, device_name
-from lachesis.trainer.like_run import kept_configuration, like_run
-from lachesis.trainer.mapping import to_batch
-from lachesis.trainer.ranks import LEADER, Crew, rank_of_this_process, world_size
+from lachesis.broker.records.groups import Group
+from lachesis.service.logs import configure_logging
+from lachesis.trainer.config.algorithms import summed_loss
+from lachesis.trainer.config.compose import Plan, compose_config, in_force, make_plan, resolved
+from lachesis.trainer.config.like_run import kept_configuration, like_run
+from lachesis.trainer.data.batch import TrainingBatch
+from lachesis.trainer.data.collate import to_batch
+from lachesis.trainer.engine.distributed import LEADER, Crew, rank_of_this_process, world_size
+from lachesis.trainer.engine.verl_engine import Engine, build_engine, device_name
+from lachesis.trainer.metrics.tracker import Tracker, check_backends
 from lachesis.trainer.settings import TrainerSettings
-from lachesis.trainer.tenure import Tenure
-from lachesis.trainer.tracking import Tracker, check_backends
+from lachesis.trainer.writer_lock import Tenure
 
 if TYPE_CHECKING:
-    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.algo.learner import Learner
 
 
 def run(settings: TrainerSettings) -> int:
@@ -50,7 +50,7 @@ def run(settings: TrainerSettings) -> int:
         print(resolved(config), end="")
         return 0
     if settings.ray_ranks:
-        from lachesis.trainer.ray_group import run_on_ray
+        from lachesis.trainer.launch.ray import run_on_ray
 
         return run_on_ray(settings, config.lachesis.device)
     stop = threading.Event()
@@ -68,7 +68,7 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
     log = configure_logging("trainer").bind(run=plan.run, policy=plan.policy)
     plan = replace(plan, kept=kept_configuration(settings, config))
     if plan.weights_url:
-        from lachesis.trainer.remote import RemoteVersions
+        from lachesis.trainer.weights.remote import RemoteVersions
 
         RemoteVersions(plan.weights_url, log).make()
 
@@ -87,13 +87,13 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
         with Tenure(broker, plan.policy, ttl_s=plan.lease_s) as tenure, ExitStack() as parts:
             engine = build_engine(config)
             # these need verl, which build_engine has imported for the right platform
-            from lachesis.trainer.algo import Learner
-            from lachesis.trainer.checkpoint import make_checkpoints
-            from lachesis.trainer.feed import Feed
-            from lachesis.trainer.publisher import make_publisher
-            from lachesis.trainer.replica import Replica
-            from lachesis.trainer.reporter import Reporter
-            from lachesis.trainer.upkeep import Upkeep
+            from lachesis.trainer.algo.learner import Learner
+            from lachesis.trainer.lifecycle import Upkeep
+            from lachesis.trainer.loop import Replica
+            from lachesis.trainer.metrics.reporter import Reporter
+            from lachesis.trainer.prefetch import Feed
+            from lachesis.trainer.weights.checkpoint import make_checkpoints
+            from lachesis.trainer.weights.publisher import make_publisher
 
             learner = Learner(engine, config.algorithm)
             crew = parts.enter_context(Crew(engine, learner))
@@ -128,8 +128,8 @@ def _train_together(
     """As one of several replicas of the policy."""
     config, divide_by = summed_loss(config)
     engine = build_engine(config)
-    from lachesis.trainer.reporter import Reporter
-    from lachesis.trainer.together import train_together
+    from lachesis.trainer.elastic.build import train_together
+    from lachesis.trainer.metrics.reporter import Reporter
 
     with _tracker(plan, config) as tracker:
         step = train_together(
@@ -155,8 +155,8 @@ def _follow(config: DictConfig, plan: Plan, settings: TrainerSettings) -> int:
     engine = build_engine(config)
     if settings.dry_run:
         return 0
-    from lachesis.trainer.algo import Learner
-    from lachesis.trainer.together import follow_together
+    from lachesis.trainer.algo.learner import Learner
+    from lachesis.trainer.elastic.build import follow_together
 
     if plan.elastic:
         follow_together(

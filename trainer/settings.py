@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from lachesis.broker.settings import RedisSettings
+from lachesis.service.settings import RedisSettings
 
 
 class TrainerSettings(RedisSettings):

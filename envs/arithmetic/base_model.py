@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.settings import make_folder
 from lachesis.envs.arithmetic.tasks import Arithmetic, wrong_answer
+from lachesis.service.settings import make_folder
 
 PAD, EOS = 0, 1
 SPECIALS = ["<pad>", "<eos>", "<|im_start|>", "<|im_end|>"]

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import zstandard
 
-from lachesis.broker.packing import PACKED_TYPE
+from lachesis.broker.records.packing import PACKED_TYPE
 
 MIB = 1 << 20
 GZIP = {"Content-Encoding": "gzip"}

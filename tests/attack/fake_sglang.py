@@ -22,9 +22,9 @@ if __name__ != "__main__":  # it starts faster without
     import anyio
 
     from lachesis.broker import Broker
-    from lachesis.broker.logs import configure_logging
-    from lachesis.inference.agent import Agent
+    from lachesis.inference.agent.agent import Agent
     from lachesis.inference.settings import AgentSettings
+    from lachesis.service.logs import configure_logging
 
 DEADLY = 66
 

@@ -14,13 +14,13 @@ from starlette.requests import Request
 from trajectories import TRAINER
 
 from lachesis.broker import Broker, ConfigurationError
-from lachesis.broker.http.connections import uvicorn_options
-from lachesis.broker.keys import check_name
+from lachesis.broker.records.keys import check_name
+from lachesis.service.http.connections import uvicorn_options
 from lachesis.shim.app import build_app
-from lachesis.shim.connection import Protocol
+from lachesis.shim.batch.http_trainers import consumer_of
+from lachesis.shim.http.delivery import Protocol
 from lachesis.shim.main import listen
 from lachesis.shim.settings import ShimSettings
-from lachesis.shim.trainers import consumer_of
 
 pytestmark = pytest.mark.anyio
 

@@ -19,10 +19,10 @@ from scored import group, trained
 from trajectories import TRAINER, serving
 
 from lachesis.broker import Broker, InvalidGroup
-from lachesis.broker.archive import Archive, Archived, Header
+from lachesis.broker.archive.segments import Archive, Archived, Header
 from lachesis.broker.audit import audit
-from lachesis.broker.packing import CODEC, PACKED_TYPE, pack, to_blob
-from lachesis.broker.records import BatchEntry, DeadEntry, ScoredGroup
+from lachesis.broker.records.groups import BatchEntry, DeadEntry, ScoredGroup
+from lachesis.broker.records.packing import CODEC, PACKED_TYPE, pack, to_blob
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 

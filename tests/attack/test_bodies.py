@@ -17,9 +17,9 @@ from ports import free_port
 from trajectories import TRAINER, group, shim_process, wait_until_up
 
 from lachesis.broker import EmbeddedRedis
-from lachesis.broker.packing import pack
-from lachesis.broker.records import ScoredGroup
-from lachesis.shim.direct import LONGEST, read_group, read_groups
+from lachesis.broker.records.groups import ScoredGroup
+from lachesis.broker.records.packing import pack
+from lachesis.shim.intake.simdjson_decoder import LONGEST, read_group, read_groups
 
 
 class Shim:
@@ -123,7 +123,7 @@ def test_large_groups_are_read_as_small_ones_are(shim: Shim) -> None:
 def test_a_worker_that_dies_is_replaced(shim: Shim) -> None:
     for number in (31, 32):
         for child in Path(f"/proc/{shim.pid}/task/{shim.pid}/children").read_text().split():
-            if b"lachesis.shim.reader" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if b"lachesis.shim.intake.body_worker" in Path(f"/proc/{child}/cmdline").read_bytes():
                 subprocess.run(["kill", "-9", child], check=True)
         body = json.dumps(group(number)).encode() + b" " * MIB
         assert shim.post("/scored_data", body, {}).json() == {"status": "received"}

@@ -14,8 +14,8 @@ import pytest
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
 from lachesis.broker.errors import CheckpointRefused
-from lachesis.trainer.checkpoint import Checkpoints
-from lachesis.trainer.checkpoint_files import MANIFEST
+from lachesis.trainer.weights.checkpoint import Checkpoints
+from lachesis.trainer.weights.checkpoint_files import MANIFEST
 
 sys.path.append(str(Path(__file__).parents[1] / "trainer"))
 from trainer_kit import PATIENCE_S, context, make_tiny_model, preload
@@ -163,10 +163,10 @@ def load_pickles(model: Path, folder: Path, said: Path) -> None:
     """Save a checkpoint with verl, and load it with a pickle in the place of each of its files. Runs in a process."""
     os.environ["VERL_PLATFORM"] = "cpu"
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
-    from lachesis.trainer.algo import Learner
-    from lachesis.trainer.configure import compose_config
-    from lachesis.trainer.engine import build_engine
-    from lachesis.trainer.ranks import Crew
+    from lachesis.trainer.algo.learner import Learner
+    from lachesis.trainer.config.compose import compose_config
+    from lachesis.trainer.engine.distributed import Crew
+    from lachesis.trainer.engine.verl_engine import build_engine
 
     config = compose_config([f"actor_rollout_ref.model.path={model}"], device="cpu")
     engine = build_engine(config)

@@ -18,10 +18,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from lachesis.broker.http import connections
-from lachesis.broker.http.connections import Connections, Policy, uvicorn_options
-from lachesis.broker.http.settings import ConnectionSettings
-from lachesis.shim.connection import Protocol
+from lachesis.service.http import connections
+from lachesis.service.http.connections import Connections, Policy, uvicorn_options
+from lachesis.service.http.settings import ConnectionSettings
+from lachesis.shim.http.delivery import Protocol
 
 pytestmark = pytest.mark.anyio
 
@@ -292,7 +292,7 @@ async def test_others_are_served_beside_many_that_are_slow() -> None:
 def test_the_limit_of_open_files_is_raised() -> None:
     source = """
 import resource
-from lachesis.broker.http.connections import raise_descriptor_limit
+from lachesis.service.http.connections import raise_descriptor_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2000))
 print(raise_descriptor_limit(1000), *resource.getrlimit(resource.RLIMIT_NOFILE))
 print(raise_descriptor_limit(4096), *resource.getrlimit(resource.RLIMIT_NOFILE))

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lachesis.broker import counts
-from lachesis.broker.counts import Counts, TooMany, check_json, check_msgpack
+from lachesis.broker.records import body_limits
+from lachesis.broker.records.body_limits import Counts, TooMany, check_json, check_msgpack
 
 texts = st.text(max_size=8) | st.sampled_from(['[,{"', "\\", '\\"', '"[', "\\\\", ",,,", "é[", "\ud7ff"])
 values: st.SearchStrategy[Any] = st.recursive(
@@ -44,7 +44,7 @@ def refuses(check: Any, body: bytes, *most: int) -> bool:
 def test_lists_and_objects_are_counted_exactly_and_not_those_in_text(value: Any, piece: int, ascii_only: bool) -> None:
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(counts, "PIECE_BYTES", piece)  # so that its ends lie everywhere
+        patch.setattr(body_limits, "PIECE_BYTES", piece)  # so that its ends lie everywhere
         assert finds(check_json, body, containers(value))
     assert finds(check_msgpack, msgspec.msgpack.encode(value), containers(value))
 

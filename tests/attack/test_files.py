@@ -15,7 +15,7 @@ from redis.exceptions import AuthenticationError
 from redis.retry import Retry
 
 from lachesis.broker import EmbeddedRedis
-from lachesis.cli.redis_users import read_rules
+from lachesis.cli.commands.redis_users import read_rules
 
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 

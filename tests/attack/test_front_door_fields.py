@@ -1,6 +1,6 @@
 """Each field that may pass the front door, at its edges, against a real SGLang: none of it may cost a server.
 
-The edges come from the tables in inference/fields.py, so a field that is added there is tried here. What the front door
+The edges come from the tables in inference/gateway/request_fields.py, so a field that is added there is tried here. What the front door
 refuses is not sent; that it is refused is shown in tests/inference/test_check.py.
 """
 
@@ -22,9 +22,9 @@ from msgspec import inspect
 from published import CONTEXT, VOCAB, make_model
 
 from lachesis.broker import EmbeddedRedis
-from lachesis.inference import fields
-from lachesis.inference.check import Check, check_vocabulary
-from lachesis.inference.generate import BadRequest
+from lachesis.inference.gateway import request_fields
+from lachesis.inference.gateway.protocols.sglang import BadRequest
+from lachesis.inference.gateway.request_check import Check, check_vocabulary
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sglang, pytest.mark.timeout(600)]
 
@@ -35,11 +35,11 @@ HEALTHY = {"input_ids": [9, 10, 11], "sampling_params": {"max_new_tokens": 2}}
 MESSAGES = [{"role": "user", "content": "hi"}]
 PROMPT = [5, 6, 7, 8]
 ROUTES: dict[str, tuple[str, type[msgspec.Struct], dict[str, Any]]] = {
-    "generate": ("/generate", fields.Generate, {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 2}}),
-    "sampling": ("/generate", fields.Native, {"max_new_tokens": 2}),
-    "vllm": ("/generate", fields.VLLM, {"prompt": PROMPT, "max_tokens": 2}),
-    "completions": ("/v1/completions", fields.Completion, {"prompt": PROMPT, "max_tokens": 2}),
-    "chat": ("/v1/chat/completions", fields.Chat, {"messages": MESSAGES, "max_tokens": 2}),
+    "generate": ("/generate", request_fields.Generate, {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 2}}),
+    "sampling": ("/generate", request_fields.Native, {"max_new_tokens": 2}),
+    "vllm": ("/generate", request_fields.VLLM, {"prompt": PROMPT, "max_tokens": 2}),
+    "completions": ("/v1/completions", request_fields.Completion, {"prompt": PROMPT, "max_tokens": 2}),
+    "chat": ("/v1/chat/completions", request_fields.Chat, {"messages": MESSAGES, "max_tokens": 2}),
 }
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2, VOCAB - 1, VOCAB, CONTEXT, CONTEXT - 1, CONTEXT - len(PROMPT), 2**31 - 1, 2**31, 2**32,

@@ -23,9 +23,9 @@ from aiohttp import web
 from published import make_model, write_version
 
 from lachesis.broker import Broker
-from lachesis.broker.manifest import MANIFEST, MAX_MANIFEST
-from lachesis.broker.records import ServerStatus, WeightsEntry
-from lachesis.inference import tensors
+from lachesis.broker.records.groups import ServerStatus, WeightsEntry
+from lachesis.broker.weights.manifest import MANIFEST, MAX_MANIFEST
+from lachesis.inference.versions import safetensors_reader
 
 pytestmark = pytest.mark.anyio
 
@@ -322,4 +322,4 @@ async def test_what_the_disk_has_no_room_for_is_not_begun(broker: Broker, store:
 def test_every_type_of_the_format_has_its_size() -> None:
     from safetensors import numpy as formats
 
-    assert {name for name in formats._TYPES if not name.startswith("F8")} <= tensors._BITS.keys()
+    assert {name for name in formats._TYPES if not name.startswith("F8")} <= safetensors_reader._BITS.keys()

@@ -20,8 +20,8 @@ from fake_sglang import DEADLY
 from published import make_model
 
 from lachesis.broker import Broker
-from lachesis.inference import poison
-from lachesis.inference.poison import Poison
+from lachesis.inference.gateway import poison
+from lachesis.inference.gateway.poison import Poison
 
 pytestmark = pytest.mark.anyio
 

@@ -15,10 +15,10 @@ import pytest
 from commands import LACHESIS, python
 
 from lachesis.broker import ConfigurationError, EmbeddedRedis
-from lachesis.broker.connection import hide_password, open_redis
+from lachesis.broker.store.connection import hide_password, open_redis
 from lachesis.cli.options import parse
-from lachesis.cli.parts import Processes, plan
-from lachesis.cli.up import UpSettings
+from lachesis.cli.up.command import UpSettings
+from lachesis.cli.up.plan import Processes, plan
 
 SECRET = "S3cretPW"
 PATIENCE_S = 60.0

@@ -12,8 +12,9 @@ from queued import lease, put
 from scored import trained
 from trajectories import TRAINER, serving
 
-from lachesis.broker import Broker, EmbeddedRedis, queue
-from lachesis.broker.dead import BODY_BYTES, untrainable
+from lachesis.broker import Broker, EmbeddedRedis
+from lachesis.broker.queue import queue
+from lachesis.broker.retention.dead_letters import BODY_BYTES, untrainable
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 

@@ -11,10 +11,11 @@ import httpx
 import pytest
 from trajectories import ENV, TRAINER, group, serving
 
-from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis, journal, parties
-from lachesis.broker.records import EnvConfig, ServerStatus
-from lachesis.shim import trainers
+from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis
+from lachesis.broker.records.groups import EnvConfig, ServerStatus
+from lachesis.broker.run import journal, registry
 from lachesis.shim.app import build_app
+from lachesis.shim.batch import http_trainers
 from lachesis.shim.settings import ShimSettings
 
 pytestmark = pytest.mark.anyio
@@ -44,7 +45,7 @@ async def silent_for(broker: Broker, seconds: float) -> None:
 async def test_environments_are_bounded_and_the_longest_silent_make_room(
     registered: httpx.AsyncClient, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parties, "MOST_ENVS", 10)
+    monkeypatch.setattr(registry, "MOST_ENVS", 10)
 
     async def register(name: str) -> httpx.Response:
         return await registered.post("/register-env", json={**ENV, "desired_name": name})
@@ -71,7 +72,7 @@ async def test_environments_are_bounded_and_the_longest_silent_make_room(
 async def test_trainers_are_bounded_and_keep_what_is_lent_to_them(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainers, "MOST_TRAINERS", 5)
+    monkeypatch.setattr(http_trainers, "MOST_TRAINERS", 5)
     async with serving(build_app(broker, ShimSettings())) as url, httpx.AsyncClient(base_url=url) as client:
         await client.post("/register", json=TRAINER, headers={"X-Trainer-Id": "t0"})
         for number in range(2):

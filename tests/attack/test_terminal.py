@@ -16,11 +16,18 @@ import pytest
 from queued import put
 
 from lachesis.broker import Broker
-from lachesis.broker.dead import compressed
-from lachesis.broker.records import ArchiverStatus, EnvConfig, EnvRecord, LedgerEntry, ServerStatus, TrainerConfig
+from lachesis.broker.records.groups import (
+    ArchiverStatus,
+    EnvConfig,
+    EnvRecord,
+    LedgerEntry,
+    ServerStatus,
+    TrainerConfig,
+)
+from lachesis.broker.retention.dead_letters import compressed
 from lachesis.cli import terminal
-from lachesis.cli.progress import Display, View
 from lachesis.cli.terminal import visible
+from lachesis.cli.up.progress import Display, View
 
 CLI = Path(terminal.__file__).parent
 HOSTILE = "[/x]boom\x1b]0;PWNED\x07\x1b[2J\nFORGED row\r\u202egnp\u2028x\x9b1m\x7f"

@@ -16,11 +16,12 @@ from doors import REQUEST, Upstream, answers, door
 from starlette.applications import Starlette
 from trajectories import ENV, TRAINER, group, number_of, serving, shim_process, wait_until_up
 
-from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis, access, connect_blocking
-from lachesis.broker.http.callers import CallerSettings, is_loopback
-from lachesis.broker.records import Role
-from lachesis.inference import front_door
+from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis, connect_blocking
+from lachesis.broker.records.groups import Role
+from lachesis.inference.gateway import app as front_door
 from lachesis.inference.settings import FrontDoorSettings
+from lachesis.service.http import access
+from lachesis.service.http.callers import CallerSettings, is_loopback
 from lachesis.shim import main
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings

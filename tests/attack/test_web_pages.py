@@ -24,9 +24,9 @@ from doors import Upstream, answers, door
 from trajectories import ENV, TRAINER, group, serving
 
 from lachesis.broker import Broker, ConfigurationError
-from lachesis.broker.http.callers import CallerSettings
 from lachesis.cli.options import parse
 from lachesis.inference.settings import FrontDoorSettings
+from lachesis.service.http.callers import CallerSettings
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 

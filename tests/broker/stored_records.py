@@ -16,10 +16,8 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from lachesis.broker.codec import to_entry
-from lachesis.broker.lineage import to_record
-from lachesis.broker.packing import pack, to_blob
-from lachesis.broker.records import (
+from lachesis.broker.records.entries import to_entry
+from lachesis.broker.records.groups import (
     ArchiverStatus,
     Base,
     BatchEntry,
@@ -40,6 +38,8 @@ from lachesis.broker.records import (
     TrainerConfig,
     WeightsEntry,
 )
+from lachesis.broker.records.packing import pack, to_blob
+from lachesis.broker.run.lineage import to_record
 
 FILE = Path(__file__).with_suffix(".json")
 

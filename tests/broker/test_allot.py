@@ -15,7 +15,15 @@ from atroposlib.api.utils import (
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from lachesis.broker.allot import TURN_EVERY, attainable, choose, choose_with_minimums, left_over, minimums, next_batch
+from lachesis.broker.queue.selection import (
+    TURN_EVERY,
+    attainable,
+    choose,
+    choose_with_minimums,
+    left_over,
+    minimums,
+    next_batch,
+)
 
 Groups = list[tuple[str, int]]  # (environment, sequences), oldest first
 

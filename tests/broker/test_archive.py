@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored import trained
 
-from lachesis.broker.archive import Archive, Archived, Header
+from lachesis.broker.archive.segments import Archive, Archived, Header
 from lachesis.broker.errors import ArchiveUnreadable, ConfigurationError
-from lachesis.broker.records import BatchEntry
+from lachesis.broker.records.groups import BatchEntry
 
 HEADER = Header("r", "c", 1.0)
 folders = itertools.count()

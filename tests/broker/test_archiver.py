@@ -16,11 +16,11 @@ from trained_run import BATCH, archiver, read, train, unfreed
 from warm import WarmProcess
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.archive import Archive
-from lachesis.broker.archiver import Archiver, stop_archiving
+from lachesis.broker.archive.archiver import Archiver, stop_archiving
+from lachesis.broker.archive.segments import Archive
 from lachesis.broker.audit import audit
 from lachesis.broker.errors import Conflict
-from lachesis.broker.logs import configure_logging
+from lachesis.service.logs import configure_logging
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 POINTS = ("segment", "segment-written", "segment-named", "segment-covered")

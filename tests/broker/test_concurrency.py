@@ -9,8 +9,8 @@ import pytest
 from scored import group, trained
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.allot import choose
 from lachesis.broker.audit import audit
+from lachesis.broker.queue.selection import choose
 
 pytestmark = pytest.mark.anyio
 GROUPS, PRODUCERS, CONSUMERS, BATCH = 120, 4, 3, 8

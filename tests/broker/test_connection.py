@@ -21,10 +21,10 @@ from lachesis.broker import (
     RedisUnsuitable,
     connect_blocking,
 )
-from lachesis.broker.connection import hide_password, open_redis
-from lachesis.broker.logs import configure_logging
-from lachesis.broker.lua import Scripts
-from lachesis.broker.server import check_server
+from lachesis.broker.store.connection import hide_password, open_redis
+from lachesis.broker.store.scripts import Scripts
+from lachesis.broker.store.server import check_server
+from lachesis.service.logs import configure_logging
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lachesis.broker import WeightsRefused, delta
-from lachesis.broker.delta import apply_delta, write_delta
-from lachesis.broker.records import Delta, FileInfo
+from lachesis.broker import WeightsRefused
+from lachesis.broker.records.groups import Delta, FileInfo
+from lachesis.broker.weights import delta
+from lachesis.broker.weights.delta import apply_delta, write_delta
 
 HEADER = b"\x08" + bytes(7) + b"{}      "
 SPECIAL = {  # little endian: quiet and signalling NaNs with payloads, -0.0, infinity, the smallest subnormal

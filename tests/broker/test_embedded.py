@@ -17,9 +17,10 @@ from anyio.abc import Process
 from scored import group
 from sick_redis import until
 
-from lachesis.broker import Broker, Conflict, EmbeddedRedis, RedisUnreachable, embedded
-from lachesis.broker.connection import open_redis
-from lachesis.broker.embedded import Keeper
+from lachesis.broker import Broker, Conflict, EmbeddedRedis, RedisUnreachable
+from lachesis.broker.store import embedded
+from lachesis.broker.store.connection import open_redis
+from lachesis.broker.store.embedded import Keeper
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
@@ -123,7 +124,7 @@ async def test_a_killed_server_is_revived_with_its_data(tmp_path: Path) -> None:
 
 SHARER = """
 import sys, time
-from lachesis.broker.embedded import EmbeddedRedis, Keeper
+from lachesis.broker.store.embedded import EmbeddedRedis, Keeper
 with EmbeddedRedis(sys.argv[1]) as server, Keeper(server):
     print(server.pid or 0, flush=True)
     time.sleep(600)

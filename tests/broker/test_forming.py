@@ -16,9 +16,9 @@ from silent import silence
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
-from lachesis.broker.environments import ALIVE_S
-from lachesis.broker.forming import PATIENCE_S
-from lachesis.broker.records import EnvConfig
+from lachesis.broker.queue.form import PATIENCE_S
+from lachesis.broker.records.groups import EnvConfig
+from lachesis.broker.run.environments import ALIVE_S
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 

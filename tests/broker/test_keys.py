@@ -10,9 +10,9 @@ from replicas import replicas_at_work
 from scored import group, trained
 
 from lachesis.broker import Broker, ConfigurationError
-from lachesis.broker.codec import tokens_digest
-from lachesis.broker.keys import RUNS, Keys
-from lachesis.broker.records import EnvConfig, Lineage, PoolRule, ServerStatus, TrainerConfig, WeightsEntry
+from lachesis.broker.records.entries import tokens_digest
+from lachesis.broker.records.groups import EnvConfig, Lineage, PoolRule, ServerStatus, TrainerConfig, WeightsEntry
+from lachesis.broker.records.keys import RUNS, Keys
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "keys.md"
 ROW = re.compile(r"^\| `…:([^`]+)` \| (\w+)", re.M)

@@ -10,9 +10,9 @@ from scored import trained
 
 from lachesis.broker import Broker, LeaseLost
 from lachesis.broker.audit import audit
-from lachesis.broker.dead import untrainable
 from lachesis.broker.errors import NotFound
-from lachesis.broker.records import RefusedEntry
+from lachesis.broker.records.groups import RefusedEntry
+from lachesis.broker.retention.dead_letters import untrainable
 
 pytestmark = pytest.mark.anyio
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lachesis.broker import Broker
-from lachesis.broker.records import Lineage
+from lachesis.broker.records.groups import Lineage
 
 pytestmark = pytest.mark.anyio
 

@@ -13,11 +13,9 @@ from scored import group, trained
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
-from lachesis.broker.codec import tokens_digest
 from lachesis.broker.errors import Moved
-from lachesis.broker.lua import NAMES
-from lachesis.broker.members import Claimed, Meeting
-from lachesis.broker.records import (
+from lachesis.broker.records.entries import tokens_digest
+from lachesis.broker.records.groups import (
     EnvConfig,
     Lease,
     Limits,
@@ -28,7 +26,9 @@ from lachesis.broker.records import (
     TrainerConfig,
     WeightsEntry,
 )
-from lachesis.broker.shadows import Rule
+from lachesis.broker.replicas.members import Claimed, Meeting
+from lachesis.broker.retention.shadows import Rule
+from lachesis.broker.store.scripts import FILES
 
 pytestmark = pytest.mark.anyio
 ENV = EnvConfig(max_token_length=16, desired_name="sums", weight=1.0, group_size=2)
@@ -69,7 +69,7 @@ class Run:
 @pytest.fixture
 async def run(shared_redis: EmbeddedRedis, run_name: str) -> AsyncIterator[Run]:
     direct = await Broker.connect(shared_redis.url, run_name)
-    for name in NAMES:  # so that the command that is lost is the one that does the work
+    for name in FILES:  # so that the command that is lost is the one that does the work
         await direct.redis.script_load(getattr(direct.scripts, name).script)
     async with dropping_replies(str(shared_redis.socket)) as dropper:
         broker = await Broker.connect(dropper.url, run_name)
@@ -450,7 +450,7 @@ SCRIPTS = {case.__name__: case for case in (
 
 
 def test_no_script_is_left_out() -> None:
-    assert set(SCRIPTS) == set(NAMES)
+    assert set(SCRIPTS) == set(FILES)
 
 
 @pytest.mark.parametrize("case", SCRIPTS.values(), ids=SCRIPTS)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lachesis.broker import Broker
-from lachesis.broker.pools import NEWEST, NONE, canaries
-from lachesis.broker.records import PoolRule, WeightsEntry
+from lachesis.broker.records.groups import PoolRule, WeightsEntry
+from lachesis.broker.weights.pools import NEWEST, NONE, canaries
 
 pytestmark = pytest.mark.anyio
 

@@ -12,9 +12,10 @@ import pytest
 from redis.exceptions import ConnectionError, RedisError
 from scored import group
 
-from lachesis.broker import Broker, EmbeddedRedis, connection
-from lachesis.broker.connection import COMMANDS, open_redis, wait_for_entries
-from lachesis.broker.records import ServerStatus
+from lachesis.broker import Broker, EmbeddedRedis
+from lachesis.broker.records.groups import ServerStatus
+from lachesis.broker.store import connection
+from lachesis.broker.store.connection import COMMANDS, open_redis, wait_for_entries
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 STATUS = ServerStatus("s", "main", "http://s", "ready", 0, -1, 0.0)

@@ -26,9 +26,9 @@ from hypothesis.stateful import (
 from scored import group, trained
 
 from lachesis.broker import EmbeddedRedis, LeaseLost, connect_blocking
-from lachesis.broker.allot import next_batch
 from lachesis.broker.audit import audit
-from lachesis.broker.records import Lease, Limits, TrainerConfig, WeightsEntry
+from lachesis.broker.queue.selection import next_batch
+from lachesis.broker.records.groups import Lease, Limits, TrainerConfig, WeightsEntry
 
 BATCH, MAX_DELIVERIES = 4, 2
 LIMITS = st.just(Limits()) | st.builds(

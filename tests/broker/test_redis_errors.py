@@ -14,11 +14,11 @@ from replicas import founded
 from sick_redis import pair, sick_redis, until
 
 from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis, RedisUnsuitable, connect_blocking
-from lachesis.broker.access import Access, Denied
-from lachesis.broker.connection import hide_password, open_redis, patience
-from lachesis.broker.heartbeat import is_stopped
-from lachesis.broker.redis_errors import Trouble, describe, trouble
-from lachesis.trainer.tenure import Tenure
+from lachesis.broker.store.connection import hide_password, open_redis, patience
+from lachesis.broker.store.redis_errors import Trouble, describe, trouble
+from lachesis.service.http.access import Access, Denied
+from lachesis.trainer.elastic.heartbeat import is_stopped
+from lachesis.trainer.writer_lock import Tenure
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 

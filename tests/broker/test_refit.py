@@ -13,11 +13,11 @@ from scored import group, trained
 
 from lachesis.broker import Broker, EmbeddedRedis, LeaseLost
 from lachesis.broker.audit import audit
-from lachesis.broker.codec import flat_entry
-from lachesis.broker.packing import pack, queue_entry, to_arrays, to_blob
-from lachesis.broker.queue import makes_batch
-from lachesis.broker.records import LedgerEntry, ScoredGroup, TrainerConfig
-from lachesis.broker.shadows import Rule
+from lachesis.broker.queue.queue import makes_batch
+from lachesis.broker.records.entries import flat_entry
+from lachesis.broker.records.groups import LedgerEntry, ScoredGroup, TrainerConfig
+from lachesis.broker.records.packing import pack, queue_entry, to_arrays, to_blob
+from lachesis.broker.retention.shadows import Rule
 
 pytestmark = pytest.mark.anyio
 
@@ -171,7 +171,7 @@ async def test_a_shadow_goes_on_with_old_batches_that_the_main_policy_has_traine
 
 
 async def test_current_step_does_not_count_what_nobody_was_given(broker: Broker) -> None:
-    from lachesis.shim.status import current_step
+    from lachesis.shim.routes.status import current_step
 
     await broker.queue.subscribe("main")
     await registered(broker, 4)

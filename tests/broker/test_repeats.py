@@ -11,7 +11,7 @@ from scored import group, trained
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
-from lachesis.broker.records import DUPLICATE_WINDOW_S, Limits
+from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, Limits
 
 pytestmark = pytest.mark.anyio
 

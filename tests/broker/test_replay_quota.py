@@ -9,10 +9,10 @@ import pytest
 from scored import group, trained
 
 from lachesis.broker import Broker
+from lachesis.broker.archive.replay import Part, Replayed, store
 from lachesis.broker.audit import audit
-from lachesis.broker.packing import to_arrays
-from lachesis.broker.records import Group, TrainerConfig
-from lachesis.broker.replay import Part, Replayed, store
+from lachesis.broker.records.groups import Group, TrainerConfig
+from lachesis.broker.records.packing import to_arrays
 
 pytestmark = pytest.mark.anyio
 QUOTA = 400  # bytes: two of the groups

@@ -9,8 +9,8 @@ import pytest
 from scored import group
 
 from lachesis.broker import Broker, ConfigurationError, Conflict, EmbeddedRedis
-from lachesis.broker.records import TokenRecord
-from lachesis.broker.tokens import matching
+from lachesis.broker.records.groups import TokenRecord
+from lachesis.broker.run.tokens import matching
 
 pytestmark = pytest.mark.anyio
 

@@ -14,13 +14,13 @@ from scored import group, trained
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
-from lachesis.broker.codec import to_entry
-from lachesis.broker.dead import Letter
 from lachesis.broker.errors import NotFound
-from lachesis.broker.journal import KEEP_EVENTS
-from lachesis.broker.packing import pack, to_blob
-from lachesis.broker.queue import BLOB_TTL_S
-from lachesis.broker.records import DUPLICATE_WINDOW_S, BatchEntry, Limits, TrainerConfig, WeightsEntry
+from lachesis.broker.queue.queue import BLOB_TTL_S
+from lachesis.broker.records.entries import to_entry
+from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, BatchEntry, Limits, TrainerConfig, WeightsEntry
+from lachesis.broker.records.packing import pack, to_blob
+from lachesis.broker.retention.dead_letters import Letter
+from lachesis.broker.run.journal import KEEP_EVENTS
 
 pytestmark = pytest.mark.anyio
 

@@ -12,8 +12,8 @@ from scored import trained
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import AuditReport, audit
-from lachesis.broker.records import Lease
-from lachesis.broker.shadows import Rule
+from lachesis.broker.records.groups import Lease
+from lachesis.broker.retention.shadows import Rule
 
 pytestmark = pytest.mark.anyio
 BATCH = 4  # two groups of two

@@ -11,13 +11,13 @@ from scored import group, trained
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
-from lachesis.broker.codec import to_entry
-from lachesis.broker.dead import untrainable
-from lachesis.broker.lineage import from_record
-from lachesis.broker.members import CONSUMER
-from lachesis.broker.packing import pack, to_arrays, to_blob
-from lachesis.broker.queue import SLICE_BYTES, SLICE_GROUPS, queue_entry
-from lachesis.broker.records import Lease, Limits, Lineage, ScoredGroup, WeightsEntry
+from lachesis.broker.queue.queue import SLICE_BYTES, SLICE_GROUPS, queue_entry
+from lachesis.broker.records.entries import to_entry
+from lachesis.broker.records.groups import Lease, Limits, Lineage, ScoredGroup, WeightsEntry
+from lachesis.broker.records.packing import pack, to_arrays, to_blob
+from lachesis.broker.replicas.members import CONSUMER
+from lachesis.broker.retention.dead_letters import untrainable
+from lachesis.broker.run.lineage import from_record
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 MANY = 16_000

@@ -8,9 +8,9 @@ import pytest
 from scored import group
 
 from lachesis.broker import InvalidGroup
-from lachesis.broker.packing import to_arrays
-from lachesis.broker.records import ScoredGroup
-from lachesis.broker.validation import check_group
+from lachesis.broker.queue.admission import check_group
+from lachesis.broker.records.groups import ScoredGroup
+from lachesis.broker.records.packing import to_arrays
 
 SPOILT = {
     "no sequence": ({"tokens": [], "masks": [], "scores": []}, "tokens = []: must hold at least one sequence"),

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from lachesis.broker import Broker, Conflict
-from lachesis.broker.records import WeightsEntry
+from lachesis.broker.records.groups import WeightsEntry
 
 pytestmark = pytest.mark.anyio
 

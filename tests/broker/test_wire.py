@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
 
-from lachesis.broker import Broker, EmbeddedRedis, wire
-from lachesis.broker.connection import open_redis
-from lachesis.broker.wire import Wire
+from lachesis.broker import Broker, EmbeddedRedis
+from lachesis.broker.store import multiplexed
+from lachesis.broker.store.connection import open_redis
+from lachesis.broker.store.multiplexed import Wire
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
@@ -86,7 +87,7 @@ async def test_a_restart_of_the_server_is_a_pause(redis_server: EmbeddedRedis) -
 async def test_a_server_that_owes_a_reply_and_is_silent_is_given_up(
     redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "REPLY_S", 2.0)
+    monkeypatch.setattr(multiplexed, "REPLY_S", 2.0)
     line = Wire(open_redis(redis_server.url))
     (first,) = await line.call(("CLIENT", "ID"))
     await asyncio.sleep(2.5)  # it owes nothing

@@ -11,7 +11,7 @@ from scored import group, trained
 from warm import WarmProcess
 
 from lachesis.broker import Broker
-from lachesis.broker.archive import Archive, Archived
+from lachesis.broker.archive.segments import Archive, Archived
 
 BATCH = 4
 SIZES = (2, 1, 3, 2)  # don't fit batches in the order they come

@@ -35,7 +35,7 @@ from redis.exceptions import RedisError
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
-from lachesis.broker.codec import gid_of
+from lachesis.broker.records.entries import gid_of
 
 BATCH = 16
 SIZES = (2, 4, 8, 3)  # threes don't divide the batch

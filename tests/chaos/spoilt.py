@@ -9,7 +9,7 @@ import torch
 from elastic_process import Settings, TinyCompute
 from torch import Tensor
 
-from lachesis.broker.records import BatchEntry, Group
+from lachesis.broker.records.groups import BatchEntry, Group
 
 AT = 2  # the step that is spoilt
 

@@ -8,7 +8,7 @@ import pytest
 from fabric import Truth, judge, run
 
 from lachesis.broker import Broker
-from lachesis.broker.records import LedgerEntry, ScoredGroup
+from lachesis.broker.records.groups import LedgerEntry, ScoredGroup
 
 pytestmark = [pytest.mark.anyio, pytest.mark.alone]
 

@@ -7,9 +7,9 @@ from msgspec import structs
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
-from lachesis.broker.codec import id_number, to_entry
-from lachesis.broker.records import DeadEntry, LedgerEntry, ScoredGroup
-from lachesis.cli.audit import render
+from lachesis.broker.records.entries import id_number, to_entry
+from lachesis.broker.records.groups import DeadEntry, LedgerEntry, ScoredGroup
+from lachesis.cli.commands.audit import render
 
 pytestmark = pytest.mark.anyio
 

@@ -14,11 +14,11 @@ from commands import lachesis
 from rich.console import Console
 
 from lachesis.broker import Broker, EmbeddedRedis
+from lachesis.cli.commands.status import StatusSettings
 from lachesis.cli.main import COMMANDS, main
 from lachesis.cli.options import all_names, parse
-from lachesis.cli.progress import View, sparkline
-from lachesis.cli.status import StatusSettings
-from lachesis.cli.up import UpSettings
+from lachesis.cli.up.command import UpSettings
+from lachesis.cli.up.progress import View, sparkline
 
 EXPLAIN_ALL = """
 import sys

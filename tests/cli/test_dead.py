@@ -10,8 +10,8 @@ from scored import trained
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
-from lachesis.broker.dead import REASONS, untrainable
-from lachesis.broker.records import Limits, ScoredGroup, TrainerConfig, WeightsEntry
+from lachesis.broker.records.groups import Limits, ScoredGroup, TrainerConfig, WeightsEntry
+from lachesis.broker.retention.dead_letters import REASONS, untrainable
 
 pytestmark = pytest.mark.anyio
 BODY = b'{"tokens":[[1,2,3]],"masks":[[-100,2,3]],"scores":[1.0],"env_id":4}'

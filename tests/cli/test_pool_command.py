@@ -10,8 +10,8 @@ import pytest
 from commands import lachesis
 
 from lachesis.broker import Broker
-from lachesis.broker.pools import NONE
-from lachesis.broker.records import PoolRule, ServerStatus, WeightsEntry
+from lachesis.broker.records.groups import PoolRule, ServerStatus, WeightsEntry
+from lachesis.broker.weights.pools import NONE
 from lachesis.cli.main import main
 
 pytestmark = pytest.mark.anyio

@@ -14,8 +14,8 @@ import commands
 import pytest
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.keys import ARCHIVE
-from lachesis.broker.records import Group, LedgerEntry, ScoredGroup, WeightsEntry
+from lachesis.broker.records.groups import Group, LedgerEntry, ScoredGroup, WeightsEntry
+from lachesis.broker.records.keys import ARCHIVE
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 BATCH, STEPS = 6, 8

@@ -9,7 +9,7 @@ from commands import lachesis
 from scored import group, trained
 
 from lachesis.broker import Broker
-from lachesis.broker.shadows import Rule
+from lachesis.broker.retention.shadows import Rule
 
 pytestmark = pytest.mark.anyio
 BATCH = 4

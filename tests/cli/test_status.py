@@ -10,7 +10,7 @@ import pytest
 from replicas import founded
 
 from lachesis.broker import Broker
-from lachesis.broker.records import EnvConfig, LedgerEntry, ServerStatus, TrainerConfig
+from lachesis.broker.records.groups import EnvConfig, LedgerEntry, ServerStatus, TrainerConfig
 from lachesis.cli.main import main
 
 pytestmark = pytest.mark.anyio

@@ -9,8 +9,8 @@ from scored import group
 
 from lachesis.broker import EmbeddedRedis
 from lachesis.broker.client import connect_blocking
-from lachesis.broker.records import EnvConfig
-from lachesis.cli.status import main
+from lachesis.broker.records.groups import EnvConfig
+from lachesis.cli.commands.status import main
 
 
 def test_posts_dropped_as_repeats_are_told_by_environment(

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lachesis.cli import supervisor as supervising
-from lachesis.cli.supervisor import Part, PartFailed, Supervisor
+from lachesis.cli.up import supervisor as supervising
+from lachesis.cli.up.supervisor import Part, PartFailed, Supervisor
 
 pytestmark = pytest.mark.anyio
 
@@ -150,7 +150,7 @@ def test_children_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     code = f"""
 import asyncio, sys
 from pathlib import Path
-from lachesis.cli.supervisor import Part, Supervisor
+from lachesis.cli.up.supervisor import Part, Supervisor
 async def main():
     s = Supervisor(print)
     p = Part("child", (sys.executable, "-c", "import time; time.sleep(60)"), Path({str(tmp_path)!r}) / "c.log")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from lachesis.broker import Broker
-from lachesis.broker.pools import NONE
-from lachesis.broker.records import PoolRule, ServerStatus, WeightsEntry
-from lachesis.cli.progress import View
-from lachesis.cli.supervisor import Part, Supervisor
-from lachesis.cli.watch import watch
+from lachesis.broker.records.groups import PoolRule, ServerStatus, WeightsEntry
+from lachesis.broker.weights.pools import NONE
+from lachesis.cli.up.progress import View
+from lachesis.cli.up.supervisor import Part, Supervisor
+from lachesis.cli.up.watch import watch
 
 pytestmark = pytest.mark.anyio
 

@@ -14,10 +14,10 @@ import roles
 from aiohttp import web
 
 from lachesis.broker import Broker
-from lachesis.broker.logs import configure_logging
-from lachesis.broker.records import ServerStatus
-from lachesis.inference import front_door
+from lachesis.broker.records.groups import ServerStatus
+from lachesis.inference.gateway import app as front_door
 from lachesis.inference.settings import FrontDoorSettings
+from lachesis.service.logs import configure_logging
 
 Answer = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
 REQUEST = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 2}, "return_logprob": True}

@@ -20,9 +20,9 @@ from clients import CLIENTS, generate, load, request, stream
 from published import VOCAB, make_model, publish, random_weights, tear, write_version
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.codec import tokens_digest
-from lachesis.broker.records import ServerStatus
-from lachesis.inference.sglang_server import SGLangServer
+from lachesis.broker.records.entries import tokens_digest
+from lachesis.broker.records.groups import ServerStatus
+from lachesis.inference.agent.sglang_process import SGLangServer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sglang]
 

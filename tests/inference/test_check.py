@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
-from lachesis.inference.check import Check, check_vocabulary
-from lachesis.inference.fields import MOST_OUTPUTS, UNUSED
-from lachesis.inference.generate import BadRequest, read_request
+from lachesis.inference.gateway.protocols.sglang import BadRequest, read_request
+from lachesis.inference.gateway.request_check import Check, check_vocabulary
+from lachesis.inference.gateway.request_fields import MOST_OUTPUTS, UNUSED
 
 VOCAB = 320
 ROUTES = GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"

@@ -11,10 +11,11 @@ import roles
 from published import make_model
 
 from lachesis.broker import ConfigurationError, EmbeddedRedis, connect_blocking
-from lachesis.inference import agent, command
-from lachesis.inference.model_folder import download, read_model_folder
+from lachesis.inference.agent import agent
+from lachesis.inference.agent import sglang_args as command
+from lachesis.inference.agent.sglang_process import ServerFailed
 from lachesis.inference.settings import AgentSettings
-from lachesis.inference.sglang_server import ServerFailed
+from lachesis.inference.versions.model_folder import download, read_model_folder
 
 
 @pytest.fixture(scope="module")

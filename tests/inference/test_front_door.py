@@ -14,8 +14,8 @@ from aiohttp import web
 from doors import REQUEST, Upstream, answers, door, good, hangs_up, post
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.codec import tokens_digest
-from lachesis.broker.records import WeightsEntry
+from lachesis.broker.records.entries import tokens_digest
+from lachesis.broker.records.groups import WeightsEntry
 
 pytestmark = pytest.mark.anyio
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from lachesis.inference.generate import (
+from lachesis.inference.gateway.protocols.sglang import (
     BadRequest,
     fault_of,
     is_single,

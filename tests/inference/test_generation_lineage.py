@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lachesis.broker.codec import tokens_digest
-from lachesis.broker.lineage import from_record, to_record
-from lachesis.broker.records import Lineage
-from lachesis.inference.generate import read_answer
-from lachesis.inference.lineage import Lineages, StreamLineage, lineages, to_ask, without
+from lachesis.broker.records.entries import tokens_digest
+from lachesis.broker.records.groups import Lineage
+from lachesis.broker.run.lineage import from_record, to_record
+from lachesis.inference.gateway.lineage import Lineages, StreamLineage, lineages, to_ask, without
+from lachesis.inference.gateway.protocols.sglang import read_answer
 
 SPANS = [{"version": "3", "start": 0, "end": 2}, {"version": "5", "start": 2, "end": 3}]
 LOGPROBS = [[-1.0, 7, None], [-0.5, 8, None], [-0.25, 9, None]]

@@ -14,8 +14,8 @@ from doors import door
 from published import make_model
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.codec import tokens_digest
-from lachesis.broker.records import Lineage
+from lachesis.broker.records.entries import tokens_digest
+from lachesis.broker.records.groups import Lineage
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sglang]
 

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lachesis.broker import Broker
-from lachesis.broker.codec import tokens_digest
-from lachesis.broker.records import Lineage
-from lachesis.inference.openai_stream import OpenAIStream
+from lachesis.broker.records.entries import tokens_digest
+from lachesis.broker.records.groups import Lineage
+from lachesis.inference.gateway.protocols.openai_stream import OpenAIStream
 
 ROUTES = ("/v1/completions", "/v1/chat/completions")
 PROMPTS: dict[str, dict[str, Any]] = {ROUTES[0]: {"prompt": [1]}, ROUTES[1]: {"messages": [{"role": "user"}]}}

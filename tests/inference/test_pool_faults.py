@@ -25,9 +25,9 @@ from hf_reference import Reference
 from published import make_model, publish, random_weights, tear, write_version
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.codec import tokens_digest
-from lachesis.broker.pools import canaries
-from lachesis.broker.records import PoolRule, ServerStatus
+from lachesis.broker.records.entries import tokens_digest
+from lachesis.broker.records.groups import PoolRule, ServerStatus
+from lachesis.broker.weights.pools import canaries
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sglang, pytest.mark.timeout(600)]
 

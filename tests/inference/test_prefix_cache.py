@@ -20,8 +20,8 @@ from hf_reference import Reference
 from published import VOCAB, make_model, publish
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.records import PoolRule
-from lachesis.inference import relay
+from lachesis.broker.records.groups import PoolRule
+from lachesis.inference.gateway import proxy
 
 pytestmark = pytest.mark.anyio
 
@@ -130,7 +130,7 @@ async def test_no_answer_goes_on_from_a_prefix_of_other_weights(
     away, requests find only what SGLang read for all their outputs at once.
     """
     if keys == "own":
-        monkeypatch.setattr(relay, "STALE_S", -1.0)
+        monkeypatch.setattr(proxy, "STALE_S", -1.0)
     store, stop = tmp_path / "store", False
     done: list[tuple[dict[str, Any], int, Any]] = []
     prompts = np.random.default_rng(0).integers(5, VOCAB, (6, 96)).tolist()

@@ -10,8 +10,8 @@ from aiohttp import web
 from doors import Upstream, door
 
 from lachesis.broker import Broker
-from lachesis.broker.codec import tokens_digest
-from lachesis.inference.several import MOST, merge, singles
+from lachesis.broker.records.entries import tokens_digest
+from lachesis.inference.gateway.protocols.fan_out import MOST, merge, singles
 
 PATH = "/v1/completions"
 

@@ -20,15 +20,15 @@ from published import make_model, random_weights, write_version
 from test_version_feed import LOG, NAN, heartbeat_of
 
 from lachesis.broker import Broker, WeightsRefused
-from lachesis.broker.delta import write_delta
-from lachesis.broker.manifest import MANIFEST
-from lachesis.broker.records import Base, Manifest, WeightsEntry
-from lachesis.inference.copying import Abandoned
-from lachesis.inference.model_folder import read_model_folder
-from lachesis.inference.staging import Staging
-from lachesis.inference.verification import VersionGone, verify
-from lachesis.inference.verified import Verified
-from lachesis.inference.version_feed import VersionFeed
+from lachesis.broker.records.groups import Base, Manifest, WeightsEntry
+from lachesis.broker.weights.delta import write_delta
+from lachesis.broker.weights.manifest import MANIFEST
+from lachesis.inference.versions.download import Abandoned
+from lachesis.inference.versions.model_folder import read_model_folder
+from lachesis.inference.versions.staging import Staging
+from lachesis.inference.versions.verification_cache import Verified
+from lachesis.inference.versions.verify import VersionGone, verify
+from lachesis.inference.versions.watcher import VersionFeed
 
 pytestmark = pytest.mark.anyio
 WEIGHTS = "model.safetensors"
@@ -98,8 +98,8 @@ async def test_a_version_is_fetched_once_and_is_what_was_published(store: Store,
 FETCH = """
 import sys, threading, msgspec
 from pathlib import Path
-from lachesis.broker.records import WeightsEntry
-from lachesis.inference.staging import Staging
+from lachesis.broker.records.groups import WeightsEntry
+from lachesis.inference.versions.staging import Staging
 Staging(Path(sys.argv[1]), keep=2).fetch(msgspec.json.decode(sys.argv[2], type=WeightsEntry), threading.Event())
 """
 

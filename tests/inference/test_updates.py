@@ -15,11 +15,11 @@ from published import make_model
 from test_version_feed import LOG, heartbeat_of
 
 from lachesis.broker import Broker
-from lachesis.inference.model_folder import read_model_folder
+from lachesis.inference.agent.sglang_process import ServerFailed, SGLangServer
+from lachesis.inference.agent.update import Updates
 from lachesis.inference.settings import AgentSettings
-from lachesis.inference.sglang_server import ServerFailed, SGLangServer
-from lachesis.inference.updates import Updates
-from lachesis.inference.version_feed import Loadable
+from lachesis.inference.versions.model_folder import read_model_folder
+from lachesis.inference.versions.watcher import Loadable
 
 pytestmark = pytest.mark.anyio
 

@@ -17,9 +17,9 @@ from aiohttp import web
 from doors import Upstream, answers, door, good, post
 
 from lachesis.broker import Broker
-from lachesis.broker.codec import tokens_digest
-from lachesis.broker.records import WeightsEntry
-from lachesis.inference.ports import find_free
+from lachesis.broker.records.entries import tokens_digest
+from lachesis.broker.records.groups import WeightsEntry
+from lachesis.service.ports import find_free
 
 pytestmark = pytest.mark.anyio
 

@@ -17,9 +17,9 @@ from published import VOCAB, make_model, random_weights, write_version
 from safetensors.numpy import save_file
 
 from lachesis.broker import ConfigurationError, WeightsRefused
-from lachesis.inference.model_folder import ModelFolder, is_hub_name, read_model_folder
-from lachesis.inference.tensors import CHUNK, read_header, read_through
-from lachesis.inference.verification import VersionGone, verify
+from lachesis.inference.versions.model_folder import ModelFolder, is_hub_name, read_model_folder
+from lachesis.inference.versions.safetensors_reader import CHUNK, read_header, read_through
+from lachesis.inference.versions.verify import VersionGone, verify
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lachesis.broker import WeightsRefused
-from lachesis.inference.verified import KEEP, TICK_S, Verified
+from lachesis.inference.versions.verification_cache import KEEP, TICK_S, Verified
 
 SPAWN = multiprocessing.get_context("spawn")  # the forkserver has imported verl, or will
 

@@ -11,13 +11,13 @@ import pytest
 from published import make_model, publish, random_weights, write_version
 
 from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis
-from lachesis.broker.logs import configure_logging
-from lachesis.broker.pools import canaries
-from lachesis.broker.records import PoolRule, ServerStatus
+from lachesis.broker.records.groups import PoolRule, ServerStatus
+from lachesis.broker.weights.pools import canaries
 from lachesis.inference.heartbeat import Heartbeat
-from lachesis.inference.model_folder import read_model_folder
-from lachesis.inference.staging import Staging
-from lachesis.inference.version_feed import VersionFeed
+from lachesis.inference.versions.model_folder import read_model_folder
+from lachesis.inference.versions.staging import Staging
+from lachesis.inference.versions.watcher import VersionFeed
+from lachesis.service.logs import configure_logging
 
 pytestmark = pytest.mark.anyio
 

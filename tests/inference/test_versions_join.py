@@ -20,7 +20,7 @@ from aiohttp import web
 from doors import Upstream, door
 
 from lachesis.broker import Broker
-from lachesis.broker.records import Group
+from lachesis.broker.records.groups import Group
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from lachesis.inference.generate import BadRequest, read_answer
-from lachesis.inference.vllm_shape import is_vllms, to_sglang, to_vllm
+from lachesis.inference.gateway.protocols.sglang import BadRequest, read_answer
+from lachesis.inference.gateway.protocols.vllm import is_vllms, to_sglang, to_vllm
 
 
 def test_what_atroposlib_sends() -> None:

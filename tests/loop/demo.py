@@ -20,7 +20,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.records import LedgerEntry
+from lachesis.broker.records.groups import LedgerEntry
 
 PATIENCE_S = 600.0  # for whatever a busy machine is slow with; only what never comes takes so long
 SEED = 1
@@ -83,7 +83,7 @@ class Demo:
                 if words[0].split()[0].endswith("-server"):
                     return pid
             elif part == "sglang":
-                if any(word.endswith("inference/launch.py") for word in words):
+                if any(word.endswith("inference/agent/launcher.py") for word in words):
                     return pid
             elif "lachesis.cli.main" in words and words[words.index("lachesis.cli.main") + 1] == part:
                 return pid

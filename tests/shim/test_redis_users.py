@@ -18,8 +18,8 @@ from redis.exceptions import ResponseError
 from trajectories import ENV, TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.codec import tokens_digest
-from lachesis.broker.records import KeptConfiguration, LedgerEntry, Lineage, PoolRule, ServerStatus, WeightsEntry
+from lachesis.broker.records.entries import tokens_digest
+from lachesis.broker.records.groups import KeptConfiguration, LedgerEntry, Lineage, PoolRule, ServerStatus, WeightsEntry
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 

@@ -18,8 +18,8 @@ from scored import trained
 from trajectories import TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker
-from lachesis.broker.queue import Queue
-from lachesis.broker.records import WeightsEntry
+from lachesis.broker.queue.queue import Queue
+from lachesis.broker.records.groups import WeightsEntry
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 

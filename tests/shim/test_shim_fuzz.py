@@ -25,9 +25,9 @@ from warm import WarmProcess
 from wrong_bodies import PROFILE, SCALE, VALID, WHOLE, wrong_bodies
 
 from lachesis.broker import EmbeddedRedis
-from lachesis.broker.packing import PACKED_TYPE, pack
-from lachesis.broker.records import ScoredGroup
-from lachesis.shim.openapi import document
+from lachesis.broker.records.groups import ScoredGroup
+from lachesis.broker.records.packing import PACKED_TYPE, pack
+from lachesis.shim.routes.openapi import document
 
 pytestmark = pytest.mark.slow
 

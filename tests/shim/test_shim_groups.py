@@ -18,8 +18,8 @@ from trajectories import ENV, TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
-from lachesis.broker.codec import tokens_digest
-from lachesis.broker.records import Lineage, ServerStatus, TrainerConfig, WeightsEntry
+from lachesis.broker.records.entries import tokens_digest
+from lachesis.broker.records.groups import Lineage, ServerStatus, TrainerConfig, WeightsEntry
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 

@@ -9,10 +9,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lachesis.broker.codec import prefix_digests, tokens_digest
-from lachesis.broker.packing import to_arrays
-from lachesis.broker.records import Group, Lineage, ScoredGroup
-from lachesis.shim.join import Joined, covers, digests, join, mismatched, places
+from lachesis.broker.records.entries import prefix_digests, tokens_digest
+from lachesis.broker.records.groups import Group, Lineage, ScoredGroup
+from lachesis.broker.records.packing import to_arrays
+from lachesis.shim.intake.lineage_match import Joined, covers, digests, join, mismatched, places
 
 Row = tuple[list[int], list[bool]]  # tokens, and which are trained
 

@@ -14,9 +14,9 @@ from side_by_side import side_by_side
 from trajectories import ENV, TRAINER, group
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.packing import PACKED_TYPE
+from lachesis.broker.records.packing import PACKED_TYPE
 from lachesis.shim.app import build_app
-from lachesis.shim.openapi import document
+from lachesis.shim.routes.openapi import document
 from lachesis.shim.settings import ShimSettings
 
 MORE_ROUTES = {

@@ -18,10 +18,10 @@ from trajectories import TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
-from lachesis.broker.packing import pack, to_arrays, to_blob
-from lachesis.broker.records import LedgerEntry, Limits, TrainerConfig, WeightsEntry
+from lachesis.broker.records.groups import LedgerEntry, Limits, TrainerConfig, WeightsEntry
+from lachesis.broker.records.packing import pack, to_arrays, to_blob
 from lachesis.shim.app import build_app
-from lachesis.shim.pressure import LOOK_EVERY_S, WHY, Hold, Pressure, Size
+from lachesis.shim.intake.backpressure import LOOK_EVERY_S, WHY, Hold, Pressure, Size
 from lachesis.shim.settings import ShimSettings
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]

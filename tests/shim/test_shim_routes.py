@@ -12,9 +12,9 @@ from silent import silence
 from trajectories import ENV, KEYS, TRAINER, group
 
 from lachesis.broker import Broker
-from lachesis.broker.environments import ALIVE_S, Alive, is_alive
-from lachesis.broker.records import EnvConfig, EnvRecord, QueueStatus, TrainerConfig
-from lachesis.shim.status import env_status
+from lachesis.broker.records.groups import EnvConfig, EnvRecord, QueueStatus, TrainerConfig
+from lachesis.broker.run.environments import ALIVE_S, Alive, is_alive
+from lachesis.shim.routes.status import env_status
 
 pytestmark = pytest.mark.anyio
 

@@ -14,7 +14,7 @@ from trajectories import ENV, TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.shim.app import build_app
-from lachesis.shim.runs import Runs
+from lachesis.shim.http.run_router import Runs
 from lachesis.shim.settings import ShimSettings
 
 pytestmark = pytest.mark.anyio

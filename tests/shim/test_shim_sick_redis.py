@@ -14,12 +14,14 @@ import pytest
 from sick_redis import SickRedis, pair, sick_redis, until
 from trajectories import ENV, TRAINER, group, serving
 
-from lachesis.broker import Broker, client, connection
-from lachesis.broker.access import Access
+from lachesis.broker import Broker, client
 from lachesis.broker.audit import audit
-from lachesis.broker.keys import RUNS
-from lachesis.shim import pressure, status
+from lachesis.broker.records.keys import RUNS
+from lachesis.broker.store import connection
+from lachesis.service.http.access import Access
 from lachesis.shim.app import build_app
+from lachesis.shim.intake import backpressure
+from lachesis.shim.routes import status
 from lachesis.shim.settings import ShimSettings
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
@@ -177,7 +179,7 @@ async def test_posts_that_wait_share_one_question(sick: Sick, monkeypatch: pytes
     """What a refusing Redis is asked does not grow with the posts that wait, and no group is sent to it again and again."""
     posts = 30
     monkeypatch.setattr(client, "ASK_S", 0.1)  # three or four questions
-    monkeypatch.setattr(pressure, "QUICK_S", 0.1)
+    monkeypatch.setattr(backpressure, "QUICK_S", 0.1)
 
     async with sick.make("NOREPLICAS"):
         held = [asyncio.create_task(sick.post(number)) for number in range(100, 100 + posts)]
@@ -249,8 +251,8 @@ async def test_tokens_known_count_on_while_redis_is_in_trouble(sick: Sick, monke
     token, _ = await sick.broker.tokens.create("admin")
     access = Access(sick.broker, required=False)
     await access.check(f"Bearer {token}", ("admin",))
-    monkeypatch.setattr("lachesis.broker.access.REMEMBERED_S", 0.0)
-    monkeypatch.setattr("lachesis.broker.access.LOOK_S", 0.0)
+    monkeypatch.setattr("lachesis.service.http.access.REMEMBERED_S", 0.0)
+    monkeypatch.setattr("lachesis.service.http.access.LOOK_S", 0.0)
     async with sick.make("BUSY"):
         await access.check(f"Bearer {token}", ("admin",))
         with pytest.raises(PermissionError, match="unknown or revoked"):

@@ -17,8 +17,8 @@ from commands import LACHESIS, python
 from starlette.applications import Starlette
 from warm import WarmProcess
 
-from lachesis.broker.http.connections import uvicorn_options
-from lachesis.shim.connection import Protocol
+from lachesis.service.http.connections import uvicorn_options
+from lachesis.shim.http.delivery import Protocol
 from lachesis.shim.main import listen
 from lachesis.shim.settings import ShimSettings
 

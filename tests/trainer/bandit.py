@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from trainer_kit import stored
 
-from lachesis.broker.records import Group, ScoredGroup
-from lachesis.trainer.mapping import to_batch
+from lachesis.broker.records.groups import Group, ScoredGroup
+from lachesis.trainer.data.collate import to_batch
 
 if TYPE_CHECKING:
-    from lachesis.trainer.algo import Learner
-    from lachesis.trainer.engine import Engine
+    from lachesis.trainer.algo.learner import Learner
+    from lachesis.trainer.engine.verl_engine import Engine
 
 PROMPT = [1, 2]
 

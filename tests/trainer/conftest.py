@@ -21,7 +21,7 @@ os.environ["VERL_LOGGING_LEVEL"] = "WARN"
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lachesis.trainer.engine import Engine
+    from lachesis.trainer.engine.verl_engine import Engine
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def _forkserver(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(scope="session")
 def configured(tiny_model: Path) -> Callable[..., DictConfig]:
     """`configured("lachesis.seed=1")` composes the trainer's configuration for the tiny model."""
-    from lachesis.trainer.configure import compose_config
+    from lachesis.trainer.config.compose import compose_config
 
     @functools.cache  # composing takes a second
     def composed(*overrides: str) -> DictConfig:
@@ -61,7 +61,7 @@ def configured(tiny_model: Path) -> Callable[..., DictConfig]:
 @pytest.fixture(scope="session")
 def built(configured: Callable[..., DictConfig]) -> Callable[..., tuple[Engine, DictConfig]]:
     """`built("lachesis.seed=1")` makes a fresh engine from the tiny model's weights."""
-    from lachesis.trainer.engine import build_engine
+    from lachesis.trainer.engine.verl_engine import build_engine
 
     def build(*overrides: str, **more: Path) -> tuple[Engine, DictConfig]:
         config = configured(*overrides, **more)

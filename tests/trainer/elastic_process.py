@@ -21,15 +21,15 @@ from network import enter
 from torch import Tensor
 
 from lachesis.broker import BlockingBroker, connect_blocking
-from lachesis.broker.crash import crash_point
-from lachesis.broker.dead import untrainable
-from lachesis.broker.members import Meeting
-from lachesis.broker.records import BatchEntry, DeadEntry, Group, LedgerEntry, Membership, WeightsEntry
-from lachesis.trainer.compute import LocalCompute
-from lachesis.trainer.duties import Team, Trained
-from lachesis.trainer.elastic import ElasticReplica
-from lachesis.trainer.exact import ExactSum, total
-from lachesis.trainer.tenure import Tenure
+from lachesis.broker.failpoints import crash_point
+from lachesis.broker.records.groups import BatchEntry, DeadEntry, Group, LedgerEntry, Membership, WeightsEntry
+from lachesis.broker.replicas.members import Meeting
+from lachesis.broker.retention.dead_letters import untrainable
+from lachesis.trainer.elastic.accumulator import LocalCompute
+from lachesis.trainer.elastic.collectives.reproducible_sum import ExactSum, total
+from lachesis.trainer.elastic.config import Team, Trained
+from lachesis.trainer.elastic.replica import ElasticReplica
+from lachesis.trainer.writer_lock import Tenure
 
 WORDS, WIDTH, EVERY = 64, 8, 3  # tokens, size of the hidden layer, steps between checkpoints
 

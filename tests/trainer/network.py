@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 from types import TracebackType
 
-from lachesis.broker.embedded import find_server
+from lachesis.broker.store.embedded import find_server
 
 CLONE_NEWNET = 0x40000000
 PORT = 6379

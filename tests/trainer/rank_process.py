@@ -13,7 +13,7 @@ from typing import Any
 from ports import free_port
 from trainer_kit import PATIENCE_S, context, scored_group, stored
 
-from lachesis.broker.records import Group
+from lachesis.broker.records.groups import Group
 
 
 def uneven_groups(seed: int) -> list[Group]:
@@ -56,11 +56,11 @@ def _rank(rank: int, size: int, port: int, model: Path, overrides: list[str], pi
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **{k: str(v) for k, v in place.items()}})
     from functools import partial
 
-    from lachesis.trainer.algo import Learner
-    from lachesis.trainer.configure import compose_config
-    from lachesis.trainer.engine import build_engine
-    from lachesis.trainer.mapping import to_batch
-    from lachesis.trainer.ranks import Crew
+    from lachesis.trainer.algo.learner import Learner
+    from lachesis.trainer.config.compose import compose_config
+    from lachesis.trainer.data.collate import to_batch
+    from lachesis.trainer.engine.distributed import Crew
+    from lachesis.trainer.engine.verl_engine import build_engine
 
     words = [f"actor_rollout_ref.model.path={model}", "actor_rollout_ref.actor.optim.lr=1e-2", *overrides]
     config = compose_config(words, device="cpu")

@@ -15,7 +15,7 @@ from trainer_kit import make_tiny_model
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lachesis.trainer.engine import Engine
+    from lachesis.trainer.engine.verl_engine import Engine
 
 pytestmark = pytest.mark.verl
 
@@ -34,7 +34,7 @@ def regrets(
     built: Callable[..., tuple[Engine, DictConfig]], uniform_model: Path, long_form: bool
 ) -> Callable[[str, int], list[float]]:
     """The final regrets with a correction and a lag, one per seed."""
-    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.algo.learner import Learner
 
     @functools.cache
     def play(correction: str, lag: int) -> list[float]:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from trainer_kit import scored_group, stored
 
-from lachesis.trainer.batch import TrainingBatch
-from lachesis.trainer.mapping import to_batch
+from lachesis.trainer.data.batch import TrainingBatch
+from lachesis.trainer.data.collate import to_batch
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lachesis.broker import BlockingBroker
-    from lachesis.trainer.engine import Engine
+    from lachesis.trainer.engine.verl_engine import Engine
 
 pytestmark = pytest.mark.verl
 
@@ -41,9 +41,9 @@ def batches(count: int) -> list[TrainingBatch]:
 def test_resuming_is_bit_for_bit(
     built: Callable[..., tuple[Engine, DictConfig]], tmp_path: Path, blocking: BlockingBroker, more: tuple[str, ...]
 ) -> None:
-    from lachesis.trainer.algo import Learner
-    from lachesis.trainer.checkpoint import Checkpoints
-    from lachesis.trainer.engine import published_tensors
+    from lachesis.trainer.algo.learner import Learner
+    from lachesis.trainer.engine.verl_engine import published_tensors
+    from lachesis.trainer.weights.checkpoint import Checkpoints
 
     schedule = [  # so that a scheduler that starts over would show
         "lachesis.num_steps=4",
@@ -77,7 +77,7 @@ def test_resuming_is_bit_for_bit(
 def test_the_newest_two_are_kept_and_halves_do_not_count(
     built: Callable[..., tuple[Engine, DictConfig]], tmp_path: Path, blocking: BlockingBroker
 ) -> None:
-    from lachesis.trainer.checkpoint import Checkpoints
+    from lachesis.trainer.weights.checkpoint import Checkpoints
 
     engine, _ = built()
     checkpoints = Checkpoints(tmp_path, engine.worker, blocking, "main")
@@ -107,7 +107,7 @@ def test_one_that_was_stopped_while_it_saved_leaves_its_successor_alone(
     tmp_path: Path, blocking: BlockingBroker
 ) -> None:
     """It wakes when another has saved that step; its own folder is cleared by whoever came before it began to write."""
-    from lachesis.trainer.checkpoint import Checkpoints
+    from lachesis.trainer.weights.checkpoint import Checkpoints
 
     def made(worker: Writes) -> Checkpoints:
         return Checkpoints(tmp_path, worker, blocking, "main")

@@ -14,9 +14,9 @@ from trainer_kit import PATIENCE_S, start_trainer
 
 from lachesis.broker import BlockingBroker, ConfigurationError, EmbeddedRedis
 from lachesis.cli.main import main
-from lachesis.trainer.algorithms import ESTIMATORS, LOSSES, REJECTIONS
-from lachesis.trainer.configure import check_config, compose_config, find_model, make_plan
-from lachesis.trainer.like_run import kept_configuration, like_run
+from lachesis.trainer.config.algorithms import ESTIMATORS, LOSSES, REJECTIONS
+from lachesis.trainer.config.compose import check_config, compose_config, find_model, make_plan
+from lachesis.trainer.config.like_run import kept_configuration, like_run
 from lachesis.trainer.settings import TrainerSettings, explain_overrides
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def test_which_model_must_be_said(tmp_path: Path) -> None:
 
 @pytest.mark.verl
 def test_values_that_verl_refuses_are_one_line(configured: Configured) -> None:
-    from lachesis.trainer.engine import build_engine
+    from lachesis.trainer.engine.verl_engine import build_engine
 
     config = configured("actor_rollout_ref.actor.loss_agg_mode=sum")
     with pytest.raises(

@@ -13,10 +13,10 @@ from torch import Tensor
 from trainer_kit import stored
 
 from lachesis.broker import BlockingBroker, Conflict
-from lachesis.broker.records import BatchEntry
-from lachesis.trainer.exchange import SLOT, digest, sum_up
-from lachesis.trainer.pace import Pace
-from lachesis.trainer.reducer import Alone
+from lachesis.broker.records.groups import BatchEntry
+from lachesis.trainer.elastic.collectives.base import Alone
+from lachesis.trainer.elastic.pace import Pace
+from lachesis.trainer.elastic.step_sums import SLOT, digest, sum_up
 
 GIDS = ("g0", "g1", "g2", "g3")
 BATCH = BatchEntry(1, GIDS, 8, 32, 0, 0, 0.0)

@@ -15,11 +15,11 @@ from torch import Tensor
 from trainer_kit import scored_group, stored
 
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.records import BatchEntry, Group
-from lachesis.trainer.mapping import to_batch
+from lachesis.broker.records.groups import BatchEntry, Group
+from lachesis.trainer.data.collate import to_batch
 
 if TYPE_CHECKING:
-    from lachesis.trainer.group_learner import GroupLearner
+    from lachesis.trainer.elastic.group_accumulator import GroupLearner
 
 pytestmark = pytest.mark.verl
 
@@ -47,15 +47,15 @@ def entry(step: int, groups: Sequence[Group]) -> BatchEntry:
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
-    from lachesis.trainer.engine import published_tensors
+    from lachesis.trainer.engine.verl_engine import published_tensors
 
     return {name: tensor.detach().clone() for name, tensor in published_tensors(engine)}
 
 
 def replica(built: Callable[..., Any], *overrides: str, exact: bool) -> tuple[GroupLearner, Any]:
-    from lachesis.trainer.algo import Learner
-    from lachesis.trainer.algorithms import SUMMED
-    from lachesis.trainer.group_learner import GroupLearner
+    from lachesis.trainer.algo.learner import Learner
+    from lachesis.trainer.config.algorithms import SUMMED
+    from lachesis.trainer.elastic.group_accumulator import GroupLearner
 
     _, config = built(*overrides)
     mode, divide_by = SUMMED[config.actor_rollout_ref.actor.loss_agg_mode]
@@ -83,7 +83,7 @@ def together(replicas: Sequence[GroupLearner], step: int, groups: Sequence[Group
 @pytest.mark.parametrize("exact", [False, True], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
 def test_groups_make_the_step_of_the_batch(built: Callable[..., Any], overrides: tuple[str, ...], exact: bool) -> None:
-    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.algo.learner import Learner
 
     overrides = (*PLAIN, *overrides)
     single, config = built(*overrides)
@@ -161,7 +161,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("overrides", REFUSED.values(), ids=REFUSED)
 def test_what_needs_the_whole_batch_is_refused(configured: Callable[..., Any], overrides: tuple[str, ...]) -> None:
-    from lachesis.trainer.algorithms import check_elastic
+    from lachesis.trainer.config.algorithms import check_elastic
 
     with pytest.raises(ConfigurationError, match=r"not with lachesis\.elastic"):
         check_elastic(configured(*overrides))

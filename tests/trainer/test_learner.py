@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from trainer_kit import scored_group, stored
 
-from lachesis.broker.records import Group, ScoredGroup
-from lachesis.trainer.mapping import to_batch
+from lachesis.broker.records.groups import Group, ScoredGroup
+from lachesis.trainer.data.collate import to_batch
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lachesis.trainer.algo import Learner
-    from lachesis.trainer.engine import Engine
+    from lachesis.trainer.algo.learner import Learner
+    from lachesis.trainer.engine.verl_engine import Engine
 
 pytestmark = pytest.mark.verl
 
@@ -34,7 +34,7 @@ def some_groups(count: int = 4, *, turns: int = 2, seed: int = 1) -> list[Group]
 
 
 def learner(built: Built, *overrides: str) -> tuple[Learner, Engine]:
-    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.algo.learner import Learner
 
     engine, config = built(*overrides)
     return Learner(engine, config.algorithm), engine
@@ -112,7 +112,7 @@ def algorithm(configured: Callable[..., DictConfig]) -> DictConfig:
 
 def advantages(algorithm: DictConfig, *groups: ScoredGroup) -> Tensor:
     """One per sequence: all its trained tokens have the same."""
-    from lachesis.trainer.advantages import estimate_advantages
+    from lachesis.trainer.algo.advantages import estimate_advantages
 
     these = batch([stored(group) for group in groups])
     found, trained = estimate_advantages(these, these.response_mask, algorithm), these.response_mask
@@ -145,7 +145,7 @@ def test_a_sequence_outside_the_model_still_counts_in_the_baseline(algorithm: Di
 
 
 def test_advantages_that_were_sent_are_used_as_they_are(algorithm: DictConfig) -> None:
-    from lachesis.trainer.advantages import estimate_advantages
+    from lachesis.trainer.algo.advantages import estimate_advantages
 
     sent = [[9.0, 9.0, 0.25, -2.0]] * 2
     these = batch([stored(group_with([1, 0], advantages=sent)), stored(group_with([1, 0]))])
@@ -172,7 +172,7 @@ def test_verls_other_estimators_work_by_name(algorithm: DictConfig, name: str) -
 
 
 def test_importance_weights_are_truncated_and_unknown_log_probs_count_as_on_policy(algorithm: DictConfig) -> None:
-    from lachesis.trainer.correction import correct
+    from lachesis.trainer.algo.rollout_correction import correct
 
     group = group_with([1, 0], inference_logprobs=[[1.0, 1.0, -9.0, 1.0], [1.0, 1.0, -2.0, -2.5]])
     these = batch([stored(group)])
@@ -185,7 +185,7 @@ def test_importance_weights_are_truncated_and_unknown_log_probs_count_as_on_poli
 
 
 def test_rejected_tokens_are_not_trained(algorithm: DictConfig) -> None:
-    from lachesis.trainer.correction import correct
+    from lachesis.trainer.algo.rollout_correction import correct
 
     algorithm.rollout_correction.rollout_rs = "token_k1"
     algorithm.rollout_correction.rollout_rs_threshold = "0.5_2.0"
@@ -197,9 +197,9 @@ def test_rejected_tokens_are_not_trained(algorithm: DictConfig) -> None:
 def test_bypass_mode_takes_the_samplers_log_probs_for_the_old_ones(
     configured: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
-    from lachesis.trainer.algo import Learner
-    from lachesis.trainer.configure import make_plan
-    from lachesis.trainer.engine import build_engine
+    from lachesis.trainer.algo.learner import Learner
+    from lachesis.trainer.config.compose import make_plan
+    from lachesis.trainer.engine.verl_engine import build_engine
     from lachesis.trainer.settings import TrainerSettings
 
     config = configured("algorithm.rollout_correction.bypass_mode=true")

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from trainer_kit import scored_group, stored
 
-from lachesis.trainer.mapping import to_batch
+from lachesis.trainer.data.collate import to_batch
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lachesis.trainer.algo import Learner
-    from lachesis.trainer.engine import Engine
+    from lachesis.trainer.algo.learner import Learner
+    from lachesis.trainer.engine.verl_engine import Engine
 
 pytestmark = pytest.mark.verl
 RANK, ALPHA = 4, 12
@@ -33,7 +33,7 @@ def batch() -> Any:
 @pytest.fixture
 def trained(built: Built) -> tuple[Engine, Learner, dict[str, Tensor]]:
     """An adapter after three steps, and all parameters before them."""
-    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.algo.learner import Learner
 
     engine, config = built(f"actor_rollout_ref.model.lora_rank={RANK}", f"actor_rollout_ref.model.lora_alpha={ALPHA}")
     learner, before = Learner(engine, config.algorithm), parameters(engine)
@@ -62,8 +62,8 @@ def test_what_is_published_is_what_peft_merges(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from lachesis.trainer.engine import published_tensors
-    from lachesis.trainer.versions import VersionStore
+    from lachesis.trainer.engine.verl_engine import published_tensors
+    from lachesis.trainer.weights.versions import VersionStore
 
     engine, learner, _ = trained
     before = parameters(engine)

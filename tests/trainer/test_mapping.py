@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from trainer_kit import stored
 
-from lachesis.broker.records import Group, ScoredGroup
-from lachesis.trainer.batch import TrainingBatch
-from lachesis.trainer.mapping import to_batch
+from lachesis.broker.records.groups import Group, ScoredGroup
+from lachesis.trainer.data.batch import TrainingBatch
+from lachesis.trainer.data.collate import to_batch
 
 VOCABULARY, LONGEST = 50, 12
 finite = st.floats(-5, 5, width=32)

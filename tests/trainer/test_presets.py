@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lachesis.broker import ConfigurationError
-from lachesis.trainer.configure import compose_config, make_plan
+from lachesis.trainer.config.compose import compose_config, make_plan
 from lachesis.trainer.settings import TrainerSettings
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def test_presets_yield_to_single_values(configured: Configured) -> None:
 def test_what_cannot_work_is_refused_in_one_line(
     tiny_model: Path, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
-    from lachesis.trainer.engine import build_engine
+    from lachesis.trainer.engine.verl_engine import build_engine
 
     def start() -> None:
         config = compose_config([f"actor_rollout_ref.model.path={tiny_model}", *overrides], device="cpu")

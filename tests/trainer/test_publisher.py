@@ -15,10 +15,10 @@ from torch import Tensor
 from trainer_kit import fill, until
 
 from lachesis.broker import BlockingBroker, LeaseLost, StorageError, WeightsRefused
-from lachesis.broker.records import PoolRule, ServerStatus, WeightsEntry
-from lachesis.trainer.publisher import Publisher
-from lachesis.trainer.tenure import Tenure
-from lachesis.trainer.versions import VersionStore
+from lachesis.broker.records.groups import PoolRule, ServerStatus, WeightsEntry
+from lachesis.trainer.weights.publisher import Publisher
+from lachesis.trainer.weights.versions import VersionStore
+from lachesis.trainer.writer_lock import Tenure
 
 
 class SlowStore(VersionStore):

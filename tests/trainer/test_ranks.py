@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rank_process import train
 
-from lachesis.trainer.ranks import share
+from lachesis.trainer.engine.distributed import share
 
 pytestmark = pytest.mark.verl
 

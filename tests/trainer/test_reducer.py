@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.records import Membership
-from lachesis.trainer import reducer
-from lachesis.trainer.connect import address_towards, connect
-from lachesis.trainer.duties import Over
-from lachesis.trainer.exact import ExactSum, total
-from lachesis.trainer.reducer import Reducer
+from lachesis.broker.records.groups import Membership
+from lachesis.trainer.elastic.collectives import base
+from lachesis.trainer.elastic.collectives.base import Reducer
+from lachesis.trainer.elastic.collectives.rendezvous import address_towards, connect
+from lachesis.trainer.elastic.collectives.reproducible_sum import ExactSum, total
+from lachesis.trainer.elastic.config import Over
 
 
 class Enough(Exception):
@@ -68,7 +68,7 @@ def test_all_get_the_sum_bit_for_bit(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reducer, "BUCKET_BYTES", 1000)
+    monkeypatch.setattr(base, "BUCKET_BYTES", 1000)
     terms = [[torch.randn(n).mul(10).abs().to(dtype) for n in (0, 1, 13, 700, 20_000)] for _ in range(world)]
     expected = [torch.stack(parts).sum(0, dtype=dtype) for parts in zip(*terms, strict=True)]
     terms = [

@@ -12,15 +12,15 @@ import torch
 from trainer_kit import scored_group, stored
 
 from lachesis.broker import ConfigurationError
-from lachesis.broker.records import Group, ScoredGroup
-from lachesis.trainer.configure import make_plan
-from lachesis.trainer.mapping import to_batch
+from lachesis.broker.records.groups import Group, ScoredGroup
+from lachesis.trainer.config.compose import make_plan
+from lachesis.trainer.data.collate import to_batch
 from lachesis.trainer.settings import TrainerSettings
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lachesis.trainer.engine import Engine
+    from lachesis.trainer.engine.verl_engine import Engine
 
 pytestmark = pytest.mark.verl
 KL_LOSS = ("actor_rollout_ref.actor.use_kl_loss=true", "actor_rollout_ref.actor.kl_loss_type=mse")
@@ -41,7 +41,7 @@ def is_built(engine: Engine) -> bool:
 
 
 def test_log_probs_that_were_sent_are_used_and_no_model_is_built(built: Built) -> None:
-    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.algo.learner import Learner
 
     engine, config = built(*KL_LOSS)
     learner = Learner(engine, config.algorithm)
@@ -52,7 +52,7 @@ def test_log_probs_that_were_sent_are_used_and_no_model_is_built(built: Built) -
 
 
 def test_what_was_not_sent_is_the_first_models(built: Built) -> None:
-    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.algo.learner import Learner
 
     engine, config = built(*KL_LOSS)
     learner = Learner(engine, config.algorithm)

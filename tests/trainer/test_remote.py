@@ -28,13 +28,13 @@ from lachesis.broker import (
     StorageError,
     WeightsRefused,
 )
-from lachesis.broker.logs import configure_logging
-from lachesis.broker.records import Manifest, ServerStatus, WeightsEntry
-from lachesis.inference.staging import Staging
-from lachesis.inference.verification import VersionGone, verify
-from lachesis.trainer.publisher import Publisher
-from lachesis.trainer.remote import RemoteVersions
-from lachesis.trainer.versions import VersionStore
+from lachesis.broker.records.groups import Manifest, ServerStatus, WeightsEntry
+from lachesis.inference.versions.staging import Staging
+from lachesis.inference.versions.verify import VersionGone, verify
+from lachesis.service.logs import configure_logging
+from lachesis.trainer.weights.publisher import Publisher
+from lachesis.trainer.weights.remote import RemoteVersions
+from lachesis.trainer.weights.versions import VersionStore
 
 LOG = configure_logging("trainer")
 WEIGHTS = "model.safetensors"

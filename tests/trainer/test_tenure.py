@@ -9,7 +9,7 @@ import pytest
 from trainer_kit import fill, until
 
 from lachesis.broker import BlockingBroker, LeaseLost
-from lachesis.trainer.tenure import Tenure
+from lachesis.trainer.writer_lock import Tenure
 
 pytestmark = pytest.mark.slow
 

@@ -17,24 +17,24 @@ from trainer_kit import scored_group, stored
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.logs import configure_logging
-from lachesis.broker.records import EnvConfig, Group, LedgerEntry
-from lachesis.cli.loop import start_over
-from lachesis.trainer import tracking
-from lachesis.trainer.batch import TrainingBatch
-from lachesis.trainer.configure import make_plan
-from lachesis.trainer.examples import SHOWN, examples
-from lachesis.trainer.mapping import to_batch
-from lachesis.trainer.metrics import VERLS, batch_metrics, env_scores, mfu, under_verls_names
-from lachesis.trainer.reporter import Reporter
+from lachesis.broker.records.groups import EnvConfig, Group, LedgerEntry
+from lachesis.cli.up.run import start_over
+from lachesis.service.logs import configure_logging
+from lachesis.trainer.config.compose import make_plan
+from lachesis.trainer.data.batch import TrainingBatch
+from lachesis.trainer.data.collate import to_batch
+from lachesis.trainer.metrics import tracker as tracking
+from lachesis.trainer.metrics.reporter import Reporter
+from lachesis.trainer.metrics.samples import SHOWN, examples
+from lachesis.trainer.metrics.step import VERLS, batch_metrics, env_scores, mfu, under_verls_names
+from lachesis.trainer.metrics.tracker import BACKENDS, Tracker, check_backends
 from lachesis.trainer.settings import TrainerSettings
-from lachesis.trainer.tracking import BACKENDS, Tracker, check_backends
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lachesis.trainer.algo import Estimated
-    from lachesis.trainer.engine import Engine
+    from lachesis.trainer.algo.learner import Estimated
+    from lachesis.trainer.engine.verl_engine import Engine
 
 ENTRY = LedgerEntry(7, ("a",), 8, 1, 6, 7, 3, 3, "me", 1.5, 0.25, 1.0)
 
@@ -52,7 +52,7 @@ def mapped(groups: list[Group]) -> TrainingBatch:
 
 
 def estimate(batch: TrainingBatch, advantage: float) -> Estimated:
-    from lachesis.trainer.algo import Estimated
+    from lachesis.trainer.algo.learner import Estimated
 
     return Estimated(batch, batch.response_mask, batch.response_mask * advantage)
 
@@ -84,7 +84,7 @@ def test_a_steps_data_is_described_as_verl_does(built: Callable[..., tuple[Engin
         ),
         use_critic=False,
     )
-    from lachesis.trainer.algo import Estimated
+    from lachesis.trainer.algo.learner import Estimated
 
     ours = batch_metrics(ENTRY, groups, batch, Estimated(batch, batch.response_mask, advantages))
     same = ours.keys() & theirs.keys()
@@ -310,7 +310,7 @@ def test_examples_leave_out_what_did_not_enter_the_model_and_know_no_advantage_o
 
 
 def test_long_examples_are_cut_in_the_middle() -> None:
-    from lachesis.trainer.examples import shortened
+    from lachesis.trainer.metrics.samples import shortened
 
     assert shortened("a" * SHOWN) == "a" * SHOWN
     cut = shortened("a" * 5000 + "b" * 5000)

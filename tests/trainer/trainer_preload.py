@@ -14,7 +14,7 @@ import lachesis.trainer.replica
 import lachesis.trainer.reporter
 import lachesis.trainer.together
 import lachesis.trainer.upkeep  # noqa: F401
-from lachesis.trainer.configure import compose_config
+from lachesis.trainer.config.compose import compose_config
 
 get_hf_auto_model_class(Qwen2Config(architectures=["Qwen2ForCausalLM"]))  # imports every model that transformers knows
 compose_config((), device="cpu")  # reads verl's files of configuration

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lachesis.broker.records import Group
+from lachesis.broker.records.groups import Group
 
 
 def padded_batch(groups: list[Group]) -> tuple[dict[str, Tensor], np.ndarray]:

@@ -12,21 +12,21 @@ from omegaconf import OmegaConf
 from same_step import Configured, Planned, batch, trained_a_little
 from trainer_kit import scored_group, stored
 
-from lachesis.broker.packing import to_scored
-from lachesis.broker.records import Group
-from lachesis.trainer.configure import make_plan
+from lachesis.broker.records.groups import Group
+from lachesis.broker.records.packing import to_scored
+from lachesis.trainer.config.compose import make_plan
 from lachesis.trainer.settings import TrainerSettings
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lachesis.trainer.engine import Engine
+    from lachesis.trainer.engine.verl_engine import Engine
 
 
 @pytest.fixture
 def planned(configured: Configured, tmp_path: Path) -> Planned:
     """A fresh engine from the tiny model's weights, its configuration settled as main.py does it."""
-    from lachesis.trainer.engine import build_engine
+    from lachesis.trainer.engine.verl_engine import build_engine
 
     def build(*presets: str, **values: Any) -> tuple[Engine, DictConfig]:
         config = configured(*presets)
@@ -41,7 +41,7 @@ def planned(configured: Configured, tmp_path: Path) -> Planned:
 @pytest.fixture(scope="module")
 def groups(built: Callable[..., Any]) -> list[Group]:
     """Six groups that an older policy sampled: some sequences exactly as this one, some a little off, some far."""
-    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.algo.learner import Learner
 
     engine, config = built()
     trained_a_little(engine)

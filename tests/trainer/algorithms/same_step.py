@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lachesis.broker.records import Group
-from lachesis.trainer.mapping import to_batch
+from lachesis.broker.records.groups import Group
+from lachesis.trainer.data.collate import to_batch
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lachesis.trainer.engine import Engine
+    from lachesis.trainer.engine.verl_engine import Engine
 
 CLOSE = 1e-6
 MODES: dict[str, dict[str, Any]] = {
@@ -80,7 +80,7 @@ def assert_same_step(
     """Train `groups` by the Learner, and `kept` (or the same) by verl's driver. Returns the Learner's metrics."""
     from verl_driver import Driver
 
-    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.algo.learner import Learner
 
     engine, config = planned(*presets, **values)
     trained_a_little(engine)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from same_step import MODES, Planned, assert_same_step, half
 
-from lachesis.broker.records import Group
+from lachesis.broker.records.groups import Group
 
 pytestmark = pytest.mark.verl
 

@@ -8,8 +8,8 @@ import pytest
 from same_step import MODES, Planned, assert_same_step, half
 from trainer_kit import stored
 
-from lachesis.broker.packing import to_scored
-from lachesis.broker.records import Group
+from lachesis.broker.records.groups import Group
+from lachesis.broker.records.packing import to_scored
 
 pytestmark = pytest.mark.verl
 

@@ -9,9 +9,9 @@ import torch
 from same_step import CLOSE, MODES, Configured, Planned, assert_same_step, batch, recorded_step
 from trainer_kit import stored
 
-from lachesis.broker.packing import to_scored
-from lachesis.broker.records import Group
-from lachesis.trainer.mapping import to_batch
+from lachesis.broker.records.groups import Group
+from lachesis.broker.records.packing import to_scored
+from lachesis.trainer.data.collate import to_batch
 
 pytestmark = pytest.mark.verl
 
@@ -29,7 +29,7 @@ def test_gradients_accumulate_over_micro_batches(planned: Planned, groups: list[
 def test_micro_batches_of_a_fixed_size_get_smaller_where_rows_are_missing(
     planned: Planned, groups: list[Group]
 ) -> None:
-    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.algo.learner import Learner
 
     values = {
         "actor_rollout_ref.actor.use_dynamic_bsz": False,
@@ -60,7 +60,7 @@ def test_the_learning_rate_follows_its_schedule(
 ) -> None:
     from verl_driver import Driver
 
-    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.algo.learner import Learner
 
     values = {f"actor_rollout_ref.actor.optim.{name}": value for name, value in schedule.items()}
     engine, config = planned(**values, **{"lachesis.num_steps": 4})
@@ -94,7 +94,7 @@ def test_dapo_leaves_out_groups_whose_scores_are_equal(planned: Planned, groups:
 def test_the_filter_spares_groups_of_one_and_advantages_that_were_sent(
     configured: Configured, groups: list[Group]
 ) -> None:
-    from lachesis.trainer.advantages import without_flat_groups
+    from lachesis.trainer.algo.advantages import without_flat_groups
 
     given, alone = to_scored(flat(groups[0])), to_scored(groups[1])
     given.advantages = [[1.0] * len(row) for row in given.tokens]
@@ -110,7 +110,7 @@ def test_the_filter_spares_groups_of_one_and_advantages_that_were_sent(
 def test_a_step_of_which_nothing_is_left_changes_nothing(
     planned: Planned, groups: list[Group], overrides: tuple[str, ...]
 ) -> None:
-    from lachesis.trainer.algo import Learner
+    from lachesis.trainer.algo.learner import Learner
 
     scored = [to_scored(flat(group)) for group in groups]
     for group in scored:  # far from any policy

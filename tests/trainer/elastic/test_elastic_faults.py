@@ -13,7 +13,7 @@ from trainer_kit import is_stopped, until
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
 from lachesis.broker.audit import audit
-from lachesis.broker.dead import Letter
+from lachesis.broker.retention.dead_letters import Letter
 
 pytestmark = pytest.mark.verl
 

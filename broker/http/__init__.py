@@ -1,1 +1,0 @@
-"""What the shim and the front door share of HTTP: which connections they keep, and who may call."""

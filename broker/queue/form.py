@@ -1,0 +1,207 @@
+"""FORM: the next batch, from the counters, then the oldest part of the queue that it takes, then one script."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+
+from lachesis.broker.errors import Unreadable
+from lachesis.broker.queue import selection
+from lachesis.broker.queue.refit import Refit, fitted_to, sizes_of
+from lachesis.broker.queue.staleness import Staleness
+from lachesis.broker.records.entries import read_number, to_entry
+from lachesis.broker.records.groups import BatchEntry, QueueStatus
+from lachesis.broker.records.keys import Keys
+from lachesis.broker.run.environments import Environments
+from lachesis.broker.store.connection import Redis
+from lachesis.broker.store.scripts import Scripts
+
+PATIENCE_S = 30.0  # a batch waits this long for a living environment with a minimum that has nothing queued
+MAX_SLICE = 1024  # entries read at a time
+ATTEMPTS = 100  # while other replicas are faster
+
+_COUNTS = (b"tok", b"v_min", b"v_max", b"bytes")  # of a queued group
+
+_WAITING = re.compile(rb"waiting:(@?[\w.-]+):(\d+)")
+
+Entry = tuple[bytes, Mapping[bytes, bytes]]  # a queued group's id and fields, as Redis replies them
+
+
+class Forming:
+    """Forms batches of one run, together with every other replica that does."""
+
+    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys, staleness: Staleness, refit: Refit) -> None:
+        self._redis, self._scripts, self._keys = redis, scripts, keys
+        self._staleness, self._refit = staleness, refit
+        self._environments = Environments(redis, keys)
+
+    async def form(self, batch_size: int, policy: str) -> int | None:
+        """Form the next batch; its step, or None if the queue can't make one yet.
+
+        Groups that are too stale are not put into it, but dropped; those too large for it are moved out of the queue.
+        Where it can't, the counters say so in constant time; where it can, about as many groups are read as are taken.
+        Counters that contradict the queue are made anew.
+        """
+        refitted, conflicts = False, 0
+        while conflicts < ATTEMPTS:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.hgetall(self._keys.state)
+                pipe.hget(self._keys.trainers, "config")
+                self._environments.ask(pipe)
+                state, registered, *called = await pipe.execute()
+            status, now, sizes = read_status(state), time.time(), sizes_of(registered)
+            if sizes and not refitted and (str(sizes) != fitted_to(state) or _any_larger(status, sizes.batch_size)):
+                await self._refit(policy)
+                refitted = True
+                continue
+            alive = await self._environments.take(called)
+            minimums = selection.minimums(alive.minimums, batch_size)
+            attainable = selection.attainable(status.waiting, minimums, batch_size)
+            if attainable is None or await self._is_worth_waiting(minimums, status, state, now):
+                return None
+            try:
+                chosen = await self._choose(status, batch_size, attainable)
+            except Unreadable:
+                chosen = None
+            if chosen and sizes and not refitted and _any_longer(chosen, sizes.max_token_len):
+                await self._refit(policy)
+                refitted = True
+                continue
+            if chosen and await self._staleness.drop([(id_, int(fields[b"v_min"])) for id_, fields in chosen]):
+                continue
+            if chosen:
+                reply = await self._commit(status.formed + 1, batch_size, chosen)
+                conflicts += 1
+                if reply != b"conflict":
+                    return None if reply == b"held" else status.formed + 1
+            if not chosen and int(await self._redis.hget(self._keys.state, "formed") or 0) == status.formed:
+                if refitted:
+                    return None
+                await self._refit(policy)  # nobody was faster: the counters are of groups that are not there
+                refitted = True
+        return None
+
+    async def _is_worth_waiting(
+        self, minimums: Mapping[str, int], status: QueueStatus, state: Mapping[bytes, bytes], now: float
+    ) -> bool:
+        """Whether to wait for an environment with a minimum that has nothing queued. FORM unmarks it when it has."""
+        absent = {env: state.get(f"missing:{env}".encode()) for env in minimums if env not in status.waiting}
+        if gone := [
+            name for name in state if name.startswith(b"missing:") and name[8:].decode(errors="replace") not in minimums
+        ]:
+            await self._redis.hdel(self._keys.state, *gone)  # it has gone, and nobody waits for it any more
+        if new := [f"missing:{env}" for env, since in absent.items() if since is None]:
+            marks = [
+                text for field in new for text in (field, str(now))
+            ]  # not rounded: a mark in the future counts as none
+            await self._scripts.note(keys=[self._keys.state], args=marks)
+        return any(since is None or 0 <= now - float(since) < PATIENCE_S for since in absent.values())
+
+    async def _choose(self, status: QueueStatus, batch_size: int, minimums: Mapping[str, int]) -> list[Entry] | None:
+        """The groups of the batch, from the oldest part of the queue that has one; None if another replica took them.
+
+        Raises Unreadable if an entry on the way is.
+        """
+        counts = [item for sizes in status.waiting.values() for item in sizes.items()]
+        groups, sequences = sum(count for _, count in counts), sum(size * count for size, count in counts)
+        wanted = batch_size * groups // sequences + 8  # what a batch takes on average, and some more; then ever twice
+        found: list[Entry] = []
+        sizes: list[int] = []
+        envs: list[str] = []
+        while True:
+            after = b"(" + found[-1][0] if found else b"-"
+            count = min(wanted - len(found), MAX_SLICE)
+            slice_ = await self._redis.xrange(self._keys.groups, after, count=count)
+            found += slice_
+            try:
+                sizes += [int(fields[b"n"]) for _, fields in slice_]
+                envs += [fields[b"env"].decode() for _, fields in slice_]
+            except (KeyError, ValueError) as error:
+                raise Unreadable(f"an entry of the queue has no {error}") from error
+            at_end = len(slice_) < count
+            if len(found) < wanted and not at_end:
+                continue
+            chosen = selection.next_batch(sizes, envs, batch_size, minimums, status.waiting, status.formed + 1)
+            if chosen is not None:
+                taken = [found[index] for index in chosen]
+                _check(taken)
+                return taken
+            if at_end:
+                return None
+            wanted *= 2
+
+    async def _commit(self, step: int, batch_size: int, chosen: Sequence[Entry]) -> bytes:
+        batch = BatchEntry(
+            step=step,
+            gids=tuple(fields[b"gid"].decode() for _, fields in chosen),
+            n=batch_size,
+            tok=sum(int(fields[b"tok"]) for _, fields in chosen),
+            v_min=min(int(fields[b"v_min"]) for _, fields in chosen),
+            v_max=max(int(fields[b"v_max"]) for _, fields in chosen),
+            formed_at=time.time(),
+            bytes=sum(int(fields[b"bytes"]) for _, fields in chosen),
+        )
+        ids = [id_ for id_, _ in chosen]
+        return bytes(
+            await self._scripts.form(
+                keys=[self._keys.groups, self._keys.batches, self._keys.state, self._keys.settings],
+                args=[step, batch_size, len(ids), *ids, *(text for pair in to_entry(batch).items() for text in pair)],
+            )
+        )
+
+
+def _any_larger(status: QueueStatus, batch_size: int) -> bool:
+    """Whether a queued group has more sequences than a batch, posted while other settings were registered."""
+    return any(size > batch_size for sizes in status.waiting.values() for size in sizes)
+
+
+def _check(chosen: Sequence[Entry]) -> None:
+    """Raise Unreadable unless all that is asked of them below can be read."""
+    try:
+        for _, fields in chosen:
+            fields[b"gid"].decode()
+            for name in _COUNTS:
+                int(fields[name])
+    except (KeyError, ValueError) as error:
+        raise Unreadable(f"an entry of the queue has no {error}") from error
+
+
+def _any_longer(chosen: Sequence[Entry], max_token_len: int) -> bool:
+    return any(read_number(fields.get(b"longest", b"0")) > max_token_len for _, fields in chosen)
+
+
+def read_status(state: Mapping[bytes, bytes]) -> QueueStatus:
+    """The counters of the hash `state`. Formed but undelivered batches count as queued. What is no number counts as 0."""
+    waiting: dict[str, dict[int, int]] = {}
+    for field in state:
+        if field.startswith(b"waiting:") and (found := _WAITING.fullmatch(field)):
+            waiting.setdefault(found[1].decode(), {})[int(found[2])] = read_number(state[field])
+
+    def counter(name: bytes) -> int:
+        return read_number(state.get(name, b"0"))
+
+    return QueueStatus(
+        groups=counter(b"groups") + counter(b"undelivered_groups"),
+        sequences=counter(b"sequences") + counter(b"undelivered_sequences"),
+        bytes=counter(b"bytes"),
+        accepted=counter(b"accepted"),
+        formed=counter(b"formed"),
+        delivered=counter(b"delivered"),
+        waiting=waiting,
+        dead=counter(b"dead"),
+        purged=counter(b"purged"),
+        untrainable=counter(b"untrainable"),
+        refused=counter(b"refused"),
+        refused_not_kept=counter(b"refused_not_kept"),
+        dropped=_counters(state, b"dropped:"),
+        duplicates=_counters(state, b"duplicates:"),
+    )
+
+
+def _counters(state: Mapping[bytes, bytes], prefix: bytes) -> dict[str, int]:
+    return {
+        name.removeprefix(prefix).decode(errors="replace"): read_number(count)
+        for name, count in state.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,110 @@
+"""How long trained batches stay: until every reader covers them, and then for as long as `keep_bytes` has room.
+
+A reader is a consumer group on `batches`: each policy is one, and so is the archiver while a run is archived. It marks
+the newest step it no longer needs (`covered:<reader>`); what all have marked may be freed, oldest first.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+from redis.exceptions import ResponseError
+
+from lachesis.broker.failpoints import crash_point
+from lachesis.broker.records.entries import read_entries, read_json, read_number
+from lachesis.broker.records.groups import ArchiverStatus, BatchEntry
+from lachesis.broker.records.keys import Keys
+from lachesis.broker.retention.shadows import Shadows
+from lachesis.broker.store.connection import Redis
+from lachesis.broker.store.redis_errors import trouble
+from lachesis.broker.store.scripts import Scripts
+
+ARCHIVER = "archiver"  # field of the hash `state`: its heartbeat
+SLICE = 16  # batches looked at in one reply
+
+
+class Kept(Struct, frozen=True):
+    """The formed batches that were not freed, and what the run is to keep of those that nobody needs."""
+
+    batches: int
+    bytes: int
+    first: int  # steps; 0 where there are none
+    last: int
+    keep_bytes: int
+    covered: dict[str, int]  # newest step that each reader no longer needs
+
+
+class Retention:
+    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys, shadows: Shadows) -> None:
+        self._redis, self._scripts, self._keys, self._shadows = redis, scripts, keys, shadows
+
+    async def keep(self, keep_bytes: int) -> None:
+        """From now on keep trained batches while all kept ones take at most so many bytes; 0: free them at once."""
+        await self._scripts.note(keys=[self._keys.settings], args=["keep_bytes", keep_bytes])
+
+    async def cover(self, reader: str, step: int) -> bool:
+        """Mark that `reader` no longer needs batches up to `step`. False if there is no such reader (any more)."""
+        keys = [self._keys.batches, self._keys.state]
+        return bool(await self._scripts.cover(keys=keys, args=[reader, step]))
+
+    async def leave(self, reader: str, *fields: str) -> bool:
+        """Keep nothing for `reader` any more, and drop its `fields` of the state. False if there was no such reader."""
+        keys = [self._keys.batches, self._keys.state, self._keys.settings]
+        return bool(await self._scripts.leave(keys=keys, args=[reader, *fields]))
+
+    async def readers(self) -> dict[str, int]:
+        """The newest step that each reader no longer needs."""
+        try:
+            names = [group["name"].decode() for group in await self._redis.xinfo_groups(self._keys.batches)]
+        except ResponseError as error:  # nobody ever subscribed
+            if trouble(error):
+                raise
+            return {}
+        if not names:
+            return {}
+        marks = await self._redis.hmget(self._keys.state, [f"covered:{name}" for name in names])
+        return {name: read_number(mark) for name, mark in zip(names, marks, strict=True)}
+
+    async def archiver(self) -> ArchiverStatus | None:
+        """The last heartbeat of the run's archiver; None if the run is not archived."""
+        raw = await self._redis.hget(self._keys.state, ARCHIVER)
+        return read_json(ArchiverStatus, raw)
+
+    async def free(self) -> int:
+        """Free what no reader needs and `keep_bytes` has no room for, oldest first. Returns the number of batches."""
+        marks, rules = await self.readers(), await self._shadows.rules()
+        lossy = {name for name, rule in rules.items() if rule.kind == "lossy"}
+        strict = {name: step for name, step in marks.items() if name not in lossy}
+        limit, freed, start = min((strict or marks).values(), default=0), 0, "-"
+        names = self._keys
+        while found := await self._redis.xrange(names.batches, start, f"{limit}-0", count=SLICE):
+            for _, batch in read_entries(BatchEntry, found):
+                keys = [names.batches, names.state, names.settings, names.skipped, names.trained]
+                keys += map(names.blob, batch.gids)
+                reply = await self._scripts.retire(keys=keys, args=[batch.step])
+                if reply == b"kept":
+                    return freed
+                freed += reply == b"freed"
+                crash_point("retired", batch.step)
+            start = f"({found[-1][0].decode()}"  # a lossy shadow may want a few, and none after them
+        return freed
+
+    async def kept(self) -> Kept:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.xlen(self._keys.batches)
+            pipe.xrange(self._keys.batches, count=1)
+            pipe.xrevrange(self._keys.batches, count=1)
+            pipe.hget(self._keys.state, "kept_bytes")
+            pipe.hget(self._keys.settings, "keep_bytes")
+            length, first, last, kept, keep = await pipe.execute()
+        return Kept(
+            batches=length,
+            bytes=read_number(kept),
+            first=_step(first),
+            last=_step(last),
+            keep_bytes=read_number(keep),
+            covered=await self.readers(),
+        )
+
+
+def _step(found: list[tuple[bytes, dict[bytes, bytes]]]) -> int:
+    return int(found[0][0].split(b"-")[0]) if found else 0

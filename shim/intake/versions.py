@@ -1,0 +1,128 @@
+"""Which weight versions made a posted group: Atropos environments do not say, so it is joined or bounded here."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from lachesis.broker import Broker
+from lachesis.broker.queue.queue import Believed
+from lachesis.broker.records.entries import read_json
+from lachesis.broker.records.groups import Group, ServerStatus, TrainerConfig
+from lachesis.broker.run.lineage import from_record
+from lachesis.shim.intake.lineage_match import UNKNOWN, Joined, Places, covers, digests, join, mismatched, places
+
+FRESH_S = 1.0
+HEARTBEAT_S = 60.0  # a server not heard of for longer serves nobody
+
+
+class Arrival(NamedTuple):
+    """What the run knew when a group arrived."""
+
+    trainer: TrainerConfig | None
+    newest: int  # version of the policy
+    servers: list[bytes]  # ServerStatus each, JSON
+    oldest: int  # version that a server served of late; -1: none did
+    places: list[Places]  # per sequence: where generations may end; none where nobody serves this run's weights
+    lineages: list[bytes | None]  # of all those ends, in order
+    believed: Believed | None = None  # set where Redis was not asked anew
+
+
+class Versions:
+    """Version spans of groups: what the environment says, else the front door's lineage, else bounds.
+
+    `counts`, of sequences: `sent` by the environment; `joined` with lineage to the last trained token; `unknown`, if
+    only in part; and `mismatched`, those among the joined whose posted log-probs are not the sampler's.
+    """
+
+    def __init__(self, broker: Broker, policy: str) -> None:
+        self.counts: Counter[str] = Counter(joined=0, unknown=0, mismatched=0, sent=0)
+        self._broker, self._policy = broker, policy
+        self._last: tuple[float, Arrival] | None = None  # while nobody serves: when, and what Redis said
+
+    async def arrival(self, group: Group, *, ask: bool = False) -> Arrival:
+        """What Redis says of a group and of the run, in one trip. The group need not be valid yet.
+
+        While nobody serves the run's weights, as with servers of the user's own, the same holds for the next group, too:
+        it is believed for FRESH_S, and PUT tells if it is not so any more. Then `ask` again.
+        """
+        if group.versions is None and self._last and not ask and time.monotonic() - self._last[0] < FRESH_S:
+            return self._last[1]
+        keys, found = self._broker.keys, places(group)
+        config, newest, servers, recorded, lineages, oldest = await self._broker.scripts.arrive(
+            keys=[keys.trainers, keys.weights(self._policy), keys.pools, keys.lineage, keys.old_lineage, keys.served],
+            args=digests(group, found) if group.versions is None else (),
+        )
+        trainer = read_json(TrainerConfig, config)
+        arrival = Arrival(
+            trainer, int(newest[0][0].partition(b"-")[0]) if newest else 0, servers, oldest, found, lineages
+        )
+        believed = Believed(self._policy, config or b"", newest[0][0] if newest else b"")
+        self._last = None
+        if not servers and not recorded and oldest < 0:
+            self._last = time.monotonic(), arrival._replace(places=[], lineages=[], believed=believed)
+        return arrival
+
+    def stamp(self, arrival: Arrival, group: Group) -> Counter[str]:
+        """Set a valid group's versions and sampled log-probs. Returns what to add to `counts` when it is stored.
+
+        v_min and v_max are exact where the making of every trained token is known. Else bounds are counted in: newest
+        is the policy's newest version, oldest what the slowest server served of late, as Redis remembers it for all shims.
+        """
+        told: Counter[str] = Counter()
+        if group.versions is not None:
+            joined = self._sent(arrival, group, told)
+        elif arrival.believed:
+            joined = [Joined((), False, None)] * len(group.tokens)
+            told["unknown"] += len(group.tokens)
+        else:
+            joined = self._joined(arrival, group, told)
+        versions = [version for each in joined for version, _, _ in each.spans]
+        if not versions or not all(each.whole for each in joined):
+            versions += _bounds(arrival)
+        group.v_min, group.v_max = min(versions), max(versions)
+        if any(each.spans for each in joined):
+            group.versions = [each.spans for each in joined]
+        return told
+
+    def _sent(self, arrival: Arrival, group: Group, told: Counter[str]) -> list[Joined]:
+        told["sent"] += len(group.tokens)
+        return [
+            Joined(spans, covers(spans, place, len(row)), None)
+            for row, place, spans in zip(group.tokens, arrival.places, group.versions or (), strict=True)
+        ]
+
+    def _joined(self, arrival: Arrival, group: Group, told: Counter[str]) -> list[Joined]:
+        lineages = (from_record(raw) if raw else None for raw in arrival.lineages)
+        joined = [
+            join(len(row), place, list(islice(lineages, len(place.ends))))
+            for row, place in zip(group.tokens, arrival.places, strict=True)
+        ]
+        whole = sum(each.whole for each in joined)
+        told["joined"] += whole
+        told["unknown"] += len(joined) - whole
+        if posted := group.inference_logprobs:
+            told["mismatched"] += mismatched(posted, joined)
+        elif any(each.log_probs is not None for each in joined):
+            group.sampled_logprobs = [
+                np.full(len(row), UNKNOWN, "<f4") if each.log_probs is None else each.log_probs
+                for row, each in zip(group.tokens, joined, strict=True)
+            ]
+        return joined
+
+    async def newest(self) -> int:
+        """The policy's newest version; 0, the base weights, before the first is published."""
+        found = await self._broker.weights.newest(self._policy)
+        return found.version if found else 0
+
+
+def _bounds(arrival: Arrival) -> tuple[int, int]:
+    now = time.time()
+    statuses = (read_json(ServerStatus, raw) for raw in arrival.servers)  # also of agents that keep no `served`
+    versions = [each.version for each in statuses if each and abs(now - each.heartbeat) < HEARTBEAT_S]
+    oldest = min((version for version in (arrival.oldest, *versions) if version >= 0), default=arrival.newest)
+    return min(oldest, arrival.newest), arrival.newest

@@ -1,0 +1,4 @@
+"""One policy-gradient step, from verl's parts: log-probs, off-policy correction, advantages, loss.
+
+Read learner.py first.
+"""

@@ -1,0 +1,1 @@
+"""Ways to start a trainer's ranks other than torchrun."""
