@@ -34,7 +34,7 @@ from scored import group  # noqa: E402
 from trainer_kit import context, make_tiny_model, preload, scored_group, until  # noqa: E402
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking  # noqa: E402
-from lachesis.broker.records.groups import LedgerEntry, Member  # noqa: E402
+from lachesis.broker.records.steps import LedgerEntry, Member  # noqa: E402
 from lachesis.trainer.elastic.config import Team  # noqa: E402
 
 GROUPS, COMPUTE_S = 24, 0.05  # groups of a step, seconds of a group

@@ -28,7 +28,7 @@ from rich.table import Table
 from servers import cpu_ms, resident_kib, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.records.groups import ServerStatus
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.service.ports import find_free
 
 CLIENTS = 32

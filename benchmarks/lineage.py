@@ -34,7 +34,8 @@ from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.records.groups import Group, LedgerEntry
+from lachesis.broker.records.groups import Group
+from lachesis.broker.records.steps import LedgerEntry
 from lachesis.service.ports import find_free
 
 WORK = (("single", "sglang", 1000), ("single", "vllm", 1000), ("turns", "sglang", 500), ("turns", "vllm", 500))

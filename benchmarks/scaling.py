@@ -24,11 +24,11 @@ import anyio
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
-from lachesis.broker.records.groups import LedgerEntry
+from lachesis.broker.records.steps import LedgerEntry
 from lachesis.broker.store.embedded import EmbeddedRedis
 from lachesis.cli.options import parse
 from lachesis.cli.up import plan
-from lachesis.cli.up.command import UpSettings
+from lachesis.cli.up.settings import UpSettings
 
 ELASTIC = "lachesis.elastic=true"
 JOIN_AT, KILL_AT = 20, 50

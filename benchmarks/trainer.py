@@ -28,10 +28,11 @@ from rich.table import Table
 from servers import BATCH, LENGTH, SEQUENCES, VOCABULARY, cpu_ms, group
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
-from lachesis.broker.records.groups import LedgerEntry
-from lachesis.broker.records.packing import from_blob, pack, to_blob
+from lachesis.broker.records.blobs import from_blob, to_blob
+from lachesis.broker.records.packing import pack
+from lachesis.broker.records.steps import LedgerEntry
 from lachesis.shim.intake.simdjson_decoder import read_group
-from lachesis.trainer.config.compose import Plan
+from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.data.collate import to_batch
 from lachesis.trainer.metrics.step import batch_metrics
 from lachesis.trainer.prefetch import Feed, Ready

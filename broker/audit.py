@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct, field
 
 from lachesis.broker.client import Broker
-from lachesis.broker.queue.form import read_status
+from lachesis.broker.queue.counters import read_status
 from lachesis.broker.queue.queue import read_ledger
 from lachesis.broker.records.entries import IDS, id_number, read_entries, read_number
-from lachesis.broker.records.groups import BatchEntry, DeadEntry, GroupEntry, LedgerEntry, QueueStatus
+from lachesis.broker.records.groups import DeadEntry, GroupEntry
+from lachesis.broker.records.steps import BatchEntry, LedgerEntry, QueueStatus
 
 SHOWN = 5  # examples named in a finding
 

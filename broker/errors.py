@@ -3,6 +3,9 @@
 The message of each says what is wrong and what to do next; a command prints it as one line.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class LachesisError(Exception):
     """Root of all errors that Lachesis raises on purpose."""
@@ -70,3 +73,9 @@ class InvalidGroup(LachesisError, ValueError):
     def __init__(self, field: str, value: object, rule: str) -> None:
         self.field, self.value, self.rule = field, value, rule
         super().__init__(f"{field} = {value!r}: {rule}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message that refuses `name`: "; did you mean 'X'?", or nothing where no known name is like it."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -9,8 +9,7 @@ from typing import TypeVar
 from redis.exceptions import NoPermissionError
 
 from lachesis.broker.client import Broker
-from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.nearest import did_you_mean
+from lachesis.broker.errors import ConfigurationError, did_you_mean
 from lachesis.broker.records.keys import check_name
 from lachesis.cli.terminal import say
 from lachesis.service.settings import RedisSettings

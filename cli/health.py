@@ -5,7 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from lachesis.broker.client import Broker
-from lachesis.broker.records.groups import EnvRecord, LedgerEntry, ServerStatus, TrainerConfig
+from lachesis.broker.records.registrations import EnvRecord, TrainerConfig
+from lachesis.broker.records.steps import LedgerEntry
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.broker.run.environments import is_alive
 
 SERVER_STALE_S = 10.0  # a heartbeat older than this is a dead server's

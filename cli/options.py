@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 
-from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.nearest import did_you_mean
+from lachesis.broker.errors import ConfigurationError, did_you_mean
 from lachesis.cli.terminal import say
 from lachesis.service.settings import NO_SETTINGS, PREFIX, Settings, found_toml, read_toml, toml_file
 
@@ -123,8 +122,7 @@ def _option_of(key: str) -> str:
 
 def all_names() -> set[str]:
     """The settings of all commands. Imports every command, but nothing heavy."""
-    from lachesis.cli.main import COMMANDS
-    from lachesis.cli.roles import SETTINGS
+    from lachesis.cli.catalogue import COMMANDS, SETTINGS
 
     for module in (*(command.module for command in COMMANDS.values()), *SETTINGS):
         import_module(module.partition(":")[0])

@@ -7,13 +7,6 @@ from collections.abc import Sequence
 from lachesis.cli.options import parse
 from lachesis.cli.terminal import say
 
-SETTINGS = (
-    "lachesis.shim.settings",
-    "lachesis.trainer.settings",
-    "lachesis.inference.settings",
-    "lachesis.envs.settings",
-)
-
 
 def shim(arguments: Sequence[str]) -> int:
     from lachesis.shim.settings import ShimSettings

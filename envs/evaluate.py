@@ -12,8 +12,8 @@ from msgspec import Struct
 
 from lachesis.broker.errors import LachesisError
 from lachesis.envs.registry import entry
+from lachesis.envs.settings import split_token
 from lachesis.envs.task import Problem, Task
-from lachesis.envs.urls import split_token
 
 CONCURRENCY = 8
 PROMPTS_PER_CALL = 25

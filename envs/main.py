@@ -16,9 +16,8 @@ import httpx
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.store.connection import hide_password
 from lachesis.envs.registry import entry
-from lachesis.envs.settings import EnvSettings
+from lachesis.envs.settings import EnvSettings, split_token
 from lachesis.envs.task import Task
-from lachesis.envs.urls import split_token
 from lachesis.service.logs import configure_logging
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")

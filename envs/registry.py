@@ -1,17 +1,13 @@
-"""The environments Lachesis brings along. Adding one is a module with `Env`, `make_task` and `RECIPE`, and a line here."""
+"""The environments Lachesis brings along. Adding one is a package with tasks.py and env.py, and a line here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.nearest import did_you_mean
+from lachesis.broker.errors import ConfigurationError, did_you_mean
 from lachesis.envs.task import Recipe, Task
-
-if TYPE_CHECKING:
-    from lachesis.envs.single_turn import SingleTurnEnv
 
 MODULES = {"arithmetic": "lachesis.envs.arithmetic", "gsm8k": "lachesis.envs.gsm8k"}
 
@@ -23,7 +19,7 @@ class Entry:
     name: str
 
     def recipe(self) -> Recipe:
-        recipe: Recipe = import_module(f"{MODULES[self.name]}.recipe").RECIPE
+        recipe: Recipe = import_module(f"{MODULES[self.name]}.tasks").RECIPE
         return recipe
 
     def task(self, data: str | None = None) -> Task:
@@ -31,10 +27,9 @@ class Entry:
         task: Task = import_module(f"{MODULES[self.name]}.tasks").make_task(data)
         return task
 
-    def env_class(self) -> type[SingleTurnEnv]:
-        """The Atropos environment. Imports atroposlib."""
-        found: Any = import_module(f"{MODULES[self.name]}.env").Env
-        return found  # type: ignore[no-any-return]
+    def env_class(self) -> Any:
+        """The Atropos environment, a class made from single_turn.SingleTurnEnv. Imports atroposlib."""
+        return import_module(f"{MODULES[self.name]}.env").Env
 
 
 def names() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import unquote, urlsplit
+
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
@@ -29,3 +31,10 @@ class EnvSettings(Settings):
     max_batches_offpolicy: int = Field(0, ge=0, description="batches that may wait for the trainer (0: the recipe's)")
     max_workers: int = Field(0, ge=0, description="groups generated at the same time (0: the recipe's)")
     steps_per_eval: int = Field(0, ge=0, description="steps between held-out evaluations (0: none)")
+
+
+def split_token(url: str) -> tuple[str, str]:
+    """The address without the token, and the token; empty if there is none."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host).geturl(), unquote(parts.password or "")

@@ -9,8 +9,7 @@ from atroposlib.envs.base import BaseEnv, BaseEnvConfig, ScoredDataGroup
 from atroposlib.envs.server_handling.server_manager import APIServerConfig
 from pydantic import Field
 
-from lachesis.envs.registry import entry
-from lachesis.envs.task import Problem, Task
+from lachesis.envs.task import Problem, Recipe, Task
 
 
 class SingleTurnConfig(BaseEnvConfig):
@@ -26,13 +25,19 @@ class SingleTurnEnv(BaseEnv):
     """Asks a problem `group_size` times, grades each answer, and posts tokens, masks, log-probs and scores."""
 
     name = ""
+    recipe: Recipe
     env_config_cls = SingleTurnConfig
     task: Task
+
+    @staticmethod
+    def make_task(data: str | None) -> Task:
+        """The problems; `data` names a file of them, for tasks that take one."""
+        raise NotImplementedError
 
     @classmethod
     def config_init(cls) -> tuple[SingleTurnConfig, list[APIServerConfig]]:
         """The recipe of this environment, a shim and a front door on this machine."""
-        recipe = entry(cls.name).recipe()
+        recipe = cls.recipe
         config = SingleTurnConfig(
             group_size=recipe.group_size,
             max_token_length=recipe.max_token_len,
@@ -53,7 +58,7 @@ class SingleTurnEnv(BaseEnv):
         return config, [server]  # a list, because atroposlib replaces a bare one's address by ports of its own choice
 
     async def setup(self) -> None:
-        self.task = entry(self.name).task(self.config.data)
+        self.task = self.make_task(self.config.data)
         self._training = self.task.training(self.config.seed)
         self._max_new_tokens = self.config.max_new_tokens or self.task.max_new_tokens
         self._posted = 0

@@ -10,7 +10,7 @@ from msgspec import structs
 from redis.exceptions import RedisError
 from structlog.stdlib import BoundLogger
 
-from lachesis.broker.records.groups import ServerStatus
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.broker.run.registry import Parties
 
 INTERVAL_S = 1.0

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from lachesis.broker.run.lineage import MAX_BYTES
-from lachesis.service.http.callers import CallerSettings
+from lachesis.service.http.settings import CallerSettings
 from lachesis.service.settings import RedisSettings
 
 

@@ -13,16 +13,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route, Router
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import Role
+from lachesis.broker.records.registrations import Role
 from lachesis.service.http.access import ADMIN, ANY, ENVIRONMENT, OPEN, TRAINER, Access, Seen
 from lachesis.service.http.web_pages import guarded
 from lachesis.shim.batch.endpoint import BatchEndpoint, LatestExample
 from lachesis.shim.batch.http_trainers import HttpTrainers
 from lachesis.shim.errors import HANDLERS, refuse
 from lachesis.shim.http.access import Guard
+from lachesis.shim.http.body import SMALL_BYTES
 from lachesis.shim.http.run_router import Runs
 from lachesis.shim.intake.backpressure import HOLD_S, Hold, Patient, Pressure
-from lachesis.shim.intake.decode import SMALL_BYTES
 from lachesis.shim.intake.scored_data import GroupsIn
 from lachesis.shim.intake.versions import Versions
 from lachesis.shim.routes.openapi import openapi

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, LONGEST_WINDOW_S, MAX_DELIVERIES, Limits
-from lachesis.service.http.callers import CallerSettings
+from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, LONGEST_WINDOW_S, Limits
+from lachesis.broker.records.steps import MAX_DELIVERIES
+from lachesis.service.http.settings import CallerSettings
 
 
 class ShimSettings(CallerSettings):

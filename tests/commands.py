@@ -7,7 +7,7 @@ from pathlib import Path
 
 from warm import WarmPython
 
-from lachesis.cli.main import COMMANDS
+from lachesis.cli.catalogue import COMMANDS
 
 LACHESIS = ("-m", "lachesis.cli.main")
 LATER = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import Membership
+from lachesis.broker.records.steps import Membership
 from lachesis.broker.replicas.members import CONSUMER
 
 BATCH = 4  # sequences

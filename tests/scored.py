@@ -7,7 +7,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from lachesis.broker.records.groups import BatchEntry, LedgerEntry, ScoredGroup
+from lachesis.broker.records.groups import ScoredGroup
+from lachesis.broker.records.steps import BatchEntry, LedgerEntry
 
 token_ids = st.one_of(st.integers(0, 150_000), st.integers(0, 2**63 - 1))
 labels = st.one_of(st.just(-100), st.integers(-(2**63), 2**63 - 1), st.integers(0, 150_000))

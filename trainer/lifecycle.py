@@ -10,10 +10,11 @@ from structlog.stdlib import BoundLogger
 
 from lachesis.broker import BlockingBroker, Conflict, LeaseLost
 from lachesis.broker.errors import CheckpointRefused
-from lachesis.broker.records.groups import LedgerEntry, TrainerConfig
+from lachesis.broker.records.registrations import TrainerConfig
+from lachesis.broker.records.steps import LedgerEntry
 from lachesis.broker.retention.shadows import Rule
-from lachesis.trainer.config.compose import Plan
-from lachesis.trainer.engine.distributed import Crew
+from lachesis.trainer.algo.rank_group import Crew
+from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.weights.checkpoint import Checkpoints
 from lachesis.trainer.weights.publisher import Publisher
 from lachesis.trainer.writer_lock import Right

@@ -15,10 +15,10 @@ from structlog.stdlib import BoundLogger
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.failpoints import crash_point
-from lachesis.broker.records.groups import Lease, LedgerEntry
-from lachesis.trainer.config.compose import Plan
+from lachesis.broker.records.steps import Lease, LedgerEntry
+from lachesis.trainer.algo.rank_group import Crew
+from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.data.policy_lag import lag_of
-from lachesis.trainer.engine.distributed import Crew
 from lachesis.trainer.lifecycle import Upkeep
 from lachesis.trainer.metrics.reporter import Reporter, warn_of_untrainable
 from lachesis.trainer.metrics.step import batch_metrics

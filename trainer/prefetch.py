@@ -19,9 +19,10 @@ from redis.exceptions import ResponseError
 
 from lachesis.broker import BlockingBroker, Conflict
 from lachesis.broker.failpoints import crash_point
-from lachesis.broker.records.groups import BatchEntry, DeadEntry, Group, Lease, LedgerEntry
+from lachesis.broker.records.groups import DeadEntry, Group
+from lachesis.broker.records.steps import BatchEntry, Lease, LedgerEntry
 from lachesis.broker.retention.dead_letters import untrainable
-from lachesis.trainer.config.compose import Plan
+from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.data.batch import TrainingBatch
 from lachesis.trainer.writer_lock import Tenure
 

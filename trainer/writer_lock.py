@@ -11,7 +11,7 @@ import anyio
 from redis.exceptions import RedisError
 
 from lachesis.broker import BlockingBroker, LeaseLost
-from lachesis.broker.records.groups import Lease
+from lachesis.broker.records.steps import Lease
 from lachesis.broker.store.redis_errors import describe, trouble
 
 WAIT_S = 0.2

@@ -24,10 +24,11 @@ from lachesis.broker.client import Broker
 from lachesis.broker.errors import Conflict, LachesisError, LeaseLost
 from lachesis.broker.failpoints import crash_point
 from lachesis.broker.queue.queue import read_ledger
+from lachesis.broker.records.blobs import CODEC
 from lachesis.broker.records.entries import read_entries
-from lachesis.broker.records.groups import ArchiverStatus, BatchEntry, LedgerEntry
 from lachesis.broker.records.keys import ARCHIVE
-from lachesis.broker.records.packing import CODEC
+from lachesis.broker.records.registrations import ArchiverStatus
+from lachesis.broker.records.steps import BatchEntry, LedgerEntry
 from lachesis.broker.retention.trained_batches import ARCHIVER
 
 POLL_S = 0.25

@@ -13,9 +13,10 @@ from lachesis.broker.archive.segments import Archive
 from lachesis.broker.client import Broker
 from lachesis.broker.errors import InvalidGroup
 from lachesis.broker.queue.admission import admit_stored
+from lachesis.broker.records.blobs import CODEC
 from lachesis.broker.records.entries import SHOWN, gid_of, read_entries
-from lachesis.broker.records.groups import LONGEST_WINDOW_S, BatchEntry, Group, GroupEntry, Limits
-from lachesis.broker.records.packing import CODEC
+from lachesis.broker.records.groups import LONGEST_WINDOW_S, Group, GroupEntry, Limits
+from lachesis.broker.records.steps import BatchEntry
 from lachesis.broker.store.redis_errors import describe, trouble
 
 WAIT_S = 0.25

@@ -26,7 +26,7 @@ from msgspec import Struct
 
 from lachesis.broker.errors import ArchiveUnreadable, ConfigurationError
 from lachesis.broker.failpoints import crash_point
-from lachesis.broker.records.groups import BatchEntry, LedgerEntry
+from lachesis.broker.records.steps import BatchEntry, LedgerEntry
 
 MAGIC = b"lachesis archive 1\n"
 _NAME = re.compile(r"(\d{10})-(\d{10})\.lachesis")

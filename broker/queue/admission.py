@@ -14,8 +14,8 @@ import numpy as np
 import orjson
 
 from lachesis.broker.errors import InvalidGroup
+from lachesis.broker.records.blobs import from_blob
 from lachesis.broker.records.groups import Group, Spans
-from lachesis.broker.records.packing import from_blob
 
 NEWEST = 2**53  # no version is newer: Lua and JavaScript count so far
 MOST_SEQUENCES = 1 << 20  # of a group: no batch has more

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 
 from lachesis.broker.errors import Unreadable
 from lachesis.broker.queue import selection
+from lachesis.broker.queue.counters import read_status
 from lachesis.broker.queue.refit import Refit, fitted_to, sizes_of
-from lachesis.broker.queue.staleness import Staleness
 from lachesis.broker.records.entries import read_number, to_entry
-from lachesis.broker.records.groups import BatchEntry, QueueStatus
 from lachesis.broker.records.keys import Keys
+from lachesis.broker.records.steps import BatchEntry, QueueStatus
 from lachesis.broker.run.environments import Environments
 from lachesis.broker.store.connection import Redis
 from lachesis.broker.store.scripts import Scripts
@@ -23,7 +22,6 @@ ATTEMPTS = 100  # while other replicas are faster
 
 _COUNTS = (b"tok", b"v_min", b"v_max", b"bytes")  # of a queued group
 
-_WAITING = re.compile(rb"waiting:(@?[\w.-]+):(\d+)")
 
 Entry = tuple[bytes, Mapping[bytes, bytes]]  # a queued group's id and fields, as Redis replies them
 
@@ -171,37 +169,23 @@ def _any_longer(chosen: Sequence[Entry], max_token_len: int) -> bool:
     return any(read_number(fields.get(b"longest", b"0")) > max_token_len for _, fields in chosen)
 
 
-def read_status(state: Mapping[bytes, bytes]) -> QueueStatus:
-    """The counters of the hash `state`. Formed but undelivered batches count as queued. What is no number counts as 0."""
-    waiting: dict[str, dict[int, int]] = {}
-    for field in state:
-        if field.startswith(b"waiting:") and (found := _WAITING.fullmatch(field)):
-            waiting.setdefault(found[1].decode(), {})[int(found[2])] = read_number(state[field])
+class Staleness:
+    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys) -> None:
+        self._redis, self._scripts, self._keys = redis, scripts, keys
 
-    def counter(name: bytes) -> int:
-        return read_number(state.get(name, b"0"))
+    async def rule(self) -> tuple[int, int]:
+        """(max_lag, newest version of the policy it is about); max_lag 0: groups of any age are trained."""
+        max_lag, policy = await self._redis.hmget(self._keys.state, ["max_lag", "lag_of"])
+        if not read_number(max_lag):
+            return 0, 0
+        newest = await self._redis.xrevrange(self._keys.weights(policy.decode()), count=1)
+        return read_number(max_lag), int(newest[0][0].split(b"-")[0]) if newest else 0
 
-    return QueueStatus(
-        groups=counter(b"groups") + counter(b"undelivered_groups"),
-        sequences=counter(b"sequences") + counter(b"undelivered_sequences"),
-        bytes=counter(b"bytes"),
-        accepted=counter(b"accepted"),
-        formed=counter(b"formed"),
-        delivered=counter(b"delivered"),
-        waiting=waiting,
-        dead=counter(b"dead"),
-        purged=counter(b"purged"),
-        untrainable=counter(b"untrainable"),
-        refused=counter(b"refused"),
-        refused_not_kept=counter(b"refused_not_kept"),
-        dropped=_counters(state, b"dropped:"),
-        duplicates=_counters(state, b"duplicates:"),
-    )
-
-
-def _counters(state: Mapping[bytes, bytes], prefix: bytes) -> dict[str, int]:
-    return {
-        name.removeprefix(prefix).decode(errors="replace"): read_number(count)
-        for name, count in state.items()
-        if name.startswith(prefix)
-    }
+    async def drop(self, queued: Sequence[tuple[bytes, int]]) -> int:
+        """Make dead letters of the stale ones among queued groups, (entry id, v_min) each. Returns how many were stale."""
+        max_lag, newest = await self.rule()
+        stale = [id_ for id_, v_min in queued if 0 < max_lag < newest - v_min]
+        if stale:
+            keys = [self._keys.groups, self._keys.dead, self._keys.state]
+            await self._scripts.drop(keys=keys, args=[newest, max_lag, *stale])
+        return len(stale)

@@ -14,9 +14,10 @@ from redis.exceptions import ResponseError
 from lachesis.broker.errors import ConfigurationError, LeaseLost, Unreadable
 from lachesis.broker.queue import selection
 from lachesis.broker.queue.admission import check_bounds, check_id
-from lachesis.broker.queue.form import Forming, read_status
+from lachesis.broker.queue.counters import makes_batch, read_status
+from lachesis.broker.queue.form import Forming, Staleness
 from lachesis.broker.queue.refit import Refit
-from lachesis.broker.queue.staleness import Staleness
+from lachesis.broker.records.blobs import from_blob, queue_entry, to_blob
 from lachesis.broker.records.entries import (
     flat_entry,
     from_entry,
@@ -27,23 +28,11 @@ from lachesis.broker.records.entries import (
     to_entry,
     warn,
 )
-from lachesis.broker.records.groups import (
-    DUPLICATE_WINDOW_S,
-    MAX_DELIVERIES,
-    BatchEntry,
-    DeadEntry,
-    EnvRecord,
-    Group,
-    GroupEntry,
-    Lease,
-    LedgerEntry,
-    Limits,
-    QueueStatus,
-    ScoredGroup,
-    TrainerConfig,
-)
+from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, DeadEntry, Group, GroupEntry, Limits, ScoredGroup
 from lachesis.broker.records.keys import ARCHIVE, Keys
-from lachesis.broker.records.packing import from_blob, pack, queue_entry, to_arrays, to_blob
+from lachesis.broker.records.packing import pack, to_arrays
+from lachesis.broker.records.registrations import EnvRecord, TrainerConfig
+from lachesis.broker.records.steps import MAX_DELIVERIES, BatchEntry, Lease, LedgerEntry, QueueStatus
 from lachesis.broker.retention.dead_letters import compressed
 from lachesis.broker.retention.shadows import Rule, Shadows
 from lachesis.broker.retention.trained_batches import Retention
@@ -434,11 +423,6 @@ class Queue:
         counts = dict((await self.status()).waiting.get(str(env.env_id), {}))
         counts.pop(env.config.group_size, None)
         return selection.left_over(counts, env.config.group_size)
-
-
-def makes_batch(status: QueueStatus, batch_size: int) -> bool:
-    """Whether a trainer that asks now gets a batch that none has had yet."""
-    return status.formed > status.delivered or selection.attainable(status.waiting, {}, batch_size) is not None
 
 
 def read_ledger(found: Iterable[tuple[bytes, Mapping[bytes, bytes]]]) -> list[LedgerEntry]:

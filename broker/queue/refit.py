@@ -18,10 +18,12 @@ from redis.exceptions import ResponseError
 from lachesis.broker.errors import Conflict
 from lachesis.broker.failpoints import crash_point
 from lachesis.broker.queue.admission import admit
+from lachesis.broker.records.blobs import from_blob, queue_entry
 from lachesis.broker.records.entries import SHOWN, flat_entry, read_entries, read_json, warn
-from lachesis.broker.records.groups import BatchEntry, Group, GroupEntry, TrainerConfig
+from lachesis.broker.records.groups import Group, GroupEntry
 from lachesis.broker.records.keys import Keys
-from lachesis.broker.records.packing import from_blob, queue_entry
+from lachesis.broker.records.registrations import TrainerConfig
+from lachesis.broker.records.steps import BatchEntry
 from lachesis.broker.retention.dead_letters import LOST, OVERSIZED, UNREADABLE
 from lachesis.broker.store.connection import Redis
 from lachesis.broker.store.scripts import Scripts

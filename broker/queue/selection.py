@@ -21,14 +21,20 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-import numpy as np
+from lachesis.broker.queue.subset_sum import (
+    add_counts,
+    at_least_bits,
+    complements,
+    reachable_totals,
+    total_of,
+    totals_of_both,
+)
 
 TURN_EVERY = 64  # steps
 OTHERS = ""  # in place of an environment: all that have no minimum
-FEW = 64  # totals that are added one by one
 
 
 def choose(sizes: Sequence[int], batch_size: int) -> list[int] | None:
@@ -110,7 +116,7 @@ def attainable(
 
     `waiting[env][size]` counts queued groups. If not all minimums can be met at once, earlier environments come first.
     """
-    if not 0 < batch_size <= sum(map(_total, waiting.values())):
+    if not 0 < batch_size <= sum(map(total_of, waiting.values())):
         return None
     unit = math.gcd(
         *(size for counts in waiting.values() for size, count in counts.items() if count > 0 and 0 < size <= batch_size)
@@ -123,25 +129,25 @@ def attainable(
         for env, of_env in waiting.items()
     }
     # of the environments already settled, and those without a minimum
-    before = _totals(_sum(of_env for env, of_env in counts.items() if env not in minimums), limit)
+    before = reachable_totals(add_counts(of_env for env, of_env in counts.items() if env not in minimums), limit)
     promised = [(env, minimum, counts.get(env, Counter())) for env, minimum in minimums.items()]
-    if not _totals(_sum(of_env for _, _, of_env in promised), limit, before) >> limit & 1:
+    if not reachable_totals(add_counts(of_env for _, _, of_env in promised), limit, before) >> limit & 1:
         return None
     met = {}
     for place, (env, minimum, of_env) in enumerate(promised):
-        totals = _totals(of_env, limit)
-        rest = _totals(_sum(later for _, _, later in promised[place + 1 :]), limit, before)
-        possible = (totals & _complements(rest, limit)).bit_length() - 1
+        totals = reachable_totals(of_env, limit)
+        rest = reachable_totals(add_counts(later for _, _, later in promised[place + 1 :]), limit, before)
+        possible = (totals & complements(rest, limit)).bit_length() - 1
         met[env] = min(minimum, possible * unit)
         if place + 1 < len(promised):
-            before = _sums(before, _at_least(totals, -(-met[env] // unit)), limit)
+            before = totals_of_both(before, at_least_bits(totals, -(-met[env] // unit)), limit)
     return met
 
 
 def left_over(counts: Mapping[int, int], group_size: int) -> int:
     """Sequences of groups (`counts[size]` of each size) that remain when all that make up `group_size` are set aside."""
     left = dict(counts)
-    while 0 < group_size <= _total(left):
+    while 0 < group_size <= total_of(left):
         sizes = [size for size in sorted(left) for _ in range(min(left[size], group_size // size))]
         parts = Counter(sizes[index] for index in _oldest(sizes, group_size) or ())
         if not parts:
@@ -149,7 +155,7 @@ def left_over(counts: Mapping[int, int], group_size: int) -> int:
         times = min(left[size] // count for size, count in parts.items())
         for size, count in parts.items():
             left[size] -= count * times
-    return _total(left)
+    return total_of(left)
 
 
 def _oldest(sizes: Sequence[int], total: int) -> list[int] | None:
@@ -184,7 +190,7 @@ class _Prefixes:
             return False
         least = min(total, rest)
         counts = {size: bisect_left(places, end) for size, places in self._places.items() if size <= least}
-        return bool(_totals(counts, least) >> least & 1)
+        return bool(reachable_totals(counts, least) >> least & 1)
 
     def shortest(self, total: int, end: int) -> int | None:
         """How many of the first `end` it takes to have that total; None if all of them don't."""
@@ -261,81 +267,16 @@ def _exact(sizes: Sequence[int], envs: Sequence[str], batch_size: int, minimums:
     reach_before, allowed = {}, {}
     for env, lane in lanes.items():
         reach_before[env] = reach
-        totals = _totals(Counter(sizes[index] // unit for index in lane), rest)
-        allowed[env] = _at_least(totals, -(-minimums.get(env, 0) // unit))
-        reach = _sums(reach, allowed[env], rest)
+        totals = reachable_totals(Counter(sizes[index] // unit for index in lane), rest)
+        allowed[env] = at_least_bits(totals, -(-minimums.get(env, 0) // unit))
+        reach = totals_of_both(reach, allowed[env], rest)
     if not reach >> rest & 1:
         return None
 
     chosen: list[int] = []
     for env, lane in reversed(lanes.items()):
-        shares = allowed[env] & _complements(reach_before[env], rest)
+        shares = allowed[env] & complements(reach_before[env], rest)
         share = (shares & -shares).bit_length() - 1
         chosen += [lane[place] for place in _oldest([sizes[index] // unit for index in lane], share) or ()]
         rest -= share
     return sorted(chosen)
-
-
-def _totals(counts: Mapping[int, int], limit: int, reach: int = 1) -> int:
-    """Totals up to `limit` of any of `counts[size]` groups of each size, added to those in `reach`.
-
-    Powers of two of a number add up to every smaller number.
-    """
-    within = (2 << limit) - 1
-    for size, count in counts.items():
-        left, part = min(count, limit // size), 1
-        while left > 0:
-            reach |= (reach << size * min(part, left)) & within
-            left -= part
-            part *= 2
-    return reach
-
-
-def _sums(some: int, others: int, limit: int) -> int:
-    """Totals up to `limit` of one of `some` and one of `others`.
-
-    The number of ways to make each total is a convolution: exact, because it is rounded to less than half.
-    """
-    few, many = sorted((some, others), key=int.bit_count)
-    if few.bit_count() <= FEW:
-        reach = 0
-        for total in _bits(few):
-            reach |= many << total
-        return reach & (2 << limit) - 1
-    length = 2 << limit.bit_length()
-    spectrum = np.fft.rfft(_flags(few, limit), length) * np.fft.rfft(_flags(many, limit), length)
-    ways = np.fft.irfft(spectrum, length)[: limit + 1]
-    return int.from_bytes(np.packbits(ways > 0.5, bitorder="little").tobytes(), "little")
-
-
-def _flags(totals: int, limit: int) -> np.ndarray:
-    """Of each total from 0 to `limit`: 1 if it is among them."""
-    data = np.frombuffer(totals.to_bytes(limit // 8 + 1, "little"), np.uint8)
-    return np.unpackbits(data, count=limit + 1, bitorder="little")
-
-
-def _complements(totals: int, whole: int) -> int:
-    """What is missing to `whole` of each of the totals up to it."""
-    return int(f"{totals & (2 << whole) - 1:0{whole + 1}b}"[::-1], 2)
-
-
-def _sum(counts: Iterable[Mapping[int, int]]) -> Counter[int]:
-    together: Counter[int] = Counter()
-    for each in counts:
-        together.update(each)
-    return together
-
-
-def _total(counts: Mapping[int, int]) -> int:
-    return sum(size * count for size, count in counts.items())
-
-
-def _at_least(totals: int, minimum: int) -> int:
-    return totals >> minimum << minimum
-
-
-def _bits(totals: int) -> Iterator[int]:
-    while totals:
-        lowest = totals & -totals
-        yield lowest.bit_length() - 1
-        totals ^= lowest

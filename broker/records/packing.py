@@ -9,7 +9,7 @@ every value is exactly a float32 (as those from an inference server are) and 8 w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -20,15 +20,14 @@ from msgspec import Struct
 from lachesis.broker.errors import InvalidGroup
 from lachesis.broker.records.body_limits import TooMany, check_msgpack
 from lachesis.broker.records.entries import narrowed
-from lachesis.broker.records.groups import Group, GroupEntry, ScoredGroup, Spans
+from lachesis.broker.records.groups import Group, ScoredGroup, Spans
 
-CODEC = "mp2z"
 PACKED_TYPE = "application/vnd.lachesis.group"  # media type of a packed group
 LARGEST = 1 << 29  # bytes of a packed group once it is decompressed: of no post and of no archive are more taken
 _TRAINED = -1  # in the packed form this mask value and the token's own id trade places
 
 
-class _Ragged(Struct, array_like=True):
+class Ragged(Struct, array_like=True):
     dtype: str  # numpy's: "<i4", "<i8", "<f4", "<f8"
     lengths: bytes  # int32 per row
     values: bytes
@@ -48,12 +47,12 @@ class _Rest(Struct, omit_defaults=True):
 
 class _Packed(Struct):
     env: int | None
-    tokens: _Ragged
-    masks: _Ragged
+    tokens: Ragged
+    masks: Ragged
     scores: bytes  # float64
-    advantages: _Ragged | None = None
-    ref_logprobs: _Ragged | None = None
-    inference_logprobs: _Ragged | None = None
+    advantages: Ragged | None = None
+    ref_logprobs: Ragged | None = None
+    inference_logprobs: Ragged | None = None
     rest: _Rest = msgspec.field(default_factory=_Rest)
     weight_versions: list[Spans] | None = None
 
@@ -63,15 +62,6 @@ class _Opened(_Packed):
 
     rest: msgspec.Raw = msgspec.Raw(b"\x80")  # type: ignore[assignment]
     weight_versions: msgspec.Raw = msgspec.Raw(b"\xc0")  # type: ignore[assignment]
-
-
-class _Blob(Struct, array_like=True):
-    gid: str
-    v_min: int
-    v_max: int
-    packed: bytes
-    versions: list[Spans] | None = None
-    sampled_logprobs: _Ragged | None = None
 
 
 class _Zstd(threading.local):
@@ -88,11 +78,10 @@ class _Zstd(threading.local):
 REST = _Rest.__struct_fields__
 _UNREADABLE = (zstandard.ZstdError, msgspec.DecodeError, ValueError, RecursionError)
 _zstd = _Zstd()
-_encoder = msgspec.msgpack.Encoder()
+encoder = msgspec.msgpack.Encoder()
 _opened_decoder = msgspec.msgpack.Decoder(_Opened)
 _rest_decoder = msgspec.msgpack.Decoder(_Rest)
 _versions_decoder = msgspec.msgpack.Decoder(list[Spans] | None)
-_blob_decoder = msgspec.msgpack.Decoder(_Blob)
 
 
 def to_arrays(scored: ScoredGroup) -> Group:
@@ -138,13 +127,13 @@ def pack(group: ScoredGroup | Group) -> bytes:
         tokens=_ragged(group.tokens, tokens),
         masks=_ragged(group.masks, _trade(masks, tokens)),
         scores=group.scores.tobytes(),
-        advantages=_pack_floats(group.advantages),
-        ref_logprobs=_pack_floats(group.ref_logprobs),
-        inference_logprobs=_pack_floats(group.inference_logprobs),
+        advantages=pack_floats(group.advantages),
+        ref_logprobs=pack_floats(group.ref_logprobs),
+        inference_logprobs=pack_floats(group.inference_logprobs),
         rest=_Rest(**group.rest),
         weight_versions=group.versions,
     )
-    data = _encoder.encode(packed)
+    data = encoder.encode(packed)
     if len(data) > LARGEST:
         raise InvalidGroup("body", f"{len(data)} bytes", f"must not be larger than {LARGEST} bytes as arrays")
     return _zstd.compressor.compress(data)
@@ -162,7 +151,7 @@ def unpacked_bytes(packed: bytes) -> int:
     except zstandard.ZstdError:
         size = -1
     if size < 0:
-        raise _not_packed("must be one zstd frame that states its content size")
+        raise not_packed("must be one zstd frame that states its content size")
     return int(size)
 
 
@@ -185,10 +174,10 @@ def unpack(
         raise InvalidGroup("body", f"{size} bytes", f"must not decompress to more than {max_bytes} bytes")
     try:
         data = _zstd.decompressor.decompress(packed, allow_extra_data=False)
-        _check_lists(data, max_lists)
+        check_lists(data, max_lists)
         found = _opened_decoder.decode(data)
     except _UNREADABLE as error:
-        raise _not_packed(f"must be a packed group ({error})") from None
+        raise not_packed(f"must be a packed group ({error})") from None
     if check:
         check(bytes(found.rest))
         check(bytes(found.weight_versions))
@@ -200,81 +189,26 @@ def unpack(
             tokens=_rows(found.tokens, tokens),
             masks=_rows(found.masks, _trade(masks, tokens)),
             scores=np.frombuffer(found.scores, dtype="<f8"),
-            advantages=_unpack_floats(found.advantages),
-            ref_logprobs=_unpack_floats(found.ref_logprobs),
-            inference_logprobs=_unpack_floats(found.inference_logprobs),
+            advantages=unpack_floats(found.advantages),
+            ref_logprobs=unpack_floats(found.ref_logprobs),
+            inference_logprobs=unpack_floats(found.inference_logprobs),
             rest={name: value for name in REST if (value := getattr(more, name)) is not None},
             versions=_versions_decoder.decode(found.weight_versions),
         )
     except _UNREADABLE as error:
-        raise _not_packed(f"must be a packed group ({error})") from None
+        raise not_packed(f"must be a packed group ({error})") from None
 
 
-def to_blob(
-    packed: bytes,
-    gid: str,
-    *,
-    v_min: int,
-    v_max: int,
-    versions: list[Spans] | None = None,
-    sampled_logprobs: list[np.ndarray] | None = None,
-) -> bytes:
-    """What is kept of a group: its packed form, its id, and what is known of the making of its tokens (see Group)."""
-    return _encoder.encode(_Blob(gid, v_min, v_max, packed, versions, _pack_floats(sampled_logprobs)))
-
-
-def from_blob(blob: bytes, max_lists: int | None = None) -> Group:
-    """A stored group. Raises InvalidGroup if the bytes are none, or hold more than `max_lists` lists and maps."""
-    _check_lists(blob, max_lists)
-    try:
-        found = _blob_decoder.decode(blob)
-        sampled = _unpack_floats(found.sampled_logprobs)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise _not_packed(f"must be a stored group ({error})") from None
-    group = unpack(found.packed, max_lists=max_lists)
-    group.gid, group.v_min, group.v_max = found.gid, found.v_min, found.v_max
-    group.sampled_logprobs = sampled
-    if found.versions is not None:
-        group.versions = found.versions
-    return group
-
-
-def queue_entry(group: Group, stored_bytes: int) -> GroupEntry:
-    """The entry of a stored group, as PUT made it."""
-    mean, deviation = _spread(group.scores.tolist())
-    return GroupEntry(
-        gid=group.gid,
-        env="-" if group.env is None else str(group.env),
-        n=len(group.tokens),
-        tok=sum(map(len, group.tokens)),
-        score_mean=mean,
-        score_std=deviation,
-        v_min=group.v_min,
-        v_max=group.v_max,
-        bytes=stored_bytes,
-        codec=CODEC,
-        longest=max(map(len, group.tokens)),
-    )
-
-
-def _spread(scores: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; scaled, so that no square of a large score overflows."""
-    scale = max(map(abs, scores)) or 1.0
-    mean = sum(score / scale for score in scores) / len(scores)
-    deviation = (sum((score / scale - mean) ** 2 for score in scores) / len(scores)) ** 0.5
-    return mean * scale, deviation * scale
-
-
-def _check_lists(data: bytes, most: int | None) -> None:
+def check_lists(data: bytes, most: int | None) -> None:
     if most is None:
         return
     try:
         check_msgpack(data, most)
     except TooMany as error:
-        raise _not_packed(f"must not hold more than {most} lists and maps ({error})") from None
+        raise not_packed(f"must not hold more than {most} lists and maps ({error})") from None
 
 
-def _not_packed(rule: str) -> InvalidGroup:
+def not_packed(rule: str) -> InvalidGroup:
     return InvalidGroup("body", "bytes", rule)
 
 
@@ -302,21 +236,21 @@ def _trade(masks: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return np.where(masks == tokens, np.int32(_TRAINED), np.where(masks == _TRAINED, tokens, masks))
 
 
-def _pack_floats(rows: list[np.ndarray] | None) -> _Ragged | None:
+def pack_floats(rows: list[np.ndarray] | None) -> Ragged | None:
     return None if rows is None else _ragged(rows, _narrow(rows, "<f4"))
 
 
-def _ragged(rows: list[np.ndarray], values: np.ndarray) -> _Ragged:
-    return _Ragged(values.dtype.str, np.array([len(row) for row in rows], "<i4").tobytes(), values.tobytes())
+def _ragged(rows: list[np.ndarray], values: np.ndarray) -> Ragged:
+    return Ragged(values.dtype.str, np.array([len(row) for row in rows], "<i4").tobytes(), values.tobytes())
 
 
-def _flat(ragged: _Ragged, *dtypes: str) -> np.ndarray:
+def _flat(ragged: Ragged, *dtypes: str) -> np.ndarray:
     if ragged.dtype not in dtypes:
         raise ValueError(f"dtype {ragged.dtype!r} where only {' and '.join(dtypes)} can be")
     return np.frombuffer(ragged.values, dtype=ragged.dtype)
 
 
-def _rows(ragged: _Ragged, values: np.ndarray) -> list[np.ndarray]:
+def _rows(ragged: Ragged, values: np.ndarray) -> list[np.ndarray]:
     lengths = np.frombuffer(ragged.lengths, dtype="<i4").tolist()
     if sum(lengths) != len(values) or min(lengths, default=0) < 0:
         raise ValueError(f"rows of {sum(lengths)} values in all, and {len(values)} values")
@@ -327,7 +261,7 @@ def _rows(ragged: _Ragged, values: np.ndarray) -> list[np.ndarray]:
     return rows
 
 
-def _unpack_floats(ragged: _Ragged | None) -> list[np.ndarray] | None:
+def unpack_floats(ragged: Ragged | None) -> list[np.ndarray] | None:
     return None if ragged is None else _rows(ragged, _flat(ragged, "<f4", "<f8"))
 
 

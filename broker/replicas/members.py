@@ -18,8 +18,9 @@ from redis.exceptions import ResponseError
 from lachesis.broker.errors import Conflict, Diverged, LeaseLost, Moved
 from lachesis.broker.queue.queue import REFUSED_KEPT
 from lachesis.broker.records.entries import to_entry
-from lachesis.broker.records.groups import DeadEntry, LedgerEntry, Member, Membership
+from lachesis.broker.records.groups import DeadEntry
 from lachesis.broker.records.keys import Keys
+from lachesis.broker.records.steps import LedgerEntry, Member, Membership
 from lachesis.broker.store.connection import Redis
 from lachesis.broker.store.multiplexed import Wire
 from lachesis.broker.store.redis_errors import trouble

@@ -14,10 +14,11 @@ import zstandard
 from msgspec import Struct
 
 from lachesis.broker.errors import InvalidGroup, NotFound
+from lachesis.broker.records.blobs import queue_entry
 from lachesis.broker.records.entries import id_number, read_entries, to_entry
 from lachesis.broker.records.groups import DeadEntry, Group, RefusedEntry
 from lachesis.broker.records.keys import Keys
-from lachesis.broker.records.packing import queue_entry, unpacked_bytes
+from lachesis.broker.records.packing import unpacked_bytes
 from lachesis.broker.store.connection import Redis
 from lachesis.broker.store.scripts import Scripts
 

@@ -11,8 +11,9 @@ from redis.exceptions import ResponseError
 
 from lachesis.broker.failpoints import crash_point
 from lachesis.broker.records.entries import read_entries, read_json, read_number
-from lachesis.broker.records.groups import ArchiverStatus, BatchEntry
 from lachesis.broker.records.keys import Keys
+from lachesis.broker.records.registrations import ArchiverStatus
+from lachesis.broker.records.steps import BatchEntry
 from lachesis.broker.retention.shadows import Shadows
 from lachesis.broker.store.connection import Redis
 from lachesis.broker.store.redis_errors import trouble

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from msgspec import structs
 
 from lachesis.broker.records.entries import read_json, read_number
-from lachesis.broker.records.groups import EnvRecord, TokenRecord
 from lachesis.broker.records.keys import Keys
+from lachesis.broker.records.registrations import EnvRecord, TokenRecord
 from lachesis.broker.store.connection import Redis
 
 ALIVE_S = 60.0  # an environment silent for longer counts for nothing; environments call ten times a second

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Literal
 
 import msgspec
 from msgspec import structs
-from redis.asyncio.lock import Lock
-from redis.exceptions import LockNotOwnedError, RedisError
+from redis.exceptions import RedisError
 
 from lachesis.broker.errors import ConfigurationError, LimitReached
 from lachesis.broker.records.entries import read_json
-from lachesis.broker.records.groups import (
-    EnvConfig,
-    EnvRecord,
-    KeptConfiguration,
-    ServerStatus,
-    TokenRecord,
-    TrainerConfig,
-)
 from lachesis.broker.records.keys import Keys
+from lachesis.broker.records.registrations import EnvConfig, EnvRecord, KeptConfiguration, TokenRecord, TrainerConfig
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.broker.run.environments import CHANGES, Environments, may_act_for, read_env
+from lachesis.broker.run.writer_lock import WriterLock
 from lachesis.broker.store.connection import Redis, patience
 from lachesis.broker.store.redis_errors import trouble
-from lachesis.broker.store.scripts import Script, Scripts
+from lachesis.broker.store.scripts import Scripts
 
 TRAINER = "trainer:"  # before the policy's name, in the hash `settings`
 HEARD_EVERY_S = 5.0  # that an environment called is noted at most so often
@@ -45,37 +38,6 @@ def check_printable(kind: str, name: str) -> str:
     if len(name) > NAME_CHARACTERS or not name.isprintable():
         raise ConfigurationError(f"{kind} = {name[:NAME_CHARACTERS]!r}: {PRINTABLE}")
     return name
-
-
-class WriterLock(Lock):
-    """redis-py's lock, safe where a reply is lost, and to be had while Redis is full.
-
-    One that lapsed because Redis was away, or refused to keep it, is kept on if nobody has held it since.
-    """
-
-    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys, policy: str, ttl_s: float) -> None:
-        super().__init__(redis, keys.writer(policy), timeout=ttl_s, sleep=min(1.0, ttl_s / 5), thread_local=False)
-        self._scripts, self._ttl_s, self._state, self._field = scripts, ttl_s, keys.state, f"taken:{policy}"
-
-    async def do_acquire(self, token: str | bytes) -> bool:
-        return await self._call(self._scripts.acquire, token, self._ttl_s)
-
-    async def do_extend(self, additional_time: float, replace_ttl: bool) -> Literal[True]:
-        if not replace_ttl:
-            return await super().do_extend(additional_time, replace_ttl)
-        if not await self._call(self._scripts.hold, self.local.token, additional_time):
-            raise LockNotOwnedError("another process has taken it")
-        return True
-
-    async def _call(self, script: Script, token: str | bytes, seconds: float) -> bool:
-        keys, args = [self.name, self._state], [token, int(seconds * 1000), self._field]
-        return bool(await script(keys=keys, args=args, client=self.redis))
-
-    async def do_release(self, expected_token: bytes) -> None:
-        try:
-            await super().do_release(expected_token)
-        except LockNotOwnedError:  # sent twice, or come late: either way it is not ours any more
-            return
 
 
 class Parties:

@@ -18,8 +18,8 @@ from msgspec import structs
 
 from lachesis.broker.errors import ConfigurationError, Conflict
 from lachesis.broker.records.entries import read_json
-from lachesis.broker.records.groups import Role, TokenRecord
 from lachesis.broker.records.keys import Keys, check_name
+from lachesis.broker.records.registrations import Role, TokenRecord
 from lachesis.broker.store.connection import Redis
 from lachesis.broker.store.multiplexed import Wire
 from lachesis.broker.store.scripts import Scripts

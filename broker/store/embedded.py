@@ -8,15 +8,12 @@ the folder: so whoever gets the lock knows that no server writes there any more,
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,25 +23,16 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 from lachesis.broker.errors import ConfigurationError, Conflict, LachesisError, RedisUnreachable
+from lachesis.broker.store.aof import AOF_FOLDER, cut_zeros, newest_file
+from lachesis.broker.store.child_process import die_with_parent
 
 START_S = 20.0  # without a sign of life; one that loads its file gives one
 OWN_S = 10.0  # a reader that happens to run the folder's server is gone by then
 STOP_S = 10.0
 LOOK_S = 0.25  # between two looks at whether the server runs
 TRIES, TRIES_S = 4, 60.0  # a server that doesn't start so often, or ends so often in so many seconds, is given up
-AOF_FOLDER, MANIFEST = "appendonlydir", "appendonly.aof.manifest"  # the server's own names
-CHUNK = 1 << 20
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def die_with_parent() -> None:
-    """For `preexec_fn`: the kernel ends this process when the one that started it is gone (Linux)."""
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def find_server() -> str:
@@ -208,7 +196,7 @@ class EmbeddedRedis:
         broken = next((line for line in lines if "Bad file format" in line or "Unexpected end of file" in line), "")
         if not broken:
             return f": {lines[-1]}" if lines else ""
-        newest = _newest_file(self.folder / AOF_FOLDER)
+        newest = newest_file(self.folder / AOF_FOLDER)
         return (
             f": its file ends in what is no command. Keep a copy of {self.folder / AOF_FOLDER}, then cut that off with: "
             f"bash -c 'exec -a redis-check-aof {self._server or find_server()} --fix {newest}'"
@@ -289,36 +277,3 @@ class Keeper:
     def _give_up(self, why: Exception) -> None:
         self._failed = why
         os.kill(os.getpid(), signal.SIGINT)
-
-
-def cut_zeros(folder: Path) -> None:
-    """Cut zeros off the end of the newest append-only file in `folder`, as a machine leaves them that lost its power.
-
-    A file that was written to its end ends in a line break. So zeros there are a place that the file system had made for
-    a write which never came: no command that was answered, with `appendfsync always`, is among them. What they leave of a
-    command is cut off by the server.
-    """
-    newest = _newest_file(folder)
-    if newest is None or not newest.is_file():
-        return
-    with open(newest, "r+b") as file:
-        end = size = file.seek(0, os.SEEK_END)
-        while end and (kept := _last_but_zeros(file, end)) != end:
-            end = kept
-        if end < size:
-            file.truncate(end)
-            os.fsync(file.fileno())
-
-
-def _newest_file(folder: Path) -> Path | None:
-    """The one that is appended to; None before the server's first start."""
-    manifest = folder / MANIFEST
-    names = re.findall(r"^file (\S+) seq \d+ type i", manifest.read_text(), re.MULTILINE) if manifest.is_file() else []
-    return folder / names[-1] if names else None
-
-
-def _last_but_zeros(file: BinaryIO, end: int) -> int:
-    """Where the last chunk before `end` ends without its zeros."""
-    start = max(0, end - CHUNK)
-    file.seek(start)
-    return start + len(file.read(end - start).rstrip(b"\0"))

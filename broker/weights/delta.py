@@ -19,7 +19,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from lachesis.broker.errors import WeightsRefused
-from lachesis.broker.records.groups import Delta, FileInfo
+from lachesis.broker.records.versions import Delta, FileInfo
 
 PIECE = 8 << 20  # bytes; a multiple of 8
 LEVEL = 3

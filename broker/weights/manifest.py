@@ -7,7 +7,7 @@ import re
 import msgspec
 
 from lachesis.broker.errors import WeightsRefused
-from lachesis.broker.records.groups import FileInfo, Manifest
+from lachesis.broker.records.versions import FileInfo, Manifest
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 64 << 20  # bytes

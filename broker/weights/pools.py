@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from lachesis.broker.records.entries import read_entries, to_entry
-from lachesis.broker.records.groups import PoolRule, WeightsEntry
 from lachesis.broker.records.keys import Keys
+from lachesis.broker.records.versions import PoolRule, WeightsEntry
 from lachesis.broker.store.connection import Redis, wait_for_any
 from lachesis.broker.store.scripts import Scripts
 

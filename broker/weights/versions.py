@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from lachesis.broker.errors import Conflict
 from lachesis.broker.records.entries import read_entries, to_entry
-from lachesis.broker.records.groups import WeightsEntry
 from lachesis.broker.records.keys import Keys
+from lachesis.broker.records.versions import WeightsEntry
 from lachesis.broker.store.connection import Redis, wait_for_entries
 from lachesis.broker.store.scripts import Scripts
 

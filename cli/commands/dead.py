@@ -13,11 +13,11 @@ from pydantic_settings import CliPositionalArg
 from rich.table import Table
 
 from lachesis.broker.client import Broker
-from lachesis.broker.errors import ConfigurationError, InvalidGroup, NotFound
-from lachesis.broker.nearest import did_you_mean
+from lachesis.broker.errors import ConfigurationError, InvalidGroup, NotFound, did_you_mean
 from lachesis.broker.queue.admission import REFUSED, admit_stored
+from lachesis.broker.records.blobs import from_blob
 from lachesis.broker.records.groups import Group
-from lachesis.broker.records.packing import from_blob, is_packed, to_scored
+from lachesis.broker.records.packing import is_packed, to_scored
 from lachesis.broker.retention.dead_letters import REASONS, Letter
 from lachesis.cli.actions import dispatch, with_broker
 from lachesis.cli.options import parse

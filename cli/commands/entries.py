@@ -15,7 +15,7 @@ from rich.text import Text
 from lachesis.broker.client import Broker
 from lachesis.broker.run.journal import Entry, written_at
 from lachesis.cli.actions import with_broker
-from lachesis.cli.commands.tail import TailSettings
+from lachesis.cli.commands.tail_settings import TailSettings
 from lachesis.cli.terminal import console, say, say_json, visible
 
 BLOCK_S = 2.0  # one wait for something new

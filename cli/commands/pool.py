@@ -12,10 +12,9 @@ from pydantic_settings import CliPositionalArg
 from rich.table import Table
 
 from lachesis.broker.client import Broker
-from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.nearest import did_you_mean
-from lachesis.broker.records.groups import PoolRule, ServerStatus, WeightsEntry
+from lachesis.broker.errors import ConfigurationError, did_you_mean
 from lachesis.broker.records.keys import check_name
+from lachesis.broker.records.versions import PoolRule, ServerStatus, WeightsEntry
 from lachesis.broker.weights.pools import NEWEST, NONE
 from lachesis.cli.actions import MAIN, check_policy, dispatch, with_broker
 from lachesis.cli.options import parse

@@ -11,8 +11,9 @@ from pydantic import Field
 from rich.table import Table
 
 from lachesis.broker.client import Broker
-from lachesis.broker.records.groups import ArchiverStatus, EnvRecord, ServerStatus
 from lachesis.broker.records.keys import ARCHIVE
+from lachesis.broker.records.registrations import ArchiverStatus, EnvRecord
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.broker.retention.trained_batches import Kept
 from lachesis.broker.run.environments import is_alive
 from lachesis.broker.store.server import check_server

@@ -11,7 +11,7 @@ from pydantic_settings import CliPositionalArg
 from rich.table import Table
 
 from lachesis.broker.client import Broker
-from lachesis.broker.records.groups import Role, TokenRecord
+from lachesis.broker.records.registrations import Role, TokenRecord
 from lachesis.cli.actions import dispatch, with_broker
 from lachesis.cli.options import parse
 from lachesis.cli.terminal import console, say, say_json

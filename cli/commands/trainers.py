@@ -12,7 +12,7 @@ from pydantic import Field
 from rich.table import Table
 
 from lachesis.broker.client import Broker
-from lachesis.broker.records.groups import LedgerEntry, Member
+from lachesis.broker.records.steps import LedgerEntry, Member
 from lachesis.broker.replicas.members import Standing
 from lachesis.cli.actions import check_policy, with_broker
 from lachesis.cli.health import REPLICA_STALE_S

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.nearest import did_you_mean
+from lachesis.broker.errors import ConfigurationError, did_you_mean
 from lachesis.broker.records.keys import check_name
-from lachesis.cli.up.command import TINY, UpSettings
+from lachesis.cli.up.settings import TINY, UpSettings
 from lachesis.cli.up.supervisor import Part
 from lachesis.envs.registry import entry
 from lachesis.envs.registry import names as env_names

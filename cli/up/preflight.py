@@ -11,8 +11,8 @@ from lachesis.broker.errors import ConfigurationError
 from lachesis.envs.registry import entry
 
 if TYPE_CHECKING:
-    from lachesis.cli.up.command import UpSettings
     from lachesis.cli.up.plan import Plan
+    from lachesis.cli.up.settings import UpSettings
 
 
 def check(settings: UpSettings, plan: Plan, overrides: Sequence[str]) -> Sequence[str]:
@@ -21,8 +21,10 @@ def check(settings: UpSettings, plan: Plan, overrides: Sequence[str]) -> Sequenc
     Returns verl's trackers that the overrides name.
     """
     from lachesis.inference.agent.sglang_args import find_python
-    from lachesis.trainer.config.compose import check_config, compose_config, longest_sequence, make_plan, max_positions
-    from lachesis.trainer.metrics.tracker import check_backends
+    from lachesis.trainer.config.compose import compose_config
+    from lachesis.trainer.config.model import max_positions
+    from lachesis.trainer.config.plan import check_config, longest_sequence, make_plan
+    from lachesis.trainer.config.tracking_backends import check_backends
 
     find_python(settings.sglang_python)
     folder = Path(plan.model)

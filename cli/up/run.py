@@ -18,14 +18,14 @@ from lachesis.broker.client import Broker
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.store.embedded import EmbeddedRedis, Keeper
 from lachesis.cli.commands.audit import render as render_audit
-from lachesis.cli.ports import listen
 from lachesis.cli.terminal import say
 from lachesis.cli.up import plan as parts
 from lachesis.cli.up import preflight
-from lachesis.cli.up.command import UpSettings
 from lachesis.cli.up.progress import Display, View
+from lachesis.cli.up.settings import UpSettings
 from lachesis.cli.up.supervisor import Supervisor
 from lachesis.cli.up.watch import watch
+from lachesis.service.ports import listen
 from lachesis.service.settings import make_folder
 
 POLICY = "main"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lachesis.broker.errors import LachesisError
-from lachesis.broker.store.embedded import die_with_parent
+from lachesis.broker.store.child_process import die_with_parent
 
 BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0)
 STEADY_S = 60.0  # a part that was of use, and ran this long, starts its backoff anew

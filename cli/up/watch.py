@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from lachesis.broker.client import Broker
-from lachesis.broker.records.groups import ServerStatus
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.cli.commands.entries import env_scores
 from lachesis.cli.commands.pool import describe
 from lachesis.cli.up.progress import View

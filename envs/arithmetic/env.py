@@ -1,5 +1,6 @@
 """The built-in Atropos environment. `python -m lachesis.envs.arithmetic serve` runs it without Lachesis's settings."""
 
+from lachesis.envs.arithmetic import tasks
 from lachesis.envs.single_turn import SingleTurnEnv
 
 
@@ -7,3 +8,5 @@ class Env(SingleTurnEnv):
     """Short arithmetic: right answers score 1, others 0."""
 
     name = "arithmetic"
+    recipe = tasks.RECIPE
+    make_task = staticmethod(tasks.make_task)

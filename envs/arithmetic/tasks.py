@@ -11,7 +11,7 @@ from hashlib import sha256
 from itertools import chain, zip_longest
 
 from lachesis.broker.errors import ConfigurationError
-from lachesis.envs.task import Problem
+from lachesis.envs.task import Problem, Recipe
 
 KINDS = ("max", "rev")
 HELD_OUT_SHARE = 10  # one problem in so many
@@ -76,3 +76,20 @@ def is_held_out(problem: Problem) -> bool:
 
 def _digest(problem: Problem) -> bytes:
     return sha256(" ".join((problem.kind, *sorted(numbers_of(problem)))).encode()).digest()
+
+
+RECIPE = Recipe(
+    steps=80,
+    batch_size=256,
+    group_size=8,
+    max_token_len=32,
+    context_length=64,
+    max_workers=32,
+    max_batches_offpolicy=1,
+    trainer={
+        "actor_rollout_ref.actor.optim.lr": 5e-4,
+        "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
+        "actor_rollout_ref.actor.optim.min_lr_ratio": 0.1,
+        "actor_rollout_ref.actor.clip_ratio_high": 0.28,
+    },
+)

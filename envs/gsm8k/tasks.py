@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lachesis.broker.errors import ConfigurationError
-from lachesis.envs.task import Problem
+from lachesis.envs.task import Problem, Recipe
 
 DATASET = "openai/gsm8k"
 INSTRUCTION = "Solve the problem step by step. Put the final number into \\boxed{}.\n\n"
@@ -128,3 +128,15 @@ def _problem(row: dict[str, Any]) -> Problem:
 
 def _is_held_out(problem: Problem) -> bool:
     return int.from_bytes(sha256(problem.prompt.encode()).digest()[:4], "big") % HELD_OUT_SHARE == 0
+
+
+RECIPE = Recipe(
+    steps=200,
+    batch_size=256,
+    group_size=8,
+    max_token_len=1024,
+    context_length=1024,
+    max_workers=64,
+    max_batches_offpolicy=1,
+    trainer={"actor_rollout_ref.actor.optim.lr": 1e-6, "actor_rollout_ref.actor.clip_ratio_high": 0.28},
+)

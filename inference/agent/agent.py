@@ -16,8 +16,8 @@ from redis.exceptions import RedisError
 from structlog.stdlib import BoundLogger
 
 from lachesis.broker import Broker, ConfigurationError, LachesisError
-from lachesis.broker.records.groups import ServerStatus
 from lachesis.broker.records.keys import check_name
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.inference.agent import sglang_args
 from lachesis.inference.agent.sglang_process import ServerFailed, SGLangServer
 from lachesis.inference.agent.update import Updates, idle

@@ -17,7 +17,7 @@ import aiohttp
 import anyio
 
 from lachesis.broker.errors import LachesisError
-from lachesis.broker.store.embedded import die_with_parent
+from lachesis.broker.store.child_process import die_with_parent
 
 POLL_S = 0.1
 PAUSE_S = 60.0  # bound on pausing and continuing, which take milliseconds

@@ -12,7 +12,7 @@ from zlib import crc32
 
 import anyio
 
-from lachesis.broker.records.groups import ServerStatus
+from lachesis.broker.records.versions import ServerStatus
 
 STALE_S = 5.0  # a server silent for this long gets no new requests
 LOST_S = 30.0  # and after this, its machine is taken for gone, and what runs there is repeated elsewhere

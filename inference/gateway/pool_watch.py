@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 from structlog.stdlib import BoundLogger
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import ServerStatus
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.inference.gateway.pool import TAKES_REQUESTS, Pool
 from lachesis.inference.gateway.prefix_cache import ALONE
 from lachesis.inference.settings import FrontDoorSettings

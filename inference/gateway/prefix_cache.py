@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import uuid4
 
-from lachesis.broker.records.groups import ServerStatus
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.inference.gateway.protocols.sglang import Generated
 
 ALONE = "alone"  # in the place of a key: which weights answer can't be known, so nothing may be shared

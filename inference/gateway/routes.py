@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lachesis.broker.records.body_limits import TooMany, check_json
-from lachesis.broker.records.groups import Role
+from lachesis.broker.records.registrations import Role
 from lachesis.inference.gateway.lineage import Lineages, StreamLineage, lineages, to_ask, without
 from lachesis.inference.gateway.protocols.fan_out import merge, singles
 from lachesis.inference.gateway.protocols.openai_stream import OpenAIStream

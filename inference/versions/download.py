@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from lachesis.broker.errors import WeightsRefused
-from lachesis.broker.records.groups import Base, FileInfo, Manifest, WeightsEntry
+from lachesis.broker.records.versions import Base, FileInfo, Manifest, WeightsEntry
 from lachesis.broker.weights.delta import apply_delta
 from lachesis.broker.weights.manifest import MANIFEST, MAX_MANIFEST, read_manifest
 from lachesis.inference.versions.verify import VersionGone

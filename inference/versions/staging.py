@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lachesis.broker.records.groups import WeightsEntry
+from lachesis.broker.records.versions import WeightsEntry
 from lachesis.broker.weights.manifest import MANIFEST
 from lachesis.inference.versions.download import Abandoned, Copying
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from lachesis.broker.errors import WeightsRefused
-from lachesis.broker.records.groups import Manifest, TensorInfo, WeightsEntry
+from lachesis.broker.records.versions import Manifest, TensorInfo, WeightsEntry
 from lachesis.broker.weights.manifest import MANIFEST, MAX_MANIFEST, read_manifest
 from lachesis.inference.versions.model_folder import ModelFolder
 from lachesis.inference.versions.safetensors_reader import read_header, read_through

@@ -18,7 +18,7 @@ from structlog.stdlib import BoundLogger
 
 from lachesis.broker.client import Broker
 from lachesis.broker.errors import ConfigurationError, WeightsRefused
-from lachesis.broker.records.groups import WeightsEntry
+from lachesis.broker.records.versions import WeightsEntry
 from lachesis.broker.weights.pools import Orders, canaries
 from lachesis.inference.heartbeat import Heartbeat
 from lachesis.inference.versions.model_folder import ModelFolder, read_model_folder

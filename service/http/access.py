@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 
 from lachesis.broker.client import Broker
 from lachesis.broker.errors import LachesisError
-from lachesis.broker.records.groups import Role, TokenRecord
+from lachesis.broker.records.registrations import Role, TokenRecord
 from lachesis.broker.run.tokens import matching
 from lachesis.broker.store.connection import patience
 from lachesis.broker.store.redis_errors import trouble

@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lachesis.service.http.callers import CallerSettings
+from lachesis.service.http.settings import CallerSettings
 
 _WATCHED = frozenset((b"host", b"origin", b"sec-fetch-site", b"referer", b"accept", b"user-agent"))
 _READS = ("GET", "HEAD", "OPTIONS")

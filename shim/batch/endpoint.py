@@ -16,9 +16,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from lachesis.broker import Broker, InvalidGroup
+from lachesis.broker.records.blobs import from_blob
 from lachesis.broker.records.entries import read_entries
-from lachesis.broker.records.groups import BatchEntry, Group, GroupEntry, ScoredGroup
-from lachesis.broker.records.packing import from_blob
+from lachesis.broker.records.groups import Group, GroupEntry, ScoredGroup
+from lachesis.broker.records.steps import BatchEntry
 from lachesis.shim.batch.http_trainers import HttpTrainers, consumer_of
 from lachesis.shim.http.delivery import Peer, is_pipelined, on_cut
 

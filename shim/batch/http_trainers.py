@@ -21,8 +21,8 @@ from starlette.requests import Request
 from lachesis.broker import Broker, LeaseLost
 from lachesis.broker.errors import LimitReached
 from lachesis.broker.records.entries import read_json, read_seconds
-from lachesis.broker.records.groups import BatchEntry, Lease, LedgerEntry
 from lachesis.broker.records.keys import check_name
+from lachesis.broker.records.steps import BatchEntry, Lease, LedgerEntry
 from lachesis.shim.http.access import caller_of
 from lachesis.shim.http.run_router import TRAINER
 from lachesis.shim.intake.versions import Versions

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import EnvRecord, Role, TokenRecord
+from lachesis.broker.records.registrations import EnvRecord, Role, TokenRecord
 from lachesis.broker.run.environments import may_act_for
 from lachesis.service.http.access import Access, Denied
 
@@ -45,3 +45,10 @@ def check_owner(caller: TokenRecord | None, env: EnvRecord | None) -> None:
     """Raise Denied for an environment that was registered with another token."""
     if env is not None and not may_act_for(caller, env):
         raise Denied(403, f"env_id = {env.env_id}: was registered with another token, and only that one may act for it")
+
+
+def account_of(caller: TokenRecord | None, env: EnvRecord | None, env_id: int | None) -> str:
+    """What groups are counted under: their environment's id, and where a token's are no registered environment's, that token."""
+    if caller is not None and env is None:
+        return f"@{caller.name}"
+    return "-" if env_id is None else str(env_id)

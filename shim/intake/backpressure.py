@@ -25,10 +25,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lachesis.broker import Broker
-from lachesis.broker.queue.form import read_status
-from lachesis.broker.queue.queue import makes_batch
+from lachesis.broker.queue.counters import makes_batch, read_status
 from lachesis.broker.records.entries import read_json, read_number
-from lachesis.broker.records.groups import Limits, TrainerConfig
+from lachesis.broker.records.groups import Limits
+from lachesis.broker.records.registrations import TrainerConfig
 from lachesis.broker.store.connection import patience
 from lachesis.broker.store.redis_errors import Trouble, describe, trouble
 

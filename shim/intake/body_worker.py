@@ -20,9 +20,9 @@ from lachesis.broker.records.body_limits import TooMany, check_json, check_msgpa
 from lachesis.broker.records.groups import Group, ScoredGroup
 from lachesis.broker.records.packing import to_arrays, to_scored, unpack, unpacked_bytes
 from lachesis.shim.errors import Malformed
+from lachesis.shim.intake.admission import MAX_SEQUENCES, env_of, pack_group
 from lachesis.shim.intake.decode import check_messages, decode_group, decode_groups
 from lachesis.shim.intake.large_bodies import LENGTH_BYTES, MEMORY, MEMORY_BYTES, Order, Read, Reply, too_much
-from lachesis.shim.intake.scored_data import MAX_SEQUENCES, env_of, pack_group
 
 MAX_SPANS = 20_000  # of weight_versions: they are looked at one by one
 ROWS = ("tokens", "masks", "advantages", "ref_logprobs", "inference_logprobs")

@@ -7,32 +7,22 @@ pydantic, whose lax rules and error entries are those that clients of the Atropo
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
-import anyio.to_thread
 import msgspec
-from isal import igzip, isal_zlib
 from msgspec import Struct
 from pydantic import BaseModel, FailFast, TypeAdapter, ValidationError, create_model
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
 
 from lachesis.broker.queue.admission import MESSAGE_RULE, broken_message, non_finite
 from lachesis.broker.records.groups import Group, ScoredGroup
-from lachesis.shim.errors import SHOWN_ERRORS, InvalidGzip, Location, Malformed, detail
-from lachesis.shim.http.delivery import in_whole
+from lachesis.shim.errors import SHOWN_ERRORS, Location, Malformed, detail
 from lachesis.shim.intake.simdjson_decoder import read_group, read_groups
 
-_BadStream: Any = isal_zlib.error  # its stubs make an instance of it
-SMALL_BYTES = 64 << 10  # of a body that holds no groups
 ALL_ERRORS_BYTES = 16 << 10  # of what is larger, only the first error of each list is looked for
-INLINE_BYTES, INLINE_INFLATED = 1 << 20, 4 << 20  # bodies of more, compressed or not, are inflated in a thread
-CHUNK_BYTES = 1 << 20
 _NOT_STRICT = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 T = TypeVar("T", bound=Struct)
@@ -43,51 +33,6 @@ class Posted(NamedTuple):
 
     groups: Sequence[Group | ScoredGroup]
     lax: bool = False
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The decompressed body. Raises InvalidGzip, and HTTPException 413 where it has more than `limit` bytes."""
-    if int(request.headers.get("content-length", 0)) > limit:
-        raise too_large(limit)
-    in_whole(request.scope)
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise too_large(limit)
-        if chunk:  # the last one is empty, and to join one alone copies nothing
-            chunks.append(chunk)
-    body = b"".join(chunks) if size <= INLINE_BYTES else await anyio.to_thread.run_sync(b"".join, chunks)
-    if "gzip" not in request.headers.get("content-encoding", "").lower():
-        return body
-    if len(body) <= INLINE_BYTES:
-        try:
-            return inflate(body, min(limit, INLINE_INFLATED))
-        except HTTPException:
-            if limit <= INLINE_INFLATED:
-                raise
-    return await anyio.to_thread.run_sync(inflate, body, limit)
-
-
-def inflate(body: bytes, limit: int) -> bytes:
-    """Decompress gzip (several members, zero padding) to at most `limit` bytes; the same errors as `read_body`."""
-    member = isal_zlib.decompressobj(wbits=16 + isal_zlib.MAX_WBITS)
-    body = body.lstrip(b"\0")
-    try:
-        parts = [member.decompress(body, limit + 1)]
-        if body and len(parts[0]) <= limit and not member.eof:
-            raise InvalidGzip  # it ends too early
-        size = len(parts[0])
-        if rest := member.unused_data.lstrip(b"\0"):  # rare; a file reads on where a member ends, without copying
-            members = igzip.IGzipFile(fileobj=io.BytesIO(rest))
-            while size <= limit and (part := members.read(min(CHUNK_BYTES, limit + 1 - size))):
-                parts.append(part)
-                size += len(part)
-    except (_BadStream, EOFError, OSError):
-        raise InvalidGzip from None
-    if size > limit:
-        raise too_large(limit)
-    return b"".join(parts)
 
 
 def decode(kind: type[T], body: bytes) -> T:
@@ -128,11 +73,6 @@ def decode_groups(body: bytes) -> Posted:
     for index, group in enumerate(posted.groups):
         check_messages(group, (index,))
     return posted
-
-
-def too_large(limit: int) -> HTTPException:
-    whose = "of this route" if limit == SMALL_BYTES else "max_body_bytes"
-    return HTTPException(413, f"the body is larger than {limit} bytes ({whose})")
 
 
 @cache

@@ -17,22 +17,25 @@ from starlette.responses import JSONResponse, Response
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.queue.admission import REFUSED, Reader, admit
 from lachesis.broker.queue.queue import REFUSED_BYTES
+from lachesis.broker.records.blobs import to_blob
 from lachesis.broker.records.entries import gid_of
-from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, Group, ScoredGroup, TokenRecord
-from lachesis.broker.records.packing import PACKED_TYPE, pack, to_arrays, to_blob, to_scored, unpack, unpacked_bytes
+from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, Group, ScoredGroup
+from lachesis.broker.records.packing import PACKED_TYPE, to_arrays, to_scored, unpack, unpacked_bytes
+from lachesis.broker.records.registrations import TokenRecord
 from lachesis.broker.store.redis_errors import describe, trouble
 from lachesis.shim.errors import Malformed, detail, refusal
-from lachesis.shim.http.access import caller_of, environment_of
+from lachesis.shim.http.access import account_of, caller_of, environment_of
+from lachesis.shim.http.body import read_body, too_large
+from lachesis.shim.intake.admission import MAX_SEQUENCES, env_of, pack_group
 from lachesis.shim.intake.backpressure import Hold, Size
-from lachesis.shim.intake.decode import check_messages, decode_group, decode_groups, read_body, too_large
+from lachesis.shim.intake.buffer import buffered
+from lachesis.shim.intake.decode import check_messages, decode_group, decode_groups
 from lachesis.shim.intake.large_bodies import INLINE_BYTES, Read, is_large, read_apart
 from lachesis.shim.intake.versions import Arrival, Versions
-from lachesis.shim.routes.status import account_of, buffered
 
 log = structlog.get_logger(role="shim")
 
 MAX_LISTS = 250_000  # and objects in a body
-MAX_SEQUENCES = 8192  # of a group: each is looked at by itself
 INLINE_NESTED_BYTES = 64 << 10  # of a packed group's nested values
 
 
@@ -273,18 +276,6 @@ def _posted(group: Group | ScoredGroup | Read) -> bytes:
     return json.dumps(msgspec.to_builtins(scored)).encode()
 
 
-def pack_group(group: Group) -> bytes:
-    """The packed form. Raises InvalidGroup for numbers and text that can't be packed."""
-    try:
-        return pack(group)
-    except (OverflowError, UnicodeEncodeError):
-        raise _unstorable(group) from None
-
-
-def env_of(group: Group | ScoredGroup | Read) -> int | None:
-    return group.env_id if isinstance(group, ScoredGroup) else group.env
-
-
 def _size(gid: str, group: Group, packed: bytes, account: str) -> Size:
     """What the group adds to the queue once it is stored."""
     blob = to_blob(
@@ -300,15 +291,3 @@ def _size(gid: str, group: Group, packed: bytes, account: str) -> Size:
 
 def _is_packed(request: Request) -> bool:
     return request.headers.get("content-type", "").startswith(PACKED_TYPE)
-
-
-def _unstorable(group: Group) -> InvalidGroup:
-    """Numbers beyond 64 bits and text that is not Unicode are JSON that no trainer could read back: which field?"""
-    for name, value in {"env_id": group.env, **group.rest}.items():
-        try:
-            msgspec.msgpack.encode(value)
-        except UnicodeEncodeError as error:
-            return InvalidGroup(name, error.object[:100], "must be Unicode text without lone surrogates")
-        except OverflowError:
-            break
-    return InvalidGroup(name, "an integer", "must fit a signed 64-bit integer")

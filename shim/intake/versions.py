@@ -12,7 +12,9 @@ import numpy as np
 from lachesis.broker import Broker
 from lachesis.broker.queue.queue import Believed
 from lachesis.broker.records.entries import read_json
-from lachesis.broker.records.groups import Group, ServerStatus, TrainerConfig
+from lachesis.broker.records.groups import Group
+from lachesis.broker.records.registrations import TrainerConfig
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.broker.run.lineage import from_record
 from lachesis.shim.intake.lineage_match import UNKNOWN, Joined, Places, covers, digests, join, mismatched, places
 

@@ -14,8 +14,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lachesis import __version__
-from lachesis.broker.records.groups import EnvConfig, ScoredGroup, TrainerConfig
+from lachesis.broker.records.groups import ScoredGroup
 from lachesis.broker.records.packing import PACKED_TYPE
+from lachesis.broker.records.registrations import EnvConfig, TrainerConfig
 from lachesis.shim.batch.endpoint import KEYS, NO_EXAMPLE
 from lachesis.shim.routes.status import EnvIdentifier
 

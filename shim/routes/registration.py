@@ -11,12 +11,13 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from lachesis.broker import Broker, Conflict
 from lachesis.broker.records.entries import read_json
-from lachesis.broker.records.groups import EnvConfig, TrainerConfig
+from lachesis.broker.records.registrations import EnvConfig, TrainerConfig
 from lachesis.broker.run.registry import NAME_CHARACTERS, PRINTABLE
 from lachesis.shim.batch.http_trainers import HttpTrainers, consumer_of
 from lachesis.shim.errors import Malformed, detail
 from lachesis.shim.http.access import caller_of, check_owner
-from lachesis.shim.intake.decode import decode, read_body
+from lachesis.shim.http.body import read_body
+from lachesis.shim.intake.decode import decode
 from lachesis.shim.routes.status import EnvIdentifier, current_step
 
 MAX_BATCH_SIZE = 1 << 20  # sequences of one step: choosing a batch takes this many bits

@@ -8,31 +8,30 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import structlog
 from msgspec import Struct
 from redis.exceptions import RedisError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lachesis.broker import Broker
-from lachesis.broker.queue.form import read_status
+from lachesis.broker.queue.counters import read_status
 from lachesis.broker.records.entries import read_json, read_number
-from lachesis.broker.records.groups import EnvRecord, QueueStatus, TokenRecord, TrainerConfig
+from lachesis.broker.records.registrations import EnvRecord, TokenRecord, TrainerConfig
+from lachesis.broker.records.steps import QueueStatus
 from lachesis.broker.run.environments import Alive, share
 from lachesis.broker.store.connection import patience
 from lachesis.broker.store.redis_errors import Trouble, describe, trouble
 from lachesis.service.http.access import Access
 from lachesis.shim.errors import retry_after
-from lachesis.shim.http.access import caller_of, environment_of
-from lachesis.shim.intake.decode import decode, read_body
+from lachesis.shim.http.access import account_of, caller_of, environment_of
+from lachesis.shim.http.body import read_body
+from lachesis.shim.intake.buffer import LOOK_S
+from lachesis.shim.intake.decode import decode
 
 MIN_ENV_WEIGHT = 0.01
 REDIS_S = 2.0  # a health check waits this long for Redis
-LOOK_S = 1.0  # what only tells of the queue waits this long for a Redis in trouble
 KNOWN_S = 300.0  # and then tells what it knew, if that is no older
 KNOWN_ENVS = 4096
-
-log = structlog.get_logger(role="shim")
 
 
 class EnvIdentifier(Struct):
@@ -45,28 +44,6 @@ async def current_step(broker: Broker, status: QueueStatus | None = None) -> int
     """Steps delivered, plus those that the registered trainer had behind it when it came to this run."""
     status = status or await broker.queue.status()
     return status.delivered + read_number(await broker.redis.hget(broker.keys.trainers, "step_offset"))
-
-
-def account_of(caller: TokenRecord | None, env: EnvRecord | None, env_id: int | None) -> str:
-    """What groups are counted under: their environment's id, and where a token's are no registered environment's, that token."""
-    if caller is not None and env is None:
-        return f"@{caller.name}"
-    return "-" if env_id is None else str(env_id)
-
-
-async def buffered(broker: Broker, env_id: int | None, sequences: int) -> int | None:
-    """What upstream calls `buffer_size`, where a group of `sequences` is of another size than its environment's.
-
-    That is how many sequences in such groups wait, less those that make up groups of its size: 0 if these just did.
-    None also where Redis can't tell any more: the group is stored, and its sender must hear nothing else.
-    """
-    try:
-        with patience(LOOK_S):
-            env = None if env_id is None else await broker.parties.hear(env_id)
-            return None if env is None or env.config.group_size == sequences else await broker.queue.odd_sequences(env)
-    except RedisError as error:
-        log.warning("stored, but its buffer could not be counted", env=env_id, reason=describe(error))
-        return None
 
 
 def env_status(

@@ -21,8 +21,10 @@ from trajectories import TRAINER, serving
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.archive.segments import Archive, Archived, Header
 from lachesis.broker.audit import audit
-from lachesis.broker.records.groups import BatchEntry, DeadEntry, ScoredGroup
-from lachesis.broker.records.packing import CODEC, PACKED_TYPE, pack, to_blob
+from lachesis.broker.records.blobs import CODEC, to_blob
+from lachesis.broker.records.groups import DeadEntry, ScoredGroup
+from lachesis.broker.records.packing import PACKED_TYPE, pack
+from lachesis.broker.records.steps import BatchEntry
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 

@@ -164,8 +164,8 @@ def load_pickles(model: Path, folder: Path, said: Path) -> None:
     os.environ["VERL_PLATFORM"] = "cpu"
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     from lachesis.trainer.algo.learner import Learner
+    from lachesis.trainer.algo.rank_group import Crew
     from lachesis.trainer.config.compose import compose_config
-    from lachesis.trainer.engine.distributed import Crew
     from lachesis.trainer.engine.verl_engine import build_engine
 
     config = compose_config([f"actor_rollout_ref.model.path={model}"], device="cpu")

@@ -23,7 +23,7 @@ from aiohttp import web
 from published import make_model, write_version
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import ServerStatus, WeightsEntry
+from lachesis.broker.records.versions import ServerStatus, WeightsEntry
 from lachesis.broker.weights.manifest import MANIFEST, MAX_MANIFEST
 from lachesis.inference.versions import safetensors_reader
 

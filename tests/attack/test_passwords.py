@@ -17,8 +17,8 @@ from commands import LACHESIS, python
 from lachesis.broker import ConfigurationError, EmbeddedRedis
 from lachesis.broker.store.connection import hide_password, open_redis
 from lachesis.cli.options import parse
-from lachesis.cli.up.command import UpSettings
 from lachesis.cli.up.plan import Processes, plan
+from lachesis.cli.up.settings import UpSettings
 
 SECRET = "S3cretPW"
 PATIENCE_S = 60.0

@@ -12,7 +12,8 @@ import pytest
 from trajectories import ENV, TRAINER, group, serving
 
 from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis
-from lachesis.broker.records.groups import EnvConfig, ServerStatus
+from lachesis.broker.records.registrations import EnvConfig
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.broker.run import journal, registry
 from lachesis.shim.app import build_app
 from lachesis.shim.batch import http_trainers

@@ -16,14 +16,9 @@ import pytest
 from queued import put
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import (
-    ArchiverStatus,
-    EnvConfig,
-    EnvRecord,
-    LedgerEntry,
-    ServerStatus,
-    TrainerConfig,
-)
+from lachesis.broker.records.registrations import ArchiverStatus, EnvConfig, EnvRecord, TrainerConfig
+from lachesis.broker.records.steps import LedgerEntry
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.broker.retention.dead_letters import compressed
 from lachesis.cli import terminal
 from lachesis.cli.terminal import visible

@@ -17,11 +17,11 @@ from starlette.applications import Starlette
 from trajectories import ENV, TRAINER, group, number_of, serving, shim_process, wait_until_up
 
 from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis, connect_blocking
-from lachesis.broker.records.groups import Role
+from lachesis.broker.records.registrations import Role
 from lachesis.inference.gateway import app as front_door
 from lachesis.inference.settings import FrontDoorSettings
 from lachesis.service.http import access
-from lachesis.service.http.callers import CallerSettings, is_loopback
+from lachesis.service.http.settings import CallerSettings, is_loopback
 from lachesis.shim import main
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings

@@ -26,7 +26,7 @@ from trajectories import ENV, TRAINER, group, serving
 from lachesis.broker import Broker, ConfigurationError
 from lachesis.cli.options import parse
 from lachesis.inference.settings import FrontDoorSettings
-from lachesis.service.http.callers import CallerSettings
+from lachesis.service.http.settings import CallerSettings
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 

@@ -7,7 +7,7 @@ import os
 import sys
 
 from lachesis.broker import Broker, LeaseLost
-from lachesis.broker.records.groups import LedgerEntry
+from lachesis.broker.records.steps import LedgerEntry
 
 
 async def main(url: str, run: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from scored import group
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import EnvConfig, Lease
+from lachesis.broker.records.registrations import EnvConfig
+from lachesis.broker.records.steps import Lease
 
 ENV = EnvConfig(max_token_length=16, desired_name="sums", weight=1.0, group_size=2)
 

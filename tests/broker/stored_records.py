@@ -16,29 +16,22 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from lachesis.broker.records.blobs import to_blob
 from lachesis.broker.records.entries import to_entry
-from lachesis.broker.records.groups import (
-    ArchiverStatus,
+from lachesis.broker.records.groups import DeadEntry, GroupEntry, Lineage, ScoredGroup
+from lachesis.broker.records.packing import pack
+from lachesis.broker.records.registrations import ArchiverStatus, EnvConfig, EnvRecord, TokenRecord, TrainerConfig
+from lachesis.broker.records.steps import BatchEntry, LedgerEntry
+from lachesis.broker.records.versions import (
     Base,
-    BatchEntry,
-    DeadEntry,
     Delta,
-    EnvConfig,
-    EnvRecord,
     FileInfo,
-    GroupEntry,
-    LedgerEntry,
-    Lineage,
     Manifest,
     PoolRule,
-    ScoredGroup,
     ServerStatus,
     TensorInfo,
-    TokenRecord,
-    TrainerConfig,
     WeightsEntry,
 )
-from lachesis.broker.records.packing import pack, to_blob
 from lachesis.broker.run.lineage import to_record
 
 FILE = Path(__file__).with_suffix(".json")

@@ -12,7 +12,7 @@ from scored import trained
 
 from lachesis.broker.archive.segments import Archive, Archived, Header
 from lachesis.broker.errors import ArchiveUnreadable, ConfigurationError
-from lachesis.broker.records.groups import BatchEntry
+from lachesis.broker.records.steps import BatchEntry
 
 HEADER = Header("r", "c", 1.0)
 folders = itertools.count()

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scored import numbers
 
 from lachesis.broker.records.entries import from_entry, gid_of, to_entry, tokens_digest
-from lachesis.broker.records.groups import BatchEntry, GroupEntry, LedgerEntry
+from lachesis.broker.records.groups import GroupEntry
+from lachesis.broker.records.steps import BatchEntry, LedgerEntry
 
 texts = st.text("abcdef0123456789", min_size=1, max_size=24)
 counts = st.integers(0, 2**53)

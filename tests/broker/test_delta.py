@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lachesis.broker import WeightsRefused
-from lachesis.broker.records.groups import Delta, FileInfo
+from lachesis.broker.records.versions import Delta, FileInfo
 from lachesis.broker.weights import delta
 from lachesis.broker.weights.delta import apply_delta, write_delta
 

@@ -18,7 +18,7 @@ from scored import group
 from sick_redis import until
 
 from lachesis.broker import Broker, Conflict, EmbeddedRedis, RedisUnreachable
-from lachesis.broker.store import embedded
+from lachesis.broker.store import aof, embedded
 from lachesis.broker.store.connection import open_redis
 from lachesis.broker.store.embedded import Keeper
 
@@ -191,7 +191,7 @@ async def test_a_server_that_cannot_be_started_again_ends_its_owner_with_the_rea
         while b"listening" not in said:
             said += await shim.stdout.receive()
         folder = tmp_path / "redis"
-        (folder / embedded.AOF_FOLDER / embedded.MANIFEST).write_text("no manifest")
+        (folder / aof.AOF_FOLDER / aof.MANIFEST).write_text("no manifest")
         os.kill(await pid_of(folder), signal.SIGKILL)
         said = b"".join([part async for part in shim.stdout])
         assert await shim.wait() == 1
@@ -209,7 +209,7 @@ async def pid_of(folder: Path) -> int:
 
 
 def newest_file(folder: Path) -> Path:
-    return max((folder / embedded.AOF_FOLDER).glob("*.incr.aof"))
+    return max((folder / aof.AOF_FOLDER).glob("*.incr.aof"))
 
 
 @pytest.mark.parametrize("zeros", [1, 4096, (1 << 20) + 5])

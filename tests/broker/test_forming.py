@@ -17,7 +17,7 @@ from silent import silence
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
 from lachesis.broker.queue.form import PATIENCE_S
-from lachesis.broker.records.groups import EnvConfig
+from lachesis.broker.records.registrations import EnvConfig
 from lachesis.broker.run.environments import ALIVE_S
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]

@@ -11,8 +11,10 @@ from scored import group, trained
 
 from lachesis.broker import Broker, ConfigurationError
 from lachesis.broker.records.entries import tokens_digest
-from lachesis.broker.records.groups import EnvConfig, Lineage, PoolRule, ServerStatus, TrainerConfig, WeightsEntry
+from lachesis.broker.records.groups import Lineage
 from lachesis.broker.records.keys import RUNS, Keys
+from lachesis.broker.records.registrations import EnvConfig, TrainerConfig
+from lachesis.broker.records.versions import PoolRule, ServerStatus, WeightsEntry
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "keys.md"
 ROW = re.compile(r"^\| `…:([^`]+)` \| (\w+)", re.M)

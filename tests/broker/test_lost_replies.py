@@ -15,17 +15,10 @@ from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
 from lachesis.broker.errors import Moved
 from lachesis.broker.records.entries import tokens_digest
-from lachesis.broker.records.groups import (
-    EnvConfig,
-    Lease,
-    Limits,
-    Lineage,
-    Membership,
-    PoolRule,
-    ServerStatus,
-    TrainerConfig,
-    WeightsEntry,
-)
+from lachesis.broker.records.groups import Limits, Lineage
+from lachesis.broker.records.registrations import EnvConfig, TrainerConfig
+from lachesis.broker.records.steps import Lease, Membership
+from lachesis.broker.records.versions import PoolRule, ServerStatus, WeightsEntry
 from lachesis.broker.replicas.members import Claimed, Meeting
 from lachesis.broker.retention.shadows import Rule
 from lachesis.broker.store.scripts import FILES

@@ -10,7 +10,7 @@ from scored import group, trained
 from lachesis.broker import Broker, Conflict, LeaseLost
 from lachesis.broker.audit import audit
 from lachesis.broker.errors import Diverged, Moved
-from lachesis.broker.records.groups import LedgerEntry, Membership
+from lachesis.broker.records.steps import LedgerEntry, Membership
 from lachesis.broker.replicas.members import CONSUMER, NO_WEIGHTS, Claimed, Meeting, new_id
 from lachesis.broker.retention.dead_letters import untrainable
 

@@ -22,7 +22,7 @@ from scored import group, trained
 from lachesis.broker import EmbeddedRedis, LeaseLost, connect_blocking
 from lachesis.broker.audit import audit
 from lachesis.broker.errors import Moved
-from lachesis.broker.records.groups import Membership
+from lachesis.broker.records.steps import Membership
 from lachesis.broker.replicas.members import CONSUMER, NO_WEIGHTS, Meeting
 
 pytestmark = pytest.mark.slow

@@ -22,9 +22,12 @@ from stored_records import ENTRIES, FIELDS, FILE, GROUP, LINEAGE, VERSIONS
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
 from lachesis.broker.errors import InvalidGroup, Unreadable
+from lachesis.broker.records.blobs import from_blob, to_blob
 from lachesis.broker.records.entries import from_entry, from_json, read_entries, read_json, to_entry
-from lachesis.broker.records.groups import GroupEntry, PoolRule, ServerStatus, TokenRecord, TrainerConfig, WeightsEntry
-from lachesis.broker.records.packing import from_blob, pack, to_blob, to_scored
+from lachesis.broker.records.groups import GroupEntry
+from lachesis.broker.records.packing import pack, to_scored
+from lachesis.broker.records.registrations import TokenRecord, TrainerConfig
+from lachesis.broker.records.versions import PoolRule, ServerStatus, WeightsEntry
 from lachesis.broker.run.lineage import from_record, to_record
 
 STORED = json.loads(FILE.read_text())

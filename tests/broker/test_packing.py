@@ -14,8 +14,9 @@ from scored import group, numbers, scored_groups
 
 from lachesis.broker import InvalidGroup
 from lachesis.broker.queue.admission import check_group
+from lachesis.broker.records.blobs import from_blob, to_blob
 from lachesis.broker.records.groups import ScoredGroup
-from lachesis.broker.records.packing import from_blob, pack, to_arrays, to_blob, to_scored, unpack, unpacked_bytes
+from lachesis.broker.records.packing import pack, to_arrays, to_scored, unpack, unpacked_bytes
 
 
 @given(scored_groups(), st.integers(0, 99), st.integers(0, 99))

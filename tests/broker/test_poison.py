@@ -12,7 +12,8 @@ from warm import WarmProcess
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
-from lachesis.broker.records.groups import Limits, WeightsEntry
+from lachesis.broker.records.groups import Limits
+from lachesis.broker.records.versions import WeightsEntry
 
 pytestmark = pytest.mark.anyio
 GROUPS, BATCH, MAX_DELIVERIES = 24, 4, 3
@@ -21,7 +22,7 @@ POISON = 7  # the group that kills who trains it
 TRAINER = """
 import os, signal, sys
 from lachesis.broker import connect_blocking
-from lachesis.broker.records.groups import LedgerEntry
+from lachesis.broker.records.steps import LedgerEntry
 
 with connect_blocking(sys.argv[1], sys.argv[2]) as blocking:
     queue, call = blocking.broker.queue, blocking.call

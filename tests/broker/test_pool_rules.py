@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import PoolRule, WeightsEntry
+from lachesis.broker.records.versions import PoolRule, WeightsEntry
 from lachesis.broker.weights.pools import NEWEST, NONE, canaries
 
 pytestmark = pytest.mark.anyio

@@ -13,7 +13,7 @@ from redis.exceptions import ConnectionError, RedisError
 from scored import group
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.records.groups import ServerStatus
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.broker.store import connection
 from lachesis.broker.store.connection import COMMANDS, open_redis, wait_for_entries
 

@@ -28,7 +28,10 @@ from scored import group, trained
 from lachesis.broker import EmbeddedRedis, LeaseLost, connect_blocking
 from lachesis.broker.audit import audit
 from lachesis.broker.queue.selection import next_batch
-from lachesis.broker.records.groups import Lease, Limits, TrainerConfig, WeightsEntry
+from lachesis.broker.records.groups import Limits
+from lachesis.broker.records.registrations import TrainerConfig
+from lachesis.broker.records.steps import Lease
+from lachesis.broker.records.versions import WeightsEntry
 
 BATCH, MAX_DELIVERIES = 4, 2
 LIMITS = st.just(Limits()) | st.builds(

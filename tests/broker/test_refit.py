@@ -13,10 +13,13 @@ from scored import group, trained
 
 from lachesis.broker import Broker, EmbeddedRedis, LeaseLost
 from lachesis.broker.audit import audit
-from lachesis.broker.queue.queue import makes_batch
+from lachesis.broker.queue.counters import makes_batch
+from lachesis.broker.records.blobs import queue_entry, to_blob
 from lachesis.broker.records.entries import flat_entry
-from lachesis.broker.records.groups import LedgerEntry, ScoredGroup, TrainerConfig
-from lachesis.broker.records.packing import pack, queue_entry, to_arrays, to_blob
+from lachesis.broker.records.groups import ScoredGroup
+from lachesis.broker.records.packing import pack, to_arrays
+from lachesis.broker.records.registrations import TrainerConfig
+from lachesis.broker.records.steps import LedgerEntry
 from lachesis.broker.retention.shadows import Rule
 
 pytestmark = pytest.mark.anyio

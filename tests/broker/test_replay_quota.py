@@ -11,8 +11,9 @@ from scored import group, trained
 from lachesis.broker import Broker
 from lachesis.broker.archive.replay import Part, Replayed, store
 from lachesis.broker.audit import audit
-from lachesis.broker.records.groups import Group, TrainerConfig
+from lachesis.broker.records.groups import Group
 from lachesis.broker.records.packing import to_arrays
+from lachesis.broker.records.registrations import TrainerConfig
 
 pytestmark = pytest.mark.anyio
 QUOTA = 400  # bytes: two of the groups

@@ -9,7 +9,7 @@ import pytest
 from scored import group
 
 from lachesis.broker import Broker, ConfigurationError, Conflict, EmbeddedRedis
-from lachesis.broker.records.groups import TokenRecord
+from lachesis.broker.records.registrations import TokenRecord
 from lachesis.broker.run.tokens import matching
 
 pytestmark = pytest.mark.anyio

@@ -16,9 +16,13 @@ from lachesis.broker import Broker
 from lachesis.broker.audit import audit
 from lachesis.broker.errors import NotFound
 from lachesis.broker.queue.queue import BLOB_TTL_S
+from lachesis.broker.records.blobs import to_blob
 from lachesis.broker.records.entries import to_entry
-from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, BatchEntry, Limits, TrainerConfig, WeightsEntry
-from lachesis.broker.records.packing import pack, to_blob
+from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, Limits
+from lachesis.broker.records.packing import pack
+from lachesis.broker.records.registrations import TrainerConfig
+from lachesis.broker.records.steps import BatchEntry
+from lachesis.broker.records.versions import WeightsEntry
 from lachesis.broker.retention.dead_letters import Letter
 from lachesis.broker.run.journal import KEEP_EVENTS
 

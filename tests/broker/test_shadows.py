@@ -12,7 +12,7 @@ from scored import trained
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import AuditReport, audit
-from lachesis.broker.records.groups import Lease
+from lachesis.broker.records.steps import Lease
 from lachesis.broker.retention.shadows import Rule
 
 pytestmark = pytest.mark.anyio

@@ -12,9 +12,12 @@ from scored import group, trained
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
 from lachesis.broker.queue.queue import SLICE_BYTES, SLICE_GROUPS, queue_entry
+from lachesis.broker.records.blobs import to_blob
 from lachesis.broker.records.entries import to_entry
-from lachesis.broker.records.groups import Lease, Limits, Lineage, ScoredGroup, WeightsEntry
-from lachesis.broker.records.packing import pack, to_arrays, to_blob
+from lachesis.broker.records.groups import Limits, Lineage, ScoredGroup
+from lachesis.broker.records.packing import pack, to_arrays
+from lachesis.broker.records.steps import Lease
+from lachesis.broker.records.versions import WeightsEntry
 from lachesis.broker.replicas.members import CONSUMER
 from lachesis.broker.retention.dead_letters import untrainable
 from lachesis.broker.run.lineage import from_record

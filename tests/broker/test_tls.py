@@ -15,7 +15,7 @@ from ports import free_port
 from scored import group, trained
 
 from lachesis.broker import Broker, RedisUnreachable
-from lachesis.broker.store.embedded import die_with_parent
+from lachesis.broker.store.child_process import die_with_parent
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from lachesis.broker import Broker, Conflict
-from lachesis.broker.records.groups import WeightsEntry
+from lachesis.broker.records.versions import WeightsEntry
 
 pytestmark = pytest.mark.anyio
 

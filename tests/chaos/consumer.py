@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from lachesis.broker import BlockingBroker, LeaseLost, connect_blocking
 from lachesis.broker.errors import RedisUnreachable
-from lachesis.broker.records.groups import LedgerEntry
+from lachesis.broker.records.steps import LedgerEntry
 
 POLICY = "main"
 

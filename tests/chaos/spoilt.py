@@ -9,7 +9,8 @@ import torch
 from elastic_process import Settings, TinyCompute
 from torch import Tensor
 
-from lachesis.broker.records.groups import BatchEntry, Group
+from lachesis.broker.records.groups import Group
+from lachesis.broker.records.steps import BatchEntry
 
 AT = 2  # the step that is spoilt
 

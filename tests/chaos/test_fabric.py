@@ -8,7 +8,8 @@ import pytest
 from fabric import Truth, judge, run
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import LedgerEntry, ScoredGroup
+from lachesis.broker.records.groups import ScoredGroup
+from lachesis.broker.records.steps import LedgerEntry
 
 pytestmark = [pytest.mark.anyio, pytest.mark.alone]
 

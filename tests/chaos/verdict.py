@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from elastic_process import WORDS, TinyCompute
 
-from lachesis.broker.records.groups import BatchEntry, Group, ScoredGroup
+from lachesis.broker.records.groups import Group, ScoredGroup
 from lachesis.broker.records.packing import to_arrays
+from lachesis.broker.records.steps import BatchEntry
 
 GROUPS = 6  # of a step, of two sequences each
 

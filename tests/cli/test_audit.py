@@ -8,7 +8,8 @@ from msgspec import structs
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
 from lachesis.broker.records.entries import id_number, to_entry
-from lachesis.broker.records.groups import DeadEntry, LedgerEntry, ScoredGroup
+from lachesis.broker.records.groups import DeadEntry, ScoredGroup
+from lachesis.broker.records.steps import LedgerEntry
 from lachesis.cli.commands.audit import render
 
 pytestmark = pytest.mark.anyio

@@ -14,15 +14,16 @@ from commands import lachesis
 from rich.console import Console
 
 from lachesis.broker import Broker, EmbeddedRedis
+from lachesis.cli.catalogue import COMMANDS
 from lachesis.cli.commands.status import StatusSettings
-from lachesis.cli.main import COMMANDS, main
+from lachesis.cli.main import main
 from lachesis.cli.options import all_names, parse
-from lachesis.cli.up.command import UpSettings
 from lachesis.cli.up.progress import View, sparkline
+from lachesis.cli.up.settings import UpSettings
 
 EXPLAIN_ALL = """
 import sys
-from lachesis.cli.main import COMMANDS, main
+from lachesis.cli.catalogue import COMMANDS; from lachesis.cli.main import main
 for command in COMMANDS:
     try:
         main([command, "--help"])

@@ -10,7 +10,9 @@ from scored import trained
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
-from lachesis.broker.records.groups import Limits, ScoredGroup, TrainerConfig, WeightsEntry
+from lachesis.broker.records.groups import Limits, ScoredGroup
+from lachesis.broker.records.registrations import TrainerConfig
+from lachesis.broker.records.versions import WeightsEntry
 from lachesis.broker.retention.dead_letters import REASONS, untrainable
 
 pytestmark = pytest.mark.anyio

@@ -10,7 +10,7 @@ import pytest
 from commands import lachesis
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import PoolRule, ServerStatus, WeightsEntry
+from lachesis.broker.records.versions import PoolRule, ServerStatus, WeightsEntry
 from lachesis.broker.weights.pools import NONE
 from lachesis.cli.main import main
 

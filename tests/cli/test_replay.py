@@ -14,8 +14,10 @@ import commands
 import pytest
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.records.groups import Group, LedgerEntry, ScoredGroup, WeightsEntry
+from lachesis.broker.records.groups import Group, ScoredGroup
 from lachesis.broker.records.keys import ARCHIVE
+from lachesis.broker.records.steps import LedgerEntry
+from lachesis.broker.records.versions import WeightsEntry
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 BATCH, STEPS = 6, 8

@@ -10,7 +10,9 @@ import pytest
 from replicas import founded
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import EnvConfig, LedgerEntry, ServerStatus, TrainerConfig
+from lachesis.broker.records.registrations import EnvConfig, TrainerConfig
+from lachesis.broker.records.steps import LedgerEntry
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.cli.main import main
 
 pytestmark = pytest.mark.anyio

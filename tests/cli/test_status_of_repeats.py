@@ -9,7 +9,7 @@ from scored import group
 
 from lachesis.broker import EmbeddedRedis
 from lachesis.broker.client import connect_blocking
-from lachesis.broker.records.groups import EnvConfig
+from lachesis.broker.records.registrations import EnvConfig
 from lachesis.cli.commands.status import main
 
 

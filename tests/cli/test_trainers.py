@@ -10,7 +10,7 @@ from replicas import BATCH, founded, lent, opened
 from scored import group
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import LedgerEntry
+from lachesis.broker.records.steps import LedgerEntry
 
 pytestmark = pytest.mark.anyio
 

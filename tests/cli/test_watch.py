@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import PoolRule, ServerStatus, WeightsEntry
+from lachesis.broker.records.versions import PoolRule, ServerStatus, WeightsEntry
 from lachesis.broker.weights.pools import NONE
 from lachesis.cli.up.progress import View
 from lachesis.cli.up.supervisor import Part, Supervisor

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import pytest
 
 from lachesis.broker import EmbeddedRedis, connect_blocking
-from lachesis.cli.main import COMMANDS, main
+from lachesis.cli.catalogue import COMMANDS
+from lachesis.cli.main import main
 
 RUN = "wrong-inputs"
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lachesis.broker.errors import ConfigurationError
-from lachesis.envs.arithmetic.recipe import RECIPE
 from lachesis.envs.arithmetic.tasks import (
     KINDS,
+    RECIPE,
     Arithmetic,
     is_held_out,
     larger,

@@ -14,7 +14,7 @@ import roles
 from aiohttp import web
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import ServerStatus
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.inference.gateway import app as front_door
 from lachesis.inference.settings import FrontDoorSettings
 from lachesis.service.logs import configure_logging

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import FileInfo, Manifest, TensorInfo, WeightsEntry
+from lachesis.broker.records.versions import FileInfo, Manifest, TensorInfo, WeightsEntry
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, CONTEXT = 320, 64, 2, 4, 2, 512
 SPECIALS = ("<pad>", "<eos>", "<unk>", "<|im_start|>", "<|im_end|>")

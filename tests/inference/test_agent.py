@@ -21,7 +21,7 @@ from published import VOCAB, make_model, publish, random_weights, tear, write_ve
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.records.entries import tokens_digest
-from lachesis.broker.records.groups import ServerStatus
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.inference.agent.sglang_process import SGLangServer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sglang]

@@ -15,7 +15,7 @@ from doors import REQUEST, Upstream, answers, door, good, hangs_up, post
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.records.entries import tokens_digest
-from lachesis.broker.records.groups import WeightsEntry
+from lachesis.broker.records.versions import WeightsEntry
 
 pytestmark = pytest.mark.anyio
 

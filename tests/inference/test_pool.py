@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from lachesis.broker.records.groups import ServerStatus
+from lachesis.broker.records.versions import ServerStatus
 from lachesis.inference.gateway.pool import LOST_S, STALE_S, Pool
 
 pytestmark = pytest.mark.anyio

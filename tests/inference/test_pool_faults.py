@@ -26,7 +26,7 @@ from published import make_model, publish, random_weights, tear, write_version
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.records.entries import tokens_digest
-from lachesis.broker.records.groups import PoolRule, ServerStatus
+from lachesis.broker.records.versions import PoolRule, ServerStatus
 from lachesis.broker.weights.pools import canaries
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sglang, pytest.mark.timeout(600)]

@@ -20,7 +20,7 @@ from hf_reference import Reference
 from published import VOCAB, make_model, publish
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.records.groups import PoolRule
+from lachesis.broker.records.versions import PoolRule
 from lachesis.inference.gateway import proxy
 
 pytestmark = pytest.mark.anyio

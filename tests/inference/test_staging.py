@@ -20,7 +20,7 @@ from published import make_model, random_weights, write_version
 from test_version_feed import LOG, NAN, heartbeat_of
 
 from lachesis.broker import Broker, WeightsRefused
-from lachesis.broker.records.groups import Base, Manifest, WeightsEntry
+from lachesis.broker.records.versions import Base, Manifest, WeightsEntry
 from lachesis.broker.weights.delta import write_delta
 from lachesis.broker.weights.manifest import MANIFEST
 from lachesis.inference.versions.download import Abandoned
@@ -98,7 +98,7 @@ async def test_a_version_is_fetched_once_and_is_what_was_published(store: Store,
 FETCH = """
 import sys, threading, msgspec
 from pathlib import Path
-from lachesis.broker.records.groups import WeightsEntry
+from lachesis.broker.records.versions import WeightsEntry
 from lachesis.inference.versions.staging import Staging
 Staging(Path(sys.argv[1]), keep=2).fetch(msgspec.json.decode(sys.argv[2], type=WeightsEntry), threading.Event())
 """

@@ -18,7 +18,7 @@ from doors import Upstream, answers, door, good, post
 
 from lachesis.broker import Broker
 from lachesis.broker.records.entries import tokens_digest
-from lachesis.broker.records.groups import WeightsEntry
+from lachesis.broker.records.versions import WeightsEntry
 from lachesis.service.ports import find_free
 
 pytestmark = pytest.mark.anyio

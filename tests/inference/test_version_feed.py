@@ -11,7 +11,7 @@ import pytest
 from published import make_model, publish, random_weights, write_version
 
 from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis
-from lachesis.broker.records.groups import PoolRule, ServerStatus
+from lachesis.broker.records.versions import PoolRule, ServerStatus
 from lachesis.broker.weights.pools import canaries
 from lachesis.inference.heartbeat import Heartbeat
 from lachesis.inference.versions.model_folder import read_model_folder

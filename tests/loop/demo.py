@@ -20,7 +20,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.records.groups import LedgerEntry
+from lachesis.broker.records.steps import LedgerEntry
 
 PATIENCE_S = 600.0  # for whatever a busy machine is slow with; only what never comes takes so long
 SEED = 1

@@ -18,7 +18,8 @@ from trajectories import ENV, TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
-from lachesis.broker.records.groups import EnvConfig, ServerStatus, TrainerConfig, WeightsEntry
+from lachesis.broker.records.registrations import EnvConfig, TrainerConfig
+from lachesis.broker.records.versions import ServerStatus, WeightsEntry
 from lachesis.broker.store.server import check_server
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings

@@ -19,7 +19,10 @@ from trajectories import ENV, TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.records.entries import tokens_digest
-from lachesis.broker.records.groups import KeptConfiguration, LedgerEntry, Lineage, PoolRule, ServerStatus, WeightsEntry
+from lachesis.broker.records.groups import Lineage
+from lachesis.broker.records.registrations import KeptConfiguration
+from lachesis.broker.records.steps import LedgerEntry
+from lachesis.broker.records.versions import PoolRule, ServerStatus, WeightsEntry
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 

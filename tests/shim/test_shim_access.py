@@ -19,7 +19,7 @@ import requests
 from trajectories import ENV, TRAINER, group, serving, shim_process, wait_until_up, with_token
 
 from lachesis.broker import Broker, EmbeddedRedis, connect_blocking
-from lachesis.broker.records.groups import Role
+from lachesis.broker.records.registrations import Role
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 

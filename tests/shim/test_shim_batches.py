@@ -19,7 +19,7 @@ from trajectories import TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker
 from lachesis.broker.queue.queue import Queue
-from lachesis.broker.records.groups import WeightsEntry
+from lachesis.broker.records.versions import WeightsEntry
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 

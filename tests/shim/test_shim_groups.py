@@ -19,7 +19,9 @@ from trajectories import ENV, TRAINER, group, number_of, serving
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
 from lachesis.broker.records.entries import tokens_digest
-from lachesis.broker.records.groups import Lineage, ServerStatus, TrainerConfig, WeightsEntry
+from lachesis.broker.records.groups import Lineage
+from lachesis.broker.records.registrations import TrainerConfig
+from lachesis.broker.records.versions import ServerStatus, WeightsEntry
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 

@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 from trajectories import ENV, TRAINER, group, serving
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import ServerStatus, WeightsEntry
+from lachesis.broker.records.versions import ServerStatus, WeightsEntry
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 

@@ -18,8 +18,12 @@ from trajectories import TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
-from lachesis.broker.records.groups import LedgerEntry, Limits, TrainerConfig, WeightsEntry
-from lachesis.broker.records.packing import pack, to_arrays, to_blob
+from lachesis.broker.records.blobs import to_blob
+from lachesis.broker.records.groups import Limits
+from lachesis.broker.records.packing import pack, to_arrays
+from lachesis.broker.records.registrations import TrainerConfig
+from lachesis.broker.records.steps import LedgerEntry
+from lachesis.broker.records.versions import WeightsEntry
 from lachesis.shim.app import build_app
 from lachesis.shim.intake.backpressure import LOOK_EVERY_S, WHY, Hold, Pressure, Size
 from lachesis.shim.settings import ShimSettings

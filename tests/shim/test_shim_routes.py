@@ -12,7 +12,8 @@ from silent import silence
 from trajectories import ENV, KEYS, TRAINER, group
 
 from lachesis.broker import Broker
-from lachesis.broker.records.groups import EnvConfig, EnvRecord, QueueStatus, TrainerConfig
+from lachesis.broker.records.registrations import EnvConfig, EnvRecord, TrainerConfig
+from lachesis.broker.records.steps import QueueStatus
 from lachesis.broker.run.environments import ALIVE_S, Alive, is_alive
 from lachesis.shim.routes.status import env_status
 

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from lachesis.broker import BlockingBroker, connect_blocking
 from lachesis.broker.failpoints import crash_point
-from lachesis.broker.records.groups import BatchEntry, DeadEntry, Group, LedgerEntry, Membership, WeightsEntry
+from lachesis.broker.records.groups import DeadEntry, Group
+from lachesis.broker.records.steps import BatchEntry, LedgerEntry, Membership
+from lachesis.broker.records.versions import WeightsEntry
 from lachesis.broker.replicas.members import Meeting
 from lachesis.broker.retention.dead_letters import untrainable
 from lachesis.trainer.elastic.accumulator import LocalCompute

@@ -57,9 +57,9 @@ def _rank(rank: int, size: int, port: int, model: Path, overrides: list[str], pi
     from functools import partial
 
     from lachesis.trainer.algo.learner import Learner
+    from lachesis.trainer.algo.rank_group import Crew
     from lachesis.trainer.config.compose import compose_config
     from lachesis.trainer.data.collate import to_batch
-    from lachesis.trainer.engine.distributed import Crew
     from lachesis.trainer.engine.verl_engine import build_engine
 
     words = [f"actor_rollout_ref.model.path={model}", "actor_rollout_ref.actor.optim.lr=1e-2", *overrides]

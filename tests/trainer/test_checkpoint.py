@@ -42,7 +42,7 @@ def test_resuming_is_bit_for_bit(
     built: Callable[..., tuple[Engine, DictConfig]], tmp_path: Path, blocking: BlockingBroker, more: tuple[str, ...]
 ) -> None:
     from lachesis.trainer.algo.learner import Learner
-    from lachesis.trainer.engine.verl_engine import published_tensors
+    from lachesis.trainer.engine.export import published_tensors
     from lachesis.trainer.weights.checkpoint import Checkpoints
 
     schedule = [  # so that a scheduler that starts over would show

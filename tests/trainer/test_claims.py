@@ -10,10 +10,9 @@ from scored import group
 from trainer_kit import until
 
 from lachesis.broker import BlockingBroker
-from lachesis.broker.records.groups import BatchEntry, Membership
-from lachesis.trainer.elastic.claims import Claims
+from lachesis.broker.records.steps import BatchEntry, Membership
+from lachesis.trainer.elastic.claims import Claims, Pace
 from lachesis.trainer.elastic.config import Team
-from lachesis.trainer.elastic.pace import Pace
 
 GROUPS = 6
 TEAM = Team("main", 2 * GROUPS, 1, silent_s=60, hold_s=60)

@@ -15,8 +15,10 @@ from trainer_kit import PATIENCE_S, start_trainer
 from lachesis.broker import BlockingBroker, ConfigurationError, EmbeddedRedis
 from lachesis.cli.main import main
 from lachesis.trainer.config.algorithms import ESTIMATORS, LOSSES, REJECTIONS
-from lachesis.trainer.config.compose import check_config, compose_config, find_model, make_plan
+from lachesis.trainer.config.compose import compose_config
 from lachesis.trainer.config.like_run import kept_configuration, like_run
+from lachesis.trainer.config.model import find_model
+from lachesis.trainer.config.plan import check_config, make_plan
 from lachesis.trainer.settings import TrainerSettings, explain_overrides
 
 if TYPE_CHECKING:

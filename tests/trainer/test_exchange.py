@@ -13,9 +13,9 @@ from torch import Tensor
 from trainer_kit import stored
 
 from lachesis.broker import BlockingBroker, Conflict
-from lachesis.broker.records.groups import BatchEntry
+from lachesis.broker.records.steps import BatchEntry
+from lachesis.trainer.elastic.claims import Pace
 from lachesis.trainer.elastic.collectives.base import Alone
-from lachesis.trainer.elastic.pace import Pace
 from lachesis.trainer.elastic.step_sums import SLOT, digest, sum_up
 
 GIDS = ("g0", "g1", "g2", "g3")

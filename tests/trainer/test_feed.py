@@ -11,8 +11,8 @@ import pytest
 from trainer_kit import fill, until
 
 from lachesis.broker import BlockingBroker, Conflict
-from lachesis.broker.records.groups import BatchEntry, Lease, LedgerEntry
-from lachesis.trainer.config.compose import Plan
+from lachesis.broker.records.steps import BatchEntry, Lease, LedgerEntry
+from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.data.collate import to_batch
 from lachesis.trainer.prefetch import Feed, Ready
 from lachesis.trainer.writer_lock import Tenure
@@ -22,7 +22,7 @@ BATCH, GROUPS = 8, 2  # sequences and groups of a step
 
 @pytest.fixture
 def plan(configured: Callable[..., object], tmp_path: Path, run_name: str) -> Plan:
-    from lachesis.trainer.config.compose import make_plan
+    from lachesis.trainer.config.plan import make_plan
     from lachesis.trainer.settings import TrainerSettings
 
     config = configured(f"lachesis.batch_size={BATCH}", "lachesis.num_steps=4", "lachesis.replica=me")

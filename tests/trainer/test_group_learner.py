@@ -15,7 +15,8 @@ from torch import Tensor
 from trainer_kit import scored_group, stored
 
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.records.groups import BatchEntry, Group
+from lachesis.broker.records.groups import Group
+from lachesis.broker.records.steps import BatchEntry
 from lachesis.trainer.data.collate import to_batch
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def entry(step: int, groups: Sequence[Group]) -> BatchEntry:
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
-    from lachesis.trainer.engine.verl_engine import published_tensors
+    from lachesis.trainer.engine.export import published_tensors
 
     return {name: tensor.detach().clone() for name, tensor in published_tensors(engine)}
 

@@ -19,7 +19,7 @@ from trainer_kit import PATIENCE_S, fill, start_trainer, until
 
 from lachesis.broker import BlockingBroker, Broker, EmbeddedRedis, connect_blocking
 from lachesis.broker.audit import audit
-from lachesis.broker.records.groups import LedgerEntry
+from lachesis.broker.records.steps import LedgerEntry
 
 pytestmark = pytest.mark.verl
 

@@ -198,7 +198,7 @@ def test_bypass_mode_takes_the_samplers_log_probs_for_the_old_ones(
     configured: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
     from lachesis.trainer.algo.learner import Learner
-    from lachesis.trainer.config.compose import make_plan
+    from lachesis.trainer.config.plan import make_plan
     from lachesis.trainer.engine.verl_engine import build_engine
     from lachesis.trainer.settings import TrainerSettings
 

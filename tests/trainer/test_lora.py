@@ -62,7 +62,7 @@ def test_what_is_published_is_what_peft_merges(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from lachesis.trainer.engine.verl_engine import published_tensors
+    from lachesis.trainer.engine.export import published_tensors
     from lachesis.trainer.weights.versions import VersionStore
 
     engine, learner, _ = trained

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lachesis.trainer.elastic.pace import Pace
+from lachesis.trainer.elastic.claims import Pace
 
 speeds = st.lists(st.floats(0.1, 1000), min_size=1, max_size=6)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lachesis.broker import ConfigurationError
-from lachesis.trainer.config.compose import compose_config, make_plan
+from lachesis.trainer.config.compose import compose_config
+from lachesis.trainer.config.plan import make_plan
 from lachesis.trainer.settings import TrainerSettings
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer_kit import fill, until
 
 from lachesis.broker import BlockingBroker, LeaseLost, StorageError, WeightsRefused
-from lachesis.broker.records.groups import PoolRule, ServerStatus, WeightsEntry
+from lachesis.broker.records.versions import PoolRule, ServerStatus, WeightsEntry
 from lachesis.trainer.weights.publisher import Publisher
 from lachesis.trainer.weights.versions import VersionStore
 from lachesis.trainer.writer_lock import Tenure

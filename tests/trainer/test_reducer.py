@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.records.groups import Membership
+from lachesis.broker.records.steps import Membership
+from lachesis.trainer.config.rules import Over
 from lachesis.trainer.elastic.collectives import base
 from lachesis.trainer.elastic.collectives.base import Reducer
 from lachesis.trainer.elastic.collectives.rendezvous import address_towards, connect
 from lachesis.trainer.elastic.collectives.reproducible_sum import ExactSum, total
-from lachesis.trainer.elastic.config import Over
 
 
 class Enough(Exception):

@@ -13,7 +13,7 @@ from trainer_kit import scored_group, stored
 
 from lachesis.broker import ConfigurationError
 from lachesis.broker.records.groups import Group, ScoredGroup
-from lachesis.trainer.config.compose import make_plan
+from lachesis.trainer.config.plan import make_plan
 from lachesis.trainer.data.collate import to_batch
 from lachesis.trainer.settings import TrainerSettings
 

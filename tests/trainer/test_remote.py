@@ -28,7 +28,7 @@ from lachesis.broker import (
     StorageError,
     WeightsRefused,
 )
-from lachesis.broker.records.groups import Manifest, ServerStatus, WeightsEntry
+from lachesis.broker.records.versions import Manifest, ServerStatus, WeightsEntry
 from lachesis.inference.versions.staging import Staging
 from lachesis.inference.versions.verify import VersionGone, verify
 from lachesis.service.logs import configure_logging

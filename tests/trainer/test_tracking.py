@@ -17,17 +17,20 @@ from trainer_kit import scored_group, stored
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.records.groups import EnvConfig, Group, LedgerEntry
+from lachesis.broker.records.groups import Group
+from lachesis.broker.records.registrations import EnvConfig
+from lachesis.broker.records.steps import LedgerEntry
 from lachesis.cli.up.run import start_over
 from lachesis.service.logs import configure_logging
-from lachesis.trainer.config.compose import make_plan
+from lachesis.trainer.config import tracking_backends
+from lachesis.trainer.config.plan import make_plan
+from lachesis.trainer.config.tracking_backends import BACKENDS, check_backends
 from lachesis.trainer.data.batch import TrainingBatch
 from lachesis.trainer.data.collate import to_batch
-from lachesis.trainer.metrics import tracker as tracking
 from lachesis.trainer.metrics.reporter import Reporter
 from lachesis.trainer.metrics.samples import SHOWN, examples
 from lachesis.trainer.metrics.step import VERLS, batch_metrics, env_scores, mfu, under_verls_names
-from lachesis.trainer.metrics.tracker import BACKENDS, Tracker, check_backends
+from lachesis.trainer.metrics.tracker import Tracker
 from lachesis.trainer.settings import TrainerSettings
 
 if TYPE_CHECKING:
@@ -245,7 +248,7 @@ def test_backends_that_cannot_work_are_refused_in_one_line(monkeypatch: pytest.M
     assert check_backends(None) == ()
     with pytest.raises(ConfigurationError, match=r"no backend 'visdom'; verl has console, file, tensorboard"):
         check_backends(["visdom"])
-    monkeypatch.setitem(tracking.BACKENDS, "wandb", "not_there")
+    monkeypatch.setitem(tracking_backends.BACKENDS, "wandb", "not_there")
     with pytest.raises(ConfigurationError, match="wandb needs a package that is not installed: pip install not_there"):
         check_backends(["wandb"])
 

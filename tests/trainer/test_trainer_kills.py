@@ -17,7 +17,7 @@ from verl_run import BATCH, GROUP, STEPS, Run, ledger, same, versions
 
 from lachesis.broker import BlockingBroker, Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
-from lachesis.broker.records.groups import LedgerEntry
+from lachesis.broker.records.steps import LedgerEntry
 
 pytestmark = pytest.mark.verl
 

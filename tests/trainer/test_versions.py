@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer_kit import make_tiny_model, scored_group, stored
 
 from lachesis.broker import LeaseLost, StorageError, WeightsRefused
-from lachesis.broker.records.groups import Manifest, WeightsEntry
+from lachesis.broker.records.versions import Manifest, WeightsEntry
 from lachesis.broker.weights.manifest import read_manifest
 from lachesis.trainer.data.collate import to_batch
 from lachesis.trainer.weights import versions
@@ -151,7 +151,7 @@ def test_adapters_are_published_as_a_whole_model(
     built: Callable[..., tuple[Engine, DictConfig]], tmp_path: Path, tiny_model: Path
 ) -> None:
     from lachesis.trainer.algo.learner import Learner
-    from lachesis.trainer.engine.verl_engine import published_tensors
+    from lachesis.trainer.engine.export import published_tensors
 
     engine, config = built("actor_rollout_ref.model.lora_rank=2")
     Learner(engine, config.algorithm).step(
@@ -172,7 +172,7 @@ def test_an_engines_weights_load_in_hugging_face(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lachesis.trainer.engine.verl_engine import published_tensors
+    from lachesis.trainer.engine.export import published_tensors
 
     model = make_tiny_model(tmp_path / "model", tied=tied)
     engine, _ = built(model=model)

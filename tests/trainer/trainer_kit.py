@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from lachesis.broker import Broker
+from lachesis.broker.records.blobs import from_blob, to_blob
 from lachesis.broker.records.entries import gid_of
 from lachesis.broker.records.groups import Group, ScoredGroup
-from lachesis.broker.records.packing import from_blob, pack, to_blob
+from lachesis.broker.records.packing import pack
 
 VOCABULARY = 250
 PATIENCE_S = 240.0  # for whatever a busy machine is slow with

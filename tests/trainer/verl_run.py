@@ -11,7 +11,7 @@ from torch import Tensor
 from trainer_kit import PATIENCE_S, start_trainer
 
 from lachesis.broker import BlockingBroker, Broker, connect_blocking
-from lachesis.broker.records.groups import LedgerEntry
+from lachesis.broker.records.steps import LedgerEntry
 
 STEPS, BATCH, GROUP = 6, 8, 4
 

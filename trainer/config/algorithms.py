@@ -6,8 +6,7 @@ import copy
 
 from omegaconf import DictConfig, OmegaConf
 
-from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.nearest import did_you_mean
+from lachesis.broker.errors import ConfigurationError, did_you_mean
 
 # what verl has under these names; known here so that a misspelt one is refused before verl is imported
 ESTIMATORS = (

@@ -8,8 +8,9 @@ from omegaconf import DictConfig
 
 from lachesis.broker import connect_blocking
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.records.groups import KeptConfiguration
-from lachesis.trainer.config.compose import is_url, override_name, resolved
+from lachesis.broker.records.registrations import KeptConfiguration
+from lachesis.trainer.config.compose import override_name, resolved
+from lachesis.trainer.config.plan import is_url
 from lachesis.trainer.settings import TrainerSettings, quoted
 
 FOLDERS = ("lachesis.weights_dir", "lachesis.checkpoint_dir")

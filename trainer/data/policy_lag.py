@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lachesis.broker.records.groups import BatchEntry, Group
+from lachesis.broker.records.groups import Group
+from lachesis.broker.records.steps import BatchEntry
 from lachesis.trainer.data.validate import NOT_TRAINED
 
 UNKNOWN = -1

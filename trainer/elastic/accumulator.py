@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lachesis.broker.records.groups import BatchEntry, DeadEntry, Group, LedgerEntry, Membership
+from lachesis.broker.records.groups import DeadEntry, Group
+from lachesis.broker.records.steps import BatchEntry, LedgerEntry, Membership
 from lachesis.trainer.elastic.collectives.base import Reducer, Watch
 
 

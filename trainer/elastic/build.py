@@ -12,14 +12,14 @@ from structlog.stdlib import BoundLogger
 from lachesis.broker import BlockingBroker
 from lachesis.broker.records.groups import Group
 from lachesis.trainer.algo.learner import Learner
-from lachesis.trainer.config.compose import Plan
+from lachesis.trainer.algo.rank_group import Crew
+from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.data.batch import TrainingBatch
 from lachesis.trainer.elastic.config import Team
 from lachesis.trainer.elastic.group_accumulator import GroupLearner
 from lachesis.trainer.elastic.leader import Lead
 from lachesis.trainer.elastic.replica import ElasticReplica
 from lachesis.trainer.elastic.sharded_accumulator import CrewCompute
-from lachesis.trainer.engine.distributed import Crew
 from lachesis.trainer.engine.verl_engine import Engine
 from lachesis.trainer.lifecycle import Upkeep
 from lachesis.trainer.metrics.reporter import Reporter

@@ -6,13 +6,14 @@ import time
 from collections.abc import Collection
 from concurrent.futures import Future
 from contextlib import suppress
+from math import inf
 from types import TracebackType
 
 from lachesis.broker import BlockingBroker
-from lachesis.broker.records.groups import BatchEntry, Group, Membership
+from lachesis.broker.records.groups import Group
+from lachesis.broker.records.steps import BatchEntry, Membership
 from lachesis.broker.replicas.members import Claimed
 from lachesis.trainer.elastic.config import Team
-from lachesis.trainer.elastic.pace import Pace
 
 
 class Claims:
@@ -86,3 +87,49 @@ class Claims:
             if new:
                 self._known.update(place for place, _ in new)
                 return Claimed(new, claimed.left), await broker.queue.fetch([gid for _, gid in new])
+
+
+MICRO = 1e-6
+
+
+class Pace:
+    """Of one replica; kept from step to step."""
+
+    def __init__(self) -> None:
+        self.speed = 0.0  # groups a second, 0: not known
+        self.others = inf  # groups that they compute while this one computes one; inf as long as that is not known
+        self._replicas = 1
+
+    def met(self, replicas: int) -> None:
+        """So many are connected, this one included. Who came is not known yet, nor what is left of a step in work."""
+        self._replicas, self.others = replicas, inf if replicas > 1 else 0.0
+
+    def computed(self, groups: int, seconds: float) -> None:
+        """What this replica has computed of a step so far."""
+        self.speed = groups / max(seconds, MICRO)
+
+    @property
+    def word(self) -> tuple[int, int]:
+        """For the others, who `hear` the sum of all: groups in a million seconds; and 1, or 0 if not known."""
+        return int(self.speed / MICRO), int(self.speed > 0)
+
+    def hear(self, speeds: int, known: int) -> None:
+        """Those whose speed is not known are taken to be like the rest."""
+        if self.speed and known:
+            self.others = max(0.0, speeds * MICRO * self._replicas / known / self.speed - 1)
+
+    def count(self, left: float, busy: int, together_s: float) -> int:
+        """How many groups to claim at once; several only if they are computed in less than `together_s`."""
+        if self.others == inf:
+            return 1
+        share = (left - self.meanwhile(busy)) / (1 + self.others)  # all are ready at once if each takes its own
+        fitting = share + min(0.5, self.others / (1 + self.others))
+        return max(1, int(min(fitting, together_s * self.speed)))
+
+    def allows(self, left: float, mine: int) -> bool:
+        """Whether to claim more while it computes `mine`: so even the slowest has no more than one to finish at the end."""
+        return left - self.meanwhile(mine) >= 1
+
+    def meanwhile(self, mine: int) -> float:
+        """Groups that others compute while this one computes `mine`."""
+        return mine * self.others if mine else 0.0

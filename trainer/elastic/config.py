@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
-from lachesis.broker.records.groups import DeadEntry, LedgerEntry, Membership
+from lachesis.broker.records.groups import DeadEntry
+from lachesis.broker.records.steps import LedgerEntry, Membership
 from lachesis.broker.replicas.members import Meeting
+from lachesis.trainer.config.rules import Over
 from lachesis.trainer.writer_lock import Tenure
-
-Over: TypeAlias = Literal["gloo", "nccl"]
 
 
 class Duties(Protocol):

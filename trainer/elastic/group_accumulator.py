@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lachesis.broker.records.groups import BatchEntry, DeadEntry, Group, LedgerEntry
+from lachesis.broker.records.groups import DeadEntry, Group
+from lachesis.broker.records.steps import BatchEntry, LedgerEntry
 from lachesis.trainer.algo.learner import Learner
 from lachesis.trainer.data.batch import TrainingBatch
 from lachesis.trainer.elastic.accumulator import LocalCompute

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lachesis.broker.records.groups import BatchEntry, DeadEntry, LedgerEntry
+from lachesis.broker.records.groups import DeadEntry
+from lachesis.broker.records.steps import BatchEntry, LedgerEntry
 from lachesis.trainer.algo.learner import Estimated, Learner
 from lachesis.trainer.data.batch import TrainingBatch
 from lachesis.trainer.prefetch import letters

@@ -10,9 +10,10 @@ import torch
 from structlog.stdlib import BoundLogger
 
 from lachesis.broker import BlockingBroker
-from lachesis.broker.records.groups import BatchEntry, Group, LedgerEntry, Membership
+from lachesis.broker.records.groups import Group
+from lachesis.broker.records.steps import BatchEntry, LedgerEntry, Membership
 from lachesis.broker.replicas.members import Meeting
-from lachesis.trainer.config.compose import Plan
+from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.data.batch import TrainingBatch
 from lachesis.trainer.elastic.collectives.base import Alone
 from lachesis.trainer.elastic.config import Trained

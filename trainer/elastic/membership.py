@@ -10,7 +10,7 @@ from types import TracebackType
 from lachesis.broker import BlockingBroker, Conflict, LachesisError, LeaseLost
 from lachesis.broker.errors import Moved
 from lachesis.broker.failpoints import crash_point
-from lachesis.broker.records.groups import Membership
+from lachesis.broker.records.steps import Membership
 from lachesis.broker.replicas.members import Meeting, Standing, new_id
 from lachesis.trainer.elastic.config import Team
 from lachesis.trainer.elastic.heartbeat import Heartbeat

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.failpoints import crash_point
-from lachesis.broker.records.groups import BatchEntry, Lease, Membership
+from lachesis.broker.records.steps import BatchEntry, Lease, Membership
 from lachesis.broker.replicas.members import CONSUMER
 from lachesis.trainer.elastic.config import Team
 from lachesis.trainer.prefetch import noticing_resets

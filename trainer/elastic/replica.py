@@ -23,17 +23,17 @@ from torch import Tensor
 from lachesis.broker import BlockingBroker, LeaseLost
 from lachesis.broker.errors import Moved
 from lachesis.broker.failpoints import crash_point
-from lachesis.broker.records.groups import BatchEntry, DeadEntry, Group, LedgerEntry, Membership
+from lachesis.broker.records.groups import DeadEntry, Group
+from lachesis.broker.records.steps import BatchEntry, LedgerEntry, Membership
 from lachesis.broker.replicas.members import NO_WEIGHTS, Meeting
 from lachesis.trainer.data.policy_lag import lag_of
 from lachesis.trainer.elastic.accumulator import Compute
-from lachesis.trainer.elastic.claims import Claims
+from lachesis.trainer.elastic.claims import Claims, Pace
 from lachesis.trainer.elastic.collectives.base import Alone, PeerLost, Reducer
 from lachesis.trainer.elastic.collectives.rendezvous import connect
 from lachesis.trainer.elastic.config import Duties, Team, Trained
 from lachesis.trainer.elastic.membership import Seat, Stopped, pause
 from lachesis.trainer.elastic.next_batch import Layout
-from lachesis.trainer.elastic.pace import Pace
 from lachesis.trainer.elastic.step_sums import digest, sum_up
 
 FORM_S = 0.25  # the leader waits so long for rollouts before it looks around

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from lachesis.broker import BlockingBroker, LachesisError, connect_blocking
 from lachesis.broker.errors import Moved
-from lachesis.broker.records.groups import BatchEntry, DeadEntry, Group, LedgerEntry, Membership
+from lachesis.broker.records.groups import DeadEntry, Group
+from lachesis.broker.records.steps import BatchEntry, LedgerEntry, Membership
+from lachesis.trainer.config.rules import Over
 from lachesis.trainer.elastic.collectives.base import Alone, PeerLost, Reducer, Watch
 from lachesis.trainer.elastic.collectives.rendezvous import connect
-from lachesis.trainer.elastic.config import Over
 from lachesis.trainer.elastic.group_accumulator import GroupLearner
 from lachesis.trainer.elastic.membership import LOOK_S
 from lachesis.trainer.engine.distributed import LEADER, Ranks

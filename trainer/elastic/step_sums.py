@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lachesis.broker import Conflict
-from lachesis.broker.records.groups import BatchEntry
+from lachesis.broker.records.steps import BatchEntry
 from lachesis.trainer.elastic.accumulator import Compute, to_bytes, to_tensor
+from lachesis.trainer.elastic.claims import Pace
 from lachesis.trainer.elastic.collectives.base import Reducer, Watch
-from lachesis.trainer.elastic.pace import Pace
 
 SLOT = 1024  # bytes for what is told of one group; where that is longer, it takes a sum of its own
 

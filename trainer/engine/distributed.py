@@ -7,22 +7,16 @@ others, verl's engine does: parameters are sharded over them, gradients summed. 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lachesis.broker.errors import CheckpointRefused, LachesisError
-from lachesis.broker.records.groups import Group
-
 if TYPE_CHECKING:
-    from lachesis.trainer.algo.learner import Estimated, Learner
-    from lachesis.trainer.data.batch import TrainingBatch
-    from lachesis.trainer.engine.verl_engine import Engine
+    pass
 
 # ranks wait for the leader's next order, and it waits for rollouts; a dead peer shows at once
 IDLE = timedelta(days=30)
@@ -61,93 +55,6 @@ class Ranks:
         if self._control is not None:
             dist.all_reduce(values, group=self._control)
         return values
-
-
-class Crew:
-    """What the ranks do together: `with Crew(…) as crew` on rank 0, where every method has the others do the same.
-
-    They `follow` until the end of that block. If it ends by an error they may be in the midst of something, where no
-    order reaches them: then they notice that rank 0 is gone, when its process ends.
-    """
-
-    def __init__(self, engine: Engine, learner: Learner) -> None:
-        self._engine, self._learner, self._ranks = engine, learner, engine.ranks
-
-    def __enter__(self) -> Crew:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._ranks.order("dismiss")
-
-    def step(self, groups: Sequence[Group], batch: TrainingBatch) -> dict[str, float]:
-        """Train one batch; `batch` is made of `groups`. Returns the metrics of Learner.step."""
-        self._ranks.order("step", list(groups))
-        return self._learner.step(batch)
-
-    @property
-    def estimated(self) -> Estimated | None:
-        """Of the newest step (see Learner)."""
-        return self._learner.estimated
-
-    def save_checkpoint(self, path: str, *args: Any) -> None:
-        """verl's, with its arguments: every rank writes its shard."""
-        self._ranks.order("save_checkpoint", path, *args)
-        self._engine.worker.save_checkpoint(path, *args)
-
-    def load_checkpoint(self, path: str, *args: Any) -> None:
-        """verl's, with its arguments. Raises CheckpointRefused for what can't be loaded, as what is no tensor."""
-        self._ranks.order("load_checkpoint", path, *args)
-        try:
-            self._engine.worker.load_checkpoint(path, *args)
-        except (LachesisError, OSError):
-            raise
-        except Exception as error:  # whatever a file may hold that is no checkpoint of this model
-            raise CheckpointRefused(
-                f"{path!r} can't be loaded: only tensors and plain values are, of the model that is trained ({_reason(error)})"
-            ) from None
-
-    def tensors(self) -> Generator[tuple[str, Tensor]]:
-        """The weights in memory, whole, under Hugging Face's names. Close it where not all are taken: the others give all."""
-        from lachesis.trainer.engine.verl_engine import published_tensors
-
-        self._ranks.order("tensors")
-        found = published_tensors(self._engine)
-        try:
-            for name, tensor in found:  # noqa: UP028  `yield from` would close it
-                yield name, tensor
-        finally:
-            for _ in found:
-                pass
-
-    def follow(
-        self,
-        to_batch: Callable[[Sequence[Group]], TrainingBatch],
-        orders: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
-    ) -> None:
-        """Do what rank 0 does until it dismisses. `to_batch` maps groups as rank 0 maps them; `orders`: what else there is."""
-        while True:
-            name, args = self._ranks.next_order()
-            if name == "dismiss":
-                return
-            if name in orders:
-                orders[name](*args)
-            elif name == "step":
-                self._learner.step(to_batch(args[0]))
-            elif name == "tensors":
-                for _ in self.tensors():
-                    pass
-            else:
-                getattr(self, name)(*args)
-
-
-def _reason(error: Exception) -> str:
-    """The line of torch's message that says what is wrong; the others advise to load it all the same."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("Trying to load", "Unsupported"))]
-    return (telling or lines or [type(error).__name__])[0][:300]
 
 
 def share(lengths: Sequence[int], parts: int) -> list[list[int]]:

@@ -16,7 +16,8 @@ from verl.single_controller.base.decorator import Dispatch, register
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
 from lachesis.broker.errors import ConfigurationError, LachesisError
-from lachesis.trainer.config.compose import compose_config, make_plan
+from lachesis.trainer.config.compose import compose_config
+from lachesis.trainer.config.plan import make_plan
 from lachesis.trainer.engine.verl_engine import device_name
 from lachesis.trainer.settings import TrainerSettings
 
@@ -30,7 +31,7 @@ class TrainerRank(Worker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)  # type: ignore[untyped-decorator]
     def train(self, settings: dict[str, Any]) -> int:
-        from lachesis.trainer.main import train
+        from lachesis.trainer.build import train
 
         told = TrainerSettings(**settings)
         config = compose_config(told.overrides, device=device_name())

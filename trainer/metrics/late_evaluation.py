@@ -12,8 +12,8 @@ from pathlib import Path
 from lachesis.broker import connect_blocking
 from lachesis.trainer.config.compose import compose_config
 from lachesis.trainer.engine.verl_engine import device_name
-from lachesis.trainer.main import open_tracker
 from lachesis.trainer.metrics.step import evaluation
+from lachesis.trainer.metrics.tracker import open_tracker
 
 POLICY = "main"
 

@@ -9,7 +9,7 @@ from structlog.stdlib import BoundLogger
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.records.groups import DeadEntry, Group
-from lachesis.trainer.config.compose import Plan
+from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.engine.verl_engine import Engine
 from lachesis.trainer.metrics.samples import examples
 from lachesis.trainer.metrics.step import env_name, env_scores, evaluation, mfu

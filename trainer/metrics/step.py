@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lachesis.broker.records.groups import Group, LedgerEntry
+from lachesis.broker.records.groups import Group
+from lachesis.broker.records.steps import LedgerEntry
 from lachesis.trainer.data.policy_lag import lag_metrics, spread
 
 if TYPE_CHECKING:

@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.nearest import did_you_mean
+from lachesis.trainer.config.compose import in_force
+from lachesis.trainer.config.tracking_backends import check_backends
 from lachesis.trainer.metrics.step import under_verls_names
 
-# verl's backends and the module each needs
-BACKENDS = {
-    "console": "verl",
-    "file": "verl",
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "swanlab": "swanlab",
-    "trackio": "trackio",
-    "clearml": "clearml",
-    "vemlp_wandb": "volcengine_ml_platform",
-    "rl_insight": "rl_insight",
-}
-
-
-def check_backends(backends: Any) -> tuple[str, ...]:
-    """The names in `lachesis.tracking`. Raises ConfigurationError for one that verl does not know or that lacks its package."""
-    if isinstance(backends, str):
-        backends = [backends]
-    if not isinstance(backends, Sequence | None):
-        raise ConfigurationError(f"lachesis.tracking = {backends!r}: must be a list, such as [console,tensorboard]")
-    for name in backends or ():
-        if name not in BACKENDS:
-            raise ConfigurationError(
-                f"lachesis.tracking: no backend {name!r}; verl has {', '.join(BACKENDS)}{did_you_mean(str(name), BACKENDS)}"
-            )
-        if importlib.util.find_spec(BACKENDS[name]) is None:
-            raise ConfigurationError(
-                f"lachesis.tracking: {name} needs a package that is not installed: pip install {BACKENDS[name]}"
-            )
-    return tuple(backends or ())
+if TYPE_CHECKING:
+    pass
 
 
 class Tracker:
@@ -89,3 +62,16 @@ class Tracker:
         """One step's values, under our names."""
         if self._tracking is not None:
             self._tracking.log(under_verls_names(values), step)
+
+
+def open_tracker(config: DictConfig, *, run: str, policy: str, folder: Path) -> Tracker:
+    """The trackers that the configuration names, told all of it that is read."""
+    told, ours = OmegaConf.to_container(in_force(config), resolve=True), config.lachesis
+    assert isinstance(told, dict)
+    return Tracker(
+        check_backends(ours.tracking),
+        project=ours.wandb_project,
+        name=f"{ours.wandb_group or run}-{policy}",
+        folder=folder,
+        config={str(node): values for node, values in told.items()} | {"trainer": {}},  # verl looks for a proxy there
+    )

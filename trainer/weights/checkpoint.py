@@ -18,7 +18,7 @@ from uuid import uuid4
 from lachesis.broker import BlockingBroker
 from lachesis.broker.errors import CheckpointRefused
 from lachesis.broker.failpoints import crash_point
-from lachesis.trainer.config.compose import Plan
+from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.weights.checkpoint_files import MANIFEST, check_files, read_manifest, write_manifest
 from lachesis.trainer.weights.fsync import rename_durably, sync_tree
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from lachesis.broker.errors import CheckpointRefused
-from lachesis.broker.records.groups import CheckpointManifest, FileInfo
+from lachesis.broker.records.versions import CheckpointManifest, FileInfo
 
 MANIFEST = "lachesis.json"
 MAX_BYTES = 1 << 26  # of a manifest

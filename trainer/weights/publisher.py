@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.failpoints import crash_point
-from lachesis.trainer.config.compose import Plan
+from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.weights.remote import RemoteVersions
 from lachesis.trainer.weights.versions import VersionStore
 from lachesis.trainer.writer_lock import Right

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lachesis.broker.errors import LeaseLost, StorageError, WeightsRefused
 from lachesis.broker.failpoints import crash_point
-from lachesis.broker.records.groups import FileInfo, Manifest, TensorInfo, WeightsEntry
+from lachesis.broker.records.versions import FileInfo, Manifest, TensorInfo, WeightsEntry
 from lachesis.broker.weights.manifest import MANIFEST, may_be_published
 from lachesis.trainer.weights.fsync import rename_durably, sync
 

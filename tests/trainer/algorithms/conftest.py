@@ -14,7 +14,7 @@ from trainer_kit import scored_group, stored
 
 from lachesis.broker.records.groups import Group
 from lachesis.broker.records.packing import to_scored
-from lachesis.trainer.config.compose import make_plan
+from lachesis.trainer.config.plan import make_plan
 from lachesis.trainer.settings import TrainerSettings
 
 if TYPE_CHECKING:

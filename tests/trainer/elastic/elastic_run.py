@@ -16,7 +16,7 @@ from trainer_kit import PATIENCE_S, context, stored, until
 
 from lachesis.broker import BlockingBroker, connect_blocking
 from lachesis.broker.audit import audit
-from lachesis.broker.records.groups import LedgerEntry
+from lachesis.broker.records.steps import LedgerEntry
 
 STEPS, GROUPS = 6, 6  # groups of a step, of two sequences each
 SILENT_S = 2.0  # a busy machine stops nobody for so long

@@ -16,7 +16,7 @@ from trainer_kit import PATIENCE_S, scored_group, start_trainer, until
 
 from lachesis.broker import Broker, connect_blocking
 from lachesis.broker.audit import audit
-from lachesis.broker.records.groups import LedgerEntry, Member
+from lachesis.broker.records.steps import LedgerEntry, Member
 
 STEPS, GROUPS = 12, 6  # groups of a step, of four sequences each
 EXACT = "lachesis.elastic_dtype=fp64"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Protocol
@@ -66,3 +67,12 @@ def buckets(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Views of the tensors, of at most BUCKET_BYTES each: whoever works on one holds a copy of it."""
     flat = [tensor.view(-1) for tensor in tensors if tensor.numel()]
     return [part for tensor in flat for part in torch.split(tensor, max(1, BUCKET_BYTES // tensor.element_size()))]
+
+
+def watched(operation: Callable[[], None], watch: Callable[[], None]) -> None:
+    """Run it in a thread, which is left to itself when `watch` raises. What it raises itself is lost: let it keep that."""
+    thread = threading.Thread(target=operation, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.01)
+        watch()

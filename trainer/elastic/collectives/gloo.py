@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions
 
-from lachesis.trainer.elastic.collectives.base import CONNECT, IDLE, LOOK_S, PeerLost, Watch, buckets
-from lachesis.trainer.elastic.collectives.watched import watched
+from lachesis.trainer.elastic.collectives.base import CONNECT, IDLE, LOOK_S, PeerLost, Watch, buckets, watched
 
 SMALL_BYTES = 64 << 10  # what each gets from each and adds up itself: one turn of the ring less than a sum has
 ALIGNED = 8

@@ -13,12 +13,11 @@ import torch.distributed as dist
 
 from lachesis.broker import BlockingBroker, LachesisError
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.records.groups import Membership
-from lachesis.trainer.elastic.collectives.base import CONNECT, PeerLost, Reducer, Watch
+from lachesis.broker.records.steps import Membership
+from lachesis.trainer.config.rules import Over
+from lachesis.trainer.elastic.collectives.base import CONNECT, PeerLost, Reducer, Watch, watched
 from lachesis.trainer.elastic.collectives.gloo import GlooReducer
 from lachesis.trainer.elastic.collectives.nccl import NcclReducer
-from lachesis.trainer.elastic.collectives.watched import watched
-from lachesis.trainer.elastic.config import Over
 
 
 def connect(
