@@ -35,7 +35,7 @@ from trainer_kit import context, make_tiny_model, preload, scored_group, until  
 
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking  # noqa: E402
 from lachesis.broker.records.steps import LedgerEntry, Member  # noqa: E402
-from lachesis.trainer.elastic.config import Team  # noqa: E402
+from lachesis.trainer.elastic.config import ElasticConfig  # noqa: E402
 
 GROUPS, COMPUTE_S = 24, 0.05  # groups of a step, seconds of a group
 SILENT_S = 2.0
@@ -69,7 +69,7 @@ class Replicas:
     def start(self, who: str) -> None:
         told = elastic_process.Settings(
             self.url, self.name, str(self.folder), who, steps=self.steps, batch_size=2 * GROUPS, compute_s=COMPUTE_S,
-            silent_s=SILENT_S, together_s=Team.together_s,
+            silent_s=SILENT_S, together_s=ElasticConfig.together_s,
         )  # fmt: skip
         self.processes.append(context.Process(target=elastic_process.main, args=(told,)))
         self.processes[-1].start()

@@ -91,7 +91,7 @@ async def beat(broker: Broker, url: str) -> None:
     """Be the server's agent."""
     while True:
         status = ServerStatus("instant", "main", url, "ready", 8, -1, time.time(), vocab_size=VOCABULARY)
-        await broker.parties.report(status)
+        await broker.registry.report(status)
         await asyncio.sleep(1)
 
 

@@ -215,7 +215,7 @@ async def rig(folder: Path) -> AsyncIterator[Rig]:
         broker = await Broker.connect(redis.url)
         stack.push_async_callback(broker.aclose)
         async with asyncio.timeout(READY_S):
-            while [server.state for server in await broker.parties.servers("main")] != ["ready"] * pools.SERVERS:  # noqa: ASYNC110
+            while [server.state for server in await broker.registry.servers("main")] != ["ready"] * pools.SERVERS:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
         async with aiohttp.ClientSession(shim) as client:
             (await client.post("/register", json=TRAINER)).raise_for_status()

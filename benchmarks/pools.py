@@ -215,7 +215,7 @@ async def pooled(versions: Versions, folder: Path, updates: int, at_once: int) -
         async def all_at(version: int) -> float:
             async with asyncio.timeout(READY_S):
                 while True:
-                    servers = await broker.parties.servers("main")
+                    servers = await broker.registry.servers("main")
                     if [(s.version, s.state) for s in servers] == [(version, "ready")] * SERVERS:
                         return time.monotonic()
                     await asyncio.sleep(0.002)

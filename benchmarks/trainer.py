@@ -35,10 +35,10 @@ from lachesis.shim.intake.simdjson_decoder import read_group
 from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.data.collate import to_batch
 from lachesis.trainer.metrics.step import batch_metrics
-from lachesis.trainer.prefetch import Feed, Ready
+from lachesis.trainer.prefetch import Prefetcher, PreparedBatch
 from lachesis.trainer.weights.publisher import Publisher
 from lachesis.trainer.weights.versions import VersionStore
-from lachesis.trainer.writer_lock import Tenure
+from lachesis.trainer.writer_lock import WriterLease
 
 GROUPS = BATCH // SEQUENCES
 STEP_S = 10.0
@@ -94,11 +94,11 @@ def plan(folder: Path, steps: int) -> Plan:
     )  # fmt: skip
 
 
-def one_step(clock: Clock, blocking: BlockingBroker, feed: Feed, publisher: Publisher, step: int) -> None:
+def one_step(clock: Clock, blocking: BlockingBroker, prefetcher: Prefetcher, publisher: Publisher, step: int) -> None:
     """What Replica does around verl, part by part."""
     queue = blocking.broker.queue
     with clock.part("form, lease, fetch, unpack, map"):
-        found = feed.next(step - 1, lambda: False)
+        found = prefetcher.next(step - 1, lambda: False)
     assert found is not None
     lease, ready = found
     batch = lease.batch
@@ -118,7 +118,7 @@ def one_step(clock: Clock, blocking: BlockingBroker, feed: Feed, publisher: Publ
     blocking.call(queue.retire, "main", step)
 
 
-def mapping(ready: Ready, times: int) -> float:
+def mapping(ready: PreparedBatch, times: int) -> float:
     """Median CPU ms of map + pack alone."""
     spent = []
     for _ in range(times):
@@ -139,13 +139,16 @@ def measure(folder: Path, steps: int) -> list[Row]:
         assert redis.pid is not None
         blocking = stack.enter_context(connect_blocking(redis.url))
         blocking.call(blocking.broker.queue.subscribe, "main")
-        tenure = stack.enter_context(Tenure(blocking, "main", ttl_s=30))
-        assert tenure.wait(unless=lambda: False, on_standby=lambda: None)
+        writer_lease = stack.enter_context(WriterLease(blocking, "main", ttl_s=30))
+        assert writer_lease.wait(unless=lambda: False, on_standby=lambda: None)
         versions = VersionStore(the_plan.weights_dir, the_plan.model_dir, dtype="bf16")
-        publisher = stack.enter_context(Publisher(blocking, "main", versions, tenure, keep_versions=2))
-        feed = stack.enter_context(
-            Feed(
-                blocking, the_plan, tenure, partial(to_batch, vocab_size=VOCABULARY, max_tokens=the_plan.max_token_len)
+        publisher = stack.enter_context(Publisher(blocking, "main", versions, writer_lease, keep_versions=2))
+        prefetcher = stack.enter_context(
+            Prefetcher(
+                blocking,
+                the_plan,
+                writer_lease,
+                partial(to_batch, vocab_size=VOCABULARY, max_tokens=the_plan.max_token_len),
             )
         )
         clock = Clock(redis.pid)
@@ -153,12 +156,12 @@ def measure(folder: Path, steps: int) -> list[Row]:
             for number, blob in enumerate(blobs):
                 put = blocking.broker.queue.put
                 blocking.call(put, f"{step}-{number}", from_blob(blob), v_min=step - 1, v_max=step - 1)
-            one_step(clock, blocking, feed, publisher, step)
+            one_step(clock, blocking, prefetcher, publisher, step)
         for spent in clock.spent.values():
             del spent[0]  # the first pays for imports and pages
         rows = clock.rows()
         found = [from_blob(blob) for blob in blobs]
-        ready = Ready(
+        ready = PreparedBatch(
             LedgerEntry(1, (), BATCH, 0, 0, 0, 0, 0, "", 0, 0, 0),
             found,
             to_batch(found, vocab_size=VOCABULARY, max_tokens=4096),

@@ -23,10 +23,10 @@ from lachesis.broker.replicas.members import Members
 from lachesis.broker.retention.dead_letters import DeadLetters
 from lachesis.broker.run.journal import Journal
 from lachesis.broker.run.lineage import LineageStore
-from lachesis.broker.run.registry import Parties
+from lachesis.broker.run.registry import Registry
 from lachesis.broker.run.tokens import Tokens
 from lachesis.broker.store.connection import HEARTBEATS, open_redis, patience, reconnect
-from lachesis.broker.store.multiplexed import Wire
+from lachesis.broker.store.multiplexed import MultiplexedConnection
 from lachesis.broker.store.redis_errors import trouble
 from lachesis.broker.store.scripts import Scripts
 from lachesis.broker.store.server import check_server
@@ -55,28 +55,28 @@ class Connections:
         self.url = url
         self.commands, self.blocking = open_redis(url, leave=self.leave), open_redis(url, leave=self.leave)
         self.heartbeats = open_redis(url, connections=HEARTBEATS, leave=self.leave)
-        self.wire = Wire(self.commands)
+        self.multiplexed = MultiplexedConnection(self.commands)
         self._left_at = float("-inf")
-        self.scripts = Scripts(self.commands, self.wire)
+        self.scripts = Scripts(self.commands, self.multiplexed)
 
     async def leave(self) -> None:
         """Make all connections anew: their server is the master no more, and the address may lead to the one that is."""
         if time.monotonic() - self._left_at < LEAVE_EVERY_S:  # who is told so now is told of those before
             return
         self._left_at = time.monotonic()
-        self.wire.drop(RedisConnectionError("the server was demoted"))
+        self.multiplexed.drop(RedisConnectionError("the server was demoted"))
         for connections in (self.commands, self.blocking, self.heartbeats):
             await reconnect(connections)
 
     async def aclose(self) -> None:
-        for connections in (self.wire, self.commands, self.blocking, self.heartbeats):
+        for connections in (self.multiplexed, self.commands, self.blocking, self.heartbeats):
             await connections.aclose()
 
 
 class Broker:
     """Everything a room may do with one run, by concern.
 
-    `queue`, `members`, `dead`, `weights`, `checkpoints`, `pools`, `parties`, `lineage`, `journal`, `tokens`.
+    `queue`, `members`, `dead`, `weights`, `checkpoints`, `pools`, `registry`, `lineage`, `journal`, `tokens`.
     """
 
     def __init__(self, connections: Connections, run: str = "default") -> None:
@@ -88,11 +88,11 @@ class Broker:
         self.weights = Weights(redis, blocking, scripts, self.keys)
         self.checkpoints = CheckpointDigests(redis, scripts, self.keys)
         self.pools = Pools(redis, blocking, scripts, self.keys)
-        self.members = Members(redis, connections.wire, heartbeats, scripts, self.keys)
-        self.parties = Parties(redis, heartbeats, scripts, self.keys)
+        self.members = Members(redis, connections.multiplexed, heartbeats, scripts, self.keys)
+        self.registry = Registry(redis, heartbeats, scripts, self.keys)
         self.lineage = LineageStore(scripts, self.keys)
         self.journal = Journal(redis, blocking, scripts, self.keys)
-        self.tokens = Tokens(redis, connections.wire, scripts, self.keys)
+        self.tokens = Tokens(redis, connections.multiplexed, scripts, self.keys)
         self._enlisted_at = float("-inf")
         self.refuses = False  # writes, when `takes_writes` was asked last
         self._asking: asyncio.Task[bool] | None = None
@@ -146,7 +146,7 @@ class Broker:
         """
         if time.monotonic() - self._enlisted_at < ENLISTED_S:
             return
-        if not await self.scripts.enlist(keys=[RUNS], args=[self.keys.run, f"{time.time():.3f}", most]):
+        if not await self.scripts.list_run(keys=[RUNS], args=[self.keys.run, f"{time.time():.3f}", most]):
             if not await self.exists():
                 raise LimitReached(
                     f"this Redis has {most} runs, and {self.keys.run!r} is none of them: use one that there is, or start the shim with a larger --max-runs"
@@ -205,7 +205,7 @@ class Broker:
         marked_after = int((time.time() - LONGEST_WINDOW_S - CLOCKS_S) * 1000)
         names = [name("").removeprefix(prefix) for name in of_policy]
         await self.scripts.reset(keys=named, args=[prefix, AGAIN, marked_after, *names])
-        self.parties.forget_envs()
+        self.registry.forget_envs()
 
 
 class BlockingBroker:

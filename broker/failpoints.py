@@ -9,7 +9,7 @@ import os
 import signal
 
 
-def crash_point(point: str, step: int) -> None:
+def failpoint(point: str, step: int) -> None:
     if os.environ.get("LACHESIS_CRASH_AT") == f"{point}:{step}":
         os.kill(os.getpid(), signal.SIGKILL)
     if os.environ.get("LACHESIS_STOP_AT") == f"{point}:{step}":

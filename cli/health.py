@@ -15,7 +15,7 @@ REPLICA_STALE_S = 30.0  # likewise; the others of its policy take it out earlier
 HTTP_TRAINER_S = 60.0  # a trainer that calls over HTTP is alive for so long after it called
 
 
-class Parties(msgspec.Struct, frozen=True):
+class Participants(msgspec.Struct, frozen=True):
     """Of one policy of a run."""
 
     trainers: list[str]  # alive now, in words
@@ -25,11 +25,11 @@ class Parties(msgspec.Struct, frozen=True):
     at: float
 
 
-async def read_parties(broker: Broker, policy: str, newest: LedgerEntry | None, config: TrainerConfig | None, now: float) -> Parties:  # fmt: skip
-    return Parties(
+async def read_participants(broker: Broker, policy: str, newest: LedgerEntry | None, config: TrainerConfig | None, now: float) -> Participants:  # fmt: skip
+    return Participants(
         trainers=await _trainers(broker, policy, newest, now),
-        servers=sorted(await broker.parties.servers(), key=lambda status: status.server),
-        environments=await broker.parties.envs(),
+        servers=sorted(await broker.registry.servers(), key=lambda status: status.server),
+        environments=await broker.registry.envs(),
         finished=config is not None and newest is not None and newest.step >= config.num_steps,
         at=now,
     )
@@ -53,13 +53,13 @@ def serves(server: ServerStatus, now: float) -> bool:
     return now - server.heartbeat < SERVER_STALE_S and server.state in ("ready", "updating")
 
 
-def problems(parties: Parties) -> list[str]:
+def problems(registry: Participants) -> list[str]:
     """What keeps the run from going on, a line each; nothing is wrong with one that has all its steps."""
-    if parties.finished:
+    if registry.finished:
         return []
-    found = [] if parties.trainers else ["no trainer is alive"]
-    if parties.servers and not any(serves(server, parties.at) for server in parties.servers):
+    found = [] if registry.trainers else ["no trainer is alive"]
+    if registry.servers and not any(serves(server, registry.at) for server in registry.servers):
         found.append("no server is ready")
-    if not any(is_alive(env, parties.at) for env in parties.environments):
+    if not any(is_alive(env, registry.at) for env in registry.environments):
         found.append("no environment is alive")
     return found

@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 from structlog.stdlib import BoundLogger
 
 from lachesis.broker.records.versions import ServerStatus
-from lachesis.broker.run.registry import Parties
+from lachesis.broker.run.registry import Registry
 
 INTERVAL_S = 1.0
 
@@ -19,8 +19,8 @@ INTERVAL_S = 1.0
 class Heartbeat:
     """Keeps one `ServerStatus` in Redis up to date, also while Redis comes and goes."""
 
-    def __init__(self, parties: Parties, status: ServerStatus, log: BoundLogger) -> None:
-        self._parties, self._log = parties, log
+    def __init__(self, registry: Registry, status: ServerStatus, log: BoundLogger) -> None:
+        self._parties, self._log = registry, log
         self.status = status
         self._changed = anyio.Event()
         self._one_at_a_time = anyio.Lock()  # else an older report could overtake a newer one

@@ -22,11 +22,11 @@ from lachesis.shim.errors import HANDLERS, refuse
 from lachesis.shim.http.access import Guard
 from lachesis.shim.http.body import SMALL_BYTES
 from lachesis.shim.http.run_router import Runs
-from lachesis.shim.intake.backpressure import HOLD_S, Hold, Patient, Pressure
-from lachesis.shim.intake.scored_data import GroupsIn
+from lachesis.shim.intake.backpressure import HOLD_S, Backpressure, Hold, Patient
+from lachesis.shim.intake.scored_data import ScoredDataRoutes
 from lachesis.shim.intake.versions import Versions
 from lachesis.shim.routes.openapi import openapi
-from lachesis.shim.routes.registration import PartyRoutes
+from lachesis.shim.routes.registration import RegistrationRoutes
 from lachesis.shim.routes.status import StatusRoutes
 from lachesis.shim.settings import ShimSettings
 
@@ -65,18 +65,18 @@ def _routes(
     limit = settings.max_body_bytes
     versions = Versions(broker, settings.policy)
     trainers = HttpTrainers(broker, versions, settings)
-    pressure = Pressure(broker, settings.limits, draining, hold_s)
-    groups = GroupsIn(
+    backpressure = Backpressure(broker, settings.limits, draining, hold_s)
+    groups = ScoredDataRoutes(
         broker,
         versions,
-        lambda: Hold(pressure),
+        lambda: Hold(backpressure),
         limit,
         settings.duplicate_window_s,
         settings.max_body_lists,
         settings.refused_bytes,
         settings.max_runs,
     )
-    parties = PartyRoutes(broker, trainers, min(limit, SMALL_BYTES), settings.max_runs)
+    registry = RegistrationRoutes(broker, trainers, min(limit, SMALL_BYTES), settings.max_runs)
 
     def counts() -> dict[str, Any]:
         return {"groups": groups.counts, "lineage": versions.counts}
@@ -98,15 +98,15 @@ def _routes(
         route("GET", "/status-env", status.status_env, ENVIRONMENT),
         route("GET", "/batch", BatchEndpoint(broker, trainers), TRAINER),
         route("GET", "/", root, ANY),
-        route("GET", "/info", parties.info, ANY),
-        route("GET", "/wandb_info", parties.wandb_info, ANY),
+        route("GET", "/info", registry.info, ANY),
+        route("GET", "/wandb_info", registry.wandb_info, ANY),
         route("GET", "/status", status.status, ANY),
         route("GET", "/latest_example", LatestExample(broker).latest, ANY),
-        route("POST", "/register-env", parties.register_env, ENVIRONMENT),
-        route("POST", "/disconnect-env", parties.disconnect_env, ENVIRONMENT),
+        route("POST", "/register-env", registry.register_env, ENVIRONMENT),
+        route("POST", "/disconnect-env", registry.disconnect_env, ENVIRONMENT),
         route("POST", "/scored_data_list", groups.scored_data_list, ENVIRONMENT),
-        route("POST", "/register", parties.register, TRAINER),
-        route("GET", "/reset_data", parties.reset_data, ADMIN),
+        route("POST", "/register", registry.register, TRAINER),
+        route("GET", "/reset_data", registry.reset_data, ADMIN),
         *([route("GET", "/runs", runs, ADMIN)] if own else []),
         route("GET", "/healthz", status.healthz, OPEN),
         route("GET", "/openapi.json", openapi, OPEN),

@@ -11,12 +11,12 @@ BATCH = 4  # sequences
 
 async def founded(broker: Broker, id_: str = "a") -> Membership:
     """The only replica of a new generation, at the end of the ledger."""
-    lock = broker.parties.writer("main", ttl_s=60)
+    lock = broker.registry.writer("main", ttl_s=60)
     await broker.redis.delete(lock.name)
     assert await lock.acquire(blocking=False)
     newest = await broker.queue.newest_committed("main")
     token = lock.local.token.decode()
-    me = await broker.members.found("main", id_, token=token, step=newest.step if newest else 0, hold_s=60)
+    me = await broker.members.start_generation("main", id_, token=token, step=newest.step if newest else 0, hold_s=60)
     assert me is not None
     return me
 
@@ -32,11 +32,11 @@ async def lent(broker: Broker, batch_size: int = BATCH) -> int:
 async def opened(broker: Broker, batch_size: int = BATCH) -> Membership:
     """A replica alone, and a step open for it."""
     me = await founded(broker)
-    assert await broker.members.open(me, await lent(broker, batch_size))
+    assert await broker.members.open_step(me, await lent(broker, batch_size))
     return me
 
 
 async def replicas_at_work(broker: Broker) -> None:
     """Makes every key that replicas have."""
     me = await opened(broker)
-    assert await broker.members.meet(me) is not None
+    assert await broker.members.rendezvous(me) is not None

@@ -18,7 +18,7 @@ from lachesis.broker import BlockingBroker, connect_blocking
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.records.groups import Group
 from lachesis.service.logs import configure_logging
-from lachesis.trainer.algo.rank_group import Crew
+from lachesis.trainer.algo.rank_group import RankGroup
 from lachesis.trainer.config.algorithms import summed_loss
 from lachesis.trainer.config.compose import resolved
 from lachesis.trainer.config.like_run import kept_configuration
@@ -29,7 +29,7 @@ from lachesis.trainer.engine.distributed import LEADER, rank_of_this_process, wo
 from lachesis.trainer.engine.verl_engine import Engine, build_engine
 from lachesis.trainer.metrics.tracker import Tracker, open_tracker
 from lachesis.trainer.settings import TrainerSettings
-from lachesis.trainer.writer_lock import Tenure
+from lachesis.trainer.writer_lock import WriterLease
 
 if TYPE_CHECKING:
     from lachesis.trainer.algo.learner import Learner
@@ -60,34 +60,34 @@ def train(config: DictConfig, plan: Plan, settings: TrainerSettings, stop: threa
             return 0
         if plan.elastic:
             return _train_together(config, plan, broker, stop, log)
-        with Tenure(broker, plan.policy, ttl_s=plan.lease_s) as tenure, ExitStack() as parts:
+        with WriterLease(broker, plan.policy, ttl_s=plan.lease_s) as writer_lease, ExitStack() as parts:
             engine = build_engine(config)
             # these need verl, which build_engine has imported for the right platform
             from lachesis.trainer.algo.learner import Learner
-            from lachesis.trainer.lifecycle import Upkeep
+            from lachesis.trainer.lifecycle import RunLifecycle
             from lachesis.trainer.loop import Replica
             from lachesis.trainer.metrics.reporter import Reporter
-            from lachesis.trainer.prefetch import Feed
+            from lachesis.trainer.prefetch import Prefetcher
             from lachesis.trainer.weights.checkpoint import make_checkpoints
             from lachesis.trainer.weights.publisher import make_publisher
 
             learner = Learner(engine, config.algorithm)
-            crew = parts.enter_context(Crew(engine, learner))
-            if not tenure.wait(
+            rank_group = parts.enter_context(RankGroup(engine, learner))
+            if not writer_lease.wait(
                 unless=stop.is_set, on_standby=lambda: log.info("standby: another trainer holds this policy")
             ):
                 return 0
-            publisher = parts.enter_context(make_publisher(broker, plan, tenure, log))
-            checkpoints = make_checkpoints(plan, crew, broker)
-            feed = parts.enter_context(Feed(broker, plan, tenure, _mapping(plan, engine, learner)))
+            publisher = parts.enter_context(make_publisher(broker, plan, writer_lease, log))
+            checkpoints = make_checkpoints(plan, rank_group, broker)
+            prefetcher = parts.enter_context(Prefetcher(broker, plan, writer_lease, _mapping(plan, engine, learner)))
             tracker = parts.enter_context(_tracker(plan, config))
             replica = Replica(
                 broker=broker,
                 plan=plan,
-                crew=crew,
-                upkeep=Upkeep(broker, plan, crew, checkpoints, publisher, tenure, log),
-                feed=feed,
-                tenure=tenure,
+                rank_group=rank_group,
+                lifecycle=RunLifecycle(broker, plan, rank_group, checkpoints, publisher, writer_lease, log),
+                prefetcher=prefetcher,
+                writer_lease=writer_lease,
                 reporter=Reporter(broker, plan, engine, tracker, log),
                 log=log,
             )
@@ -144,7 +144,7 @@ def _follow(config: DictConfig, plan: Plan, settings: TrainerSettings) -> int:
         )
     else:
         learner = Learner(engine, config.algorithm)
-        Crew(engine, learner).follow(_mapping(plan, engine, learner))
+        RankGroup(engine, learner).follow(_mapping(plan, engine, learner))
     return 0
 
 

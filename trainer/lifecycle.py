@@ -13,30 +13,30 @@ from lachesis.broker.errors import CheckpointRefused
 from lachesis.broker.records.registrations import TrainerConfig
 from lachesis.broker.records.steps import LedgerEntry
 from lachesis.broker.retention.shadows import Rule
-from lachesis.trainer.algo.rank_group import Crew
+from lachesis.trainer.algo.rank_group import RankGroup
 from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.weights.checkpoint import Checkpoints
 from lachesis.trainer.weights.publisher import Publisher
-from lachesis.trainer.writer_lock import Right
+from lachesis.trainer.writer_lock import WriteAccess
 
 DONE = Rule("lossy", 1)  # of a shadow that trains no more
-LOOK_S = 0.002  # between two looks at whether a version is announced
+ANNOUNCEMENT_POLL_S = 0.002  # between two looks at whether a version is announced
 
 
-class Upkeep:
+class RunLifecycle:
     """Of one policy, by the one process that has the right to. `step` says which weights are in memory."""
 
     def __init__(
         self,
         broker: BlockingBroker,
         plan: Plan,
-        crew: Crew,
+        rank_group: RankGroup,
         checkpoints: Checkpoints,
         publisher: Publisher,
-        right: Right,
+        right: WriteAccess,
         log: BoundLogger,
     ) -> None:
-        self._broker, self._plan, self._crew = broker, plan, crew
+        self._broker, self._plan, self._rank_group = broker, plan, rank_group
         self._checkpoints, self.publisher, self._right, self._log = checkpoints, publisher, right, log
         self.step = 0  # of the weights in memory
         self._published = -1  # newest version handed to the publisher
@@ -45,7 +45,7 @@ class Upkeep:
 
     def register(self) -> None:
         """Read batches; and tell environments what is trained, and let them begin, unless this is a shadow."""
-        plan, parties = self._plan, self._broker.broker.parties
+        plan, registry = self._plan, self._broker.broker.registry
         config = TrainerConfig(
             wandb_group=plan.wandb_group,
             wandb_project=plan.wandb_project,
@@ -57,10 +57,10 @@ class Upkeep:
             num_steps=plan.num_steps,
         )
         if plan.shadow is None:
-            self._broker.call(parties.register_trainer, config)
-            self._broker.call(parties.start)
+            self._broker.call(registry.register_trainer, config)
+            self._broker.call(registry.start)
         if plan.kept is not None:
-            self._broker.call(parties.keep_configuration, plan.policy, plan.kept)
+            self._broker.call(registry.keep_configuration, plan.policy, plan.kept)
         self._broker.call(self._broker.broker.queue.subscribe, plan.policy, plan.shadow)
         if plan.shadow is None:
             self._broker.call(self._broker.broker.queue.refit.if_due, plan.policy)
@@ -172,7 +172,7 @@ class Upkeep:
     def publish(self) -> None:
         """Copy the weights in memory and let the publisher write them."""
         self._right.check()
-        with closing(self._crew.tensors()) as tensors:
+        with closing(self._rank_group.tensors()) as tensors:
             self.publisher.publish(self.step, self._published, tensors)
         self._published = self.step
 
@@ -180,7 +180,7 @@ class Upkeep:
         """Wait until the version that was handed over is announced: the weights that it needs are about to change."""
         while self.publisher.newest < self._published:
             self.publisher.check()
-            time.sleep(LOOK_S)
+            time.sleep(ANNOUNCEMENT_POLL_S)
 
     def save_if_due(self) -> None:
         if self.step % self._plan.checkpoint_every == 0:

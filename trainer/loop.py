@@ -14,16 +14,16 @@ from collections.abc import Callable
 from structlog.stdlib import BoundLogger
 
 from lachesis.broker import BlockingBroker
-from lachesis.broker.failpoints import crash_point
+from lachesis.broker.failpoints import failpoint
 from lachesis.broker.records.steps import Lease, LedgerEntry
-from lachesis.trainer.algo.rank_group import Crew
+from lachesis.trainer.algo.rank_group import RankGroup
 from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.data.policy_lag import lag_of
-from lachesis.trainer.lifecycle import Upkeep
+from lachesis.trainer.lifecycle import RunLifecycle
 from lachesis.trainer.metrics.reporter import Reporter, warn_of_untrainable
 from lachesis.trainer.metrics.step import batch_metrics
-from lachesis.trainer.prefetch import Feed, Ready
-from lachesis.trainer.writer_lock import Tenure
+from lachesis.trainer.prefetch import Prefetcher, PreparedBatch
+from lachesis.trainer.writer_lock import WriterLease
 
 
 class Replica:
@@ -33,30 +33,30 @@ class Replica:
         self,
         broker: BlockingBroker,
         plan: Plan,
-        crew: Crew,
-        upkeep: Upkeep,
-        feed: Feed,
-        tenure: Tenure,
+        rank_group: RankGroup,
+        lifecycle: RunLifecycle,
+        prefetcher: Prefetcher,
+        writer_lease: WriterLease,
         reporter: Reporter,
         log: BoundLogger,
     ) -> None:
-        self._broker, self._plan, self._crew = broker, plan, crew
-        self._upkeep, self._publisher, self._feed = upkeep, upkeep.publisher, feed
-        self._tenure, self._reporter, self._log = tenure, reporter, log
+        self._broker, self._plan, self._rank_group = broker, plan, rank_group
+        self._lifecycle, self._publisher, self._prefetcher = lifecycle, lifecycle.publisher, prefetcher
+        self._writer_lease, self._reporter, self._log = writer_lease, reporter, log
 
     @property
     def step(self) -> int:
         """Of the weights in memory."""
-        return self._upkeep.step
+        return self._lifecycle.step
 
     def resume(self) -> None:
         """Bring weights, optimizer and published versions to where the ledger is, and tell environments what is trained."""
-        self._upkeep.resume(self._replay)
-        self._upkeep.register()
+        self._lifecycle.resume(self._replay)
+        self._lifecycle.register()
 
     def _replay(self, entry: LedgerEntry) -> None:
-        ready = self._feed.load(entry)
-        self._crew.step(ready.groups, ready.batch)
+        ready = self._prefetcher.load(entry)
+        self._rank_group.step(ready.groups, ready.batch)
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -72,21 +72,21 @@ class Replica:
 
         mark = time.perf_counter()
         while self.step < self._plan.num_steps and not ending():
-            found = self._feed.next(self.step, ending)
+            found = self._prefetcher.next(self.step, ending)
             if found is None:
                 break
             mark = self._one_step(*found, since=mark)
-        self._upkeep.finish()
+        self._lifecycle.finish()
 
-    def _one_step(self, lease: Lease, ready: Ready, *, since: float) -> float:
+    def _one_step(self, lease: Lease, ready: PreparedBatch, *, since: float) -> float:
         """`since`: when the step before this one ended, and this one's wait began. Returns when this one ended."""
         leased = time.perf_counter()
         if not self._plan.lockstep:
             self._publisher.deliver(lease.batch.step)
         warn_of_untrainable(self._log, lease.batch.step, ready.untrainable)
-        learned = self._crew.step(ready.groups, ready.batch)
+        learned = self._rank_group.step(ready.groups, ready.batch)
         version_before, step = self.step, lease.batch.step
-        crash_point("trained", step)
+        failpoint("trained", step)
 
         entry = LedgerEntry(
             step=step,
@@ -102,26 +102,26 @@ class Replica:
             loss=learned["loss"],
             seconds=time.perf_counter() - leased,
         )
-        self._tenure.check()
+        self._writer_lease.check()
         self._publisher.check()
         self._broker.call(
             self._broker.broker.queue.commit,
             self._plan.policy,
             lease,
             entry,
-            token=self._tenure.token,
+            token=self._writer_lease.token,
             untrainable=ready.untrainable,
         )
-        self._tenure.lease = None
-        self._upkeep.step = step
-        crash_point("committed", step)
+        self._writer_lease.lease = None
+        self._lifecycle.step = step
+        failpoint("committed", step)
 
         committed = time.perf_counter()
-        self._upkeep.publish_if_due()
+        self._lifecycle.publish_if_due()
         if self._plan.lockstep:
             self._publisher.deliver(step, served=True)
         published = time.perf_counter()
-        self._upkeep.save_if_due()
+        self._lifecycle.save_if_due()
         finished = time.perf_counter()
         seconds = {
             "wait_s": leased - since,
@@ -132,7 +132,7 @@ class Replica:
             "checkpoint_s": finished - published,
             "step_s": finished - since,
         }
-        estimated = self._crew.estimated
+        estimated = self._rank_group.estimated
         values = batch_metrics(entry, ready.groups, ready.batch, estimated) | learned | seconds
         values["version"] = self._publisher.newest
         self._reporter.report(values, ready.groups, ready.batch, estimated)

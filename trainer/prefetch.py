@@ -18,20 +18,20 @@ from types import TracebackType
 from redis.exceptions import ResponseError
 
 from lachesis.broker import BlockingBroker, Conflict
-from lachesis.broker.failpoints import crash_point
+from lachesis.broker.failpoints import failpoint
 from lachesis.broker.records.groups import DeadEntry, Group
 from lachesis.broker.records.steps import BatchEntry, Lease, LedgerEntry
 from lachesis.broker.retention.dead_letters import untrainable
 from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.data.batch import TrainingBatch
-from lachesis.trainer.writer_lock import Tenure
+from lachesis.trainer.writer_lock import WriterLease
 
-POLL_S = 0.25  # how soon a request to stop is noticed while waiting
+STOP_POLL_S = 0.25  # how soon a request to stop is noticed while waiting
 REST_S = 0.05  # between two looks at the queue while a step trains
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedBatch:
     """A batch as the learner takes it, and the seconds that took."""
 
     entry: BatchEntry | LedgerEntry
@@ -50,23 +50,23 @@ def letters(batch: TrainingBatch) -> tuple[DeadEntry, ...]:
     )
 
 
-class Feed:
-    """`with Feed(…) as feed:`; then `next` for each step. With `lachesis.prefetch` one batch is made ready ahead."""
+class Prefetcher:
+    """`with Prefetcher(…) as feed:`; then `next` for each step. With `lachesis.prefetch` one batch is made ready ahead."""
 
     def __init__(
         self,
         broker: BlockingBroker,
         plan: Plan,
-        tenure: Tenure,
+        writer_lease: WriterLease,
         mapping: Callable[[Sequence[Group]], TrainingBatch],
     ) -> None:
-        self._broker, self._plan, self._tenure, self._mapping = broker, plan, tenure, mapping
+        self._broker, self._plan, self._writer_lease, self._mapping = broker, plan, writer_lease, mapping
         self._queue = broker.broker.queue
         self._worker = ThreadPoolExecutor(1, "feed")
-        self._ahead: Future[Ready | None] | None = None
+        self._ahead: Future[PreparedBatch | None] | None = None
         self._wanted, self._closing = threading.Event(), threading.Event()
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(
@@ -76,16 +76,16 @@ class Feed:
         self._wanted.set()
         self._worker.shutdown()
 
-    def next(self, after: int, stopping: Callable[[], bool]) -> tuple[Lease, Ready] | None:
+    def next(self, after: int, stopping: Callable[[], bool]) -> tuple[Lease, PreparedBatch] | None:
         """Lease the batch that comes after step `after`, waiting for it; None if `stopping` came first.
 
         Raises Conflict if the run was reset.
         """
         self._wanted.set()
         while not stopping():
-            self._tenure.check()
+            self._writer_lease.check()
             self._ahead = self._ahead or self._worker.submit(self._make_ready, after)
-            if not wait([self._ahead], POLL_S).done:
+            if not wait([self._ahead], STOP_POLL_S).done:
                 continue
             ready, self._ahead = self._ahead.result(), None
             lease = self._lease()
@@ -97,23 +97,23 @@ class Feed:
                 if not self._fits(lease.batch):
                     continue
                 ready = self.load(lease.batch)
-            self._tenure.lease = lease
+            self._writer_lease.lease = lease
             self._wanted.clear()
             if self._plan.prefetch and lease.batch.step < self._plan.num_steps:
                 self._ahead = self._worker.submit(self._make_ready, lease.batch.step)
             return lease, ready
         return None
 
-    def load(self, entry: BatchEntry | LedgerEntry) -> Ready:
+    def load(self, entry: BatchEntry | LedgerEntry) -> PreparedBatch:
         """Fetch a batch's groups and map them. Raises Conflict if they are gone."""
         began = time.perf_counter()
         groups = fetch(self._broker, self._plan, entry)
         fetched = time.perf_counter()
         batch = self._mapping(groups)
         mapped = time.perf_counter()
-        return Ready(entry, groups, batch, letters(batch), fetched - began, mapped - fetched)
+        return PreparedBatch(entry, groups, batch, letters(batch), fetched - began, mapped - fetched)
 
-    def _make_ready(self, after: int) -> Ready | None:
+    def _make_ready(self, after: int) -> PreparedBatch | None:
         """In the worker: what will be lent after step `after`, formed if need be; None once the feed is closed.
 
         A shadow forms nothing: batches are the other policy's steps, made when its trainer wants one.
@@ -133,13 +133,13 @@ class Feed:
                         raise
                     self._wanted.wait(REST_S)  # a lossy one took too long: what it looked at was skipped, and freed
                     continue
-                crash_point("prefetched", entry.step)
+                failpoint("prefetched", entry.step)
                 return ready
             if (
                 self._plan.shadow
                 or self._broker.call(self._queue.form, self._plan.batch_size, self._plan.policy) is None
             ):
-                self._broker.call(self._queue.wait_for_group, POLL_S, after=newest)
+                self._broker.call(self._queue.wait_for_group, STOP_POLL_S, after=newest)
                 self._wanted.wait(REST_S)
         return None
 

@@ -17,15 +17,15 @@ from lachesis.broker.store.redis_errors import describe, trouble
 WAIT_S = 0.2
 
 
-class Right(Protocol):
+class WriteAccess(Protocol):
     """The right to publish a policy's versions and to save its checkpoints."""
 
     def check(self) -> None:
         """Raise LeaseLost if another process has it by now."""
 
 
-class Tenure:
-    """`with Tenure(…) as tenure:` asks for the lock at once and holds it until the end, or until it is lost.
+class WriterLease:
+    """`with WriterLease(…) as tenure:` asks for the lock at once and holds it until the end, or until it is lost.
 
     The heartbeat lives in the broker's thread, so that neither an import nor a long step starves it. Two trainers of a
     policy never write at once: whoever has lost the lock is refused at COMMIT by its token, whether it knows or not.
@@ -33,12 +33,12 @@ class Tenure:
 
     def __init__(self, broker: BlockingBroker, policy: str, *, ttl_s: float) -> None:
         self._broker, self._policy, self._ttl_s = broker, policy, ttl_s
-        self._lock = broker.broker.parties.writer(policy, ttl_s=ttl_s)
+        self._lock = broker.broker.registry.writer(policy, ttl_s=ttl_s)
         self._held, self._lost = threading.Event(), threading.Event()
         self._why = ""
         self.lease: Lease | None = None  # the batch in work; set by the main thread
 
-    def __enter__(self) -> Tenure:
+    def __enter__(self) -> WriterLease:
         self._heartbeat = self._broker.portal.start_task_soon(self._hold)
         return self
 

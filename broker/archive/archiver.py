@@ -22,7 +22,7 @@ from structlog.stdlib import BoundLogger
 from lachesis.broker.archive.segments import Archive, Archived, Header
 from lachesis.broker.client import Broker
 from lachesis.broker.errors import Conflict, LachesisError, LeaseLost
-from lachesis.broker.failpoints import crash_point
+from lachesis.broker.failpoints import failpoint
 from lachesis.broker.queue.queue import read_ledger
 from lachesis.broker.records.blobs import CODEC
 from lachesis.broker.records.entries import read_entries
@@ -31,7 +31,7 @@ from lachesis.broker.records.registrations import ArchiverStatus
 from lachesis.broker.records.steps import BatchEntry, LedgerEntry
 from lachesis.broker.retention.trained_batches import ARCHIVER
 
-POLL_S = 0.25
+BATCH_POLL_S = 0.25
 
 
 class Archiver:
@@ -51,7 +51,7 @@ class Archiver:
         self._broker, self._archive, self._log, self._policy = broker, archive, log, policy
         self._segment_bytes, self._every_s, self._lease_s = segment_bytes, every_s, lease_s
         self.who = f"{socket.gethostname()}:{os.getpid()}"
-        self._lock = broker.parties.writer(ARCHIVE, ttl_s=lease_s)
+        self._lock = broker.registry.writer(ARCHIVE, ttl_s=lease_s)
         self._over = asyncio.Event()
         self._gathered: list[Archived] = []
         self._since = 0.0  # when the first of them was gathered
@@ -80,7 +80,7 @@ class Archiver:
                 if heartbeat.done():
                     heartbeat.result()
                 if not more:
-                    await asyncio.sleep(POLL_S)
+                    await asyncio.sleep(BATCH_POLL_S)
         finally:
             self._over.set()  # not cancelled: redis-py may swallow that
             await asyncio.gather(heartbeat, return_exceptions=True)
@@ -97,7 +97,7 @@ class Archiver:
                 other = await self._broker.queue.retention.archiver()
                 who = other.who if other else "another process"
                 raise Conflict(f"run {self._broker.keys.run!r} is being archived by {who}: stop that process first")
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(BATCH_POLL_S)
 
     async def _beat(self) -> None:
         while not self._over.is_set():
@@ -106,7 +106,7 @@ class Archiver:
             except LockError:
                 raise LeaseLost(f"another process archives run {self._broker.keys.run!r} now") from None
             status = ArchiverStatus(self.who, self._archive.url, self._policy, self.bytes, time.time())
-            await self._broker.scripts.note(
+            await self._broker.scripts.set_fields(
                 keys=[self._broker.keys.state], args=[ARCHIVER, msgspec.json.encode(status).decode()]
             )
             with contextlib.suppress(TimeoutError):
@@ -219,11 +219,11 @@ class Archiver:
         self.steps += len(batches)
         self.bytes += sum(archived.size for archived in batches)
         await self._cover()
-        crash_point("segment-covered", segment.first)
+        failpoint("segment-covered", segment.first)
         self._log.info("archived", steps=f"{segment.first} to {segment.last}", segment=segment.path)
 
     async def _cover(self) -> None:
-        if not await self._broker.queue.retention.cover(ARCHIVE, self._newest):
+        if not await self._broker.queue.retention.advance_checkpoint(ARCHIVE, self._newest):
             raise self._left()
         self._covered = self._newest
         await self._broker.queue.retention.free()

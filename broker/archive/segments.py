@@ -25,7 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from msgspec import Struct
 
 from lachesis.broker.errors import ArchiveUnreadable, ConfigurationError
-from lachesis.broker.failpoints import crash_point
+from lachesis.broker.failpoints import failpoint
 from lachesis.broker.records.steps import BatchEntry, LedgerEntry
 
 MAGIC = b"lachesis archive 1\n"
@@ -105,20 +105,20 @@ class Archive:
         """Store batches of ascending steps as one segment; when this returns it is durable. Raises OSError."""
         first, last = batches[0].batch.step, batches[-1].batch.step
         segment = Segment(first, last, f"{self._folder}/{first:010}-{last:010}.lachesis")
-        crash_point("segment", first)
+        failpoint("segment", first)
         if self._local:
             part = Path(f"{segment.path}.part")
             with open(part, "wb") as file:
                 _write(file, header, batches)
                 file.flush()
                 os.fsync(file.fileno())
-            crash_point("segment-written", first)
+            failpoint("segment-written", first)
             part.rename(segment.path)
             _sync_folder(self._folder)
         else:
             with self._fs.open(segment.path, "wb") as file:
                 _write(file, header, batches)
-        crash_point("segment-named", first)
+        failpoint("segment-named", first)
         return segment
 
     # -- reading --------------------------------------------------------------------------------------------------

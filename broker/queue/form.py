@@ -16,7 +16,7 @@ from lachesis.broker.run.environments import Environments
 from lachesis.broker.store.connection import Redis
 from lachesis.broker.store.scripts import Scripts
 
-PATIENCE_S = 30.0  # a batch waits this long for a living environment with a minimum that has nothing queued
+MINIMUM_WAIT_S = 30.0  # a batch waits this long for a living environment with a minimum that has nothing queued
 MAX_SLICE = 1024  # entries read at a time
 ATTEMPTS = 100  # while other replicas are faster
 
@@ -26,7 +26,7 @@ _COUNTS = (b"tok", b"v_min", b"v_max", b"bytes")  # of a queued group
 Entry = tuple[bytes, Mapping[bytes, bytes]]  # a queued group's id and fields, as Redis replies them
 
 
-class Forming:
+class BatchFormer:
     """Forms batches of one run, together with every other replica that does."""
 
     def __init__(self, redis: Redis, scripts: Scripts, keys: Keys, staleness: Staleness, refit: Refit) -> None:
@@ -93,8 +93,8 @@ class Forming:
             marks = [
                 text for field in new for text in (field, str(now))
             ]  # not rounded: a mark in the future counts as none
-            await self._scripts.note(keys=[self._keys.state], args=marks)
-        return any(since is None or 0 <= now - float(since) < PATIENCE_S for since in absent.values())
+            await self._scripts.set_fields(keys=[self._keys.state], args=marks)
+        return any(since is None or 0 <= now - float(since) < MINIMUM_WAIT_S for since in absent.values())
 
     async def _choose(self, status: QueueStatus, batch_size: int, minimums: Mapping[str, int]) -> list[Entry] | None:
         """The groups of the batch, from the oldest part of the queue that has one; None if another replica took them.
@@ -120,7 +120,7 @@ class Forming:
             at_end = len(slice_) < count
             if len(found) < wanted and not at_end:
                 continue
-            chosen = selection.next_batch(sizes, envs, batch_size, minimums, status.waiting, status.formed + 1)
+            chosen = selection.select_batch(sizes, envs, batch_size, minimums, status.waiting, status.formed + 1)
             if chosen is not None:
                 taken = [found[index] for index in chosen]
                 _check(taken)

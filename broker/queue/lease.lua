@@ -2,7 +2,7 @@
 -- LEASE: lend the consumer one batch: its own unfinished one, else one whose lease lapsed, else the next new one.
 -- KEYS  1 batches (stream)  2 state (hash)  3 dead (stream)  4 skipped (hash)  5 settings (hash)
 -- ARGV  1 policy (consumer group)  2 consumer  3 milliseconds after which another consumer's lease has lapsed (0: at once)
---       4 how often a batch may be lent, 0 for any number  5 '1' if the batch counts as delivered from now on, '0' if DELIVER will say so
+--       4 how often a batch may be lent, 0 for any number  5 '1' if the batch counts as delivered from now on, '0' if MARK_DELIVERED will say so
 -- reply {gone} | {gone, id, fields, deliveries} (gone: batches passed over by this call)
 -- A batch whose entry is gone, deleted by hand, is passed over: its step becomes a hole in the numbers, and is counted as `gone`.
 -- Idempotent: a caller that lost the reply gets the same batch again. Reading it again renews the lease and counts as a

@@ -15,7 +15,7 @@ from lachesis.broker.errors import ConfigurationError, LeaseLost, Unreadable
 from lachesis.broker.queue import selection
 from lachesis.broker.queue.admission import check_bounds, check_id
 from lachesis.broker.queue.counters import makes_batch, read_status
-from lachesis.broker.queue.form import Forming, Staleness
+from lachesis.broker.queue.form import BatchFormer, Staleness
 from lachesis.broker.queue.refit import Refit
 from lachesis.broker.records.blobs import from_blob, queue_entry, to_blob
 from lachesis.broker.records.entries import (
@@ -24,9 +24,9 @@ from lachesis.broker.records.entries import (
     id_number,
     read_entries,
     read_json,
-    tell_once,
     to_entry,
     warn,
+    warn_once,
 )
 from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, DeadEntry, Group, GroupEntry, Limits, ScoredGroup
 from lachesis.broker.records.keys import ARCHIVE, Keys
@@ -71,7 +71,7 @@ class Queue:
         self.shadows = Shadows(redis, keys)
         self.retention = Retention(redis, scripts, keys, self.shadows)
         self.refit = Refit(redis, scripts, keys)
-        self._forming = Forming(redis, scripts, keys, self.staleness, self.refit)
+        self._former = BatchFormer(redis, scripts, keys, self.staleness, self.refit)
 
     # -- PUT ------------------------------------------------------------------------------------------------------
 
@@ -145,7 +145,9 @@ class Queue:
             return True
         return pack(structs.replace(stored, versions=None)) == pack(structs.replace(group, versions=None))
 
-    async def bury(self, gid: str, body: bytes, reason: str, detail: str, *, most_bytes: int = REFUSED_BYTES) -> None:
+    async def keep_refused(
+        self, gid: str, body: bytes, reason: str, detail: str, *, most_bytes: int = REFUSED_BYTES
+    ) -> None:
         """Keep what was refused for triage: stream `refused`, the beginning of the body as its blob for a week.
 
         The oldest make room where there are too many, or their bodies have more than `most_bytes` together. While Redis is
@@ -153,7 +155,7 @@ class Queue:
         """
         fields = [*flat_entry(DeadEntry(gid, reason, deliveries=0, detail=detail)), "size", str(len(body))]
         keys = self._keys
-        await self._scripts.bury(
+        await self._scripts.keep_refused(
             keys=[keys.refused, keys.blob(gid), keys.state],
             args=[compressed(body), REFUSED_TTL_S, REFUSED_KEPT, most_bytes, ROOMY, *fields],
         )
@@ -166,7 +168,7 @@ class Queue:
         Groups that are too stale by now are dropped on the way. Where other settings were registered, all is first made
         to fit them (see refit.py), on behalf of `policy`.
         """
-        return await self._forming.form(batch_size, policy)
+        return await self._former.form(batch_size, policy)
 
     async def starves(self) -> bool:
         """Whether the registered trainer would get no batch now: then no limit holds a group back, it may be the missing one.
@@ -232,7 +234,7 @@ class Queue:
             try:
                 batch = from_entry(BatchEntry, dict(zip(flat[::2], flat[1::2], strict=True)), step=step)
             except Unreadable as error:
-                tell_once(str(error))
+                warn_once(str(error))
                 await self.refit(policy, apart=[step])  # which leaves one batch less
                 continue
             return Lease(batch=batch, consumer=consumer, deliveries=int(deliveries))
@@ -275,7 +277,7 @@ class Queue:
 
     async def deliver(self, step: int) -> bool:
         """Batches up to `step` count as delivered from now on. False if they did already."""
-        return bool(await self._scripts.deliver(keys=[self._keys.batches, self._keys.state], args=[step]))
+        return bool(await self._scripts.mark_delivered(keys=[self._keys.batches, self._keys.state], args=[step]))
 
     async def renew(self, policy: str, lease: Lease) -> bool:
         """Keep a lease alive: resets its idle time without counting as a delivery. False if it is not ours any more."""
@@ -411,7 +413,7 @@ class Queue:
 
     async def retire(self, policy: str, covered: int) -> int:
         """`policy` no longer needs batches up to step `covered`. Frees what nobody needs; returns how many that were."""
-        await self.retention.cover(policy, covered)
+        await self.retention.advance_checkpoint(policy, covered)
         return await self.retention.free()
 
     async def status(self) -> QueueStatus:

@@ -16,7 +16,7 @@ from msgspec import Struct
 from redis.exceptions import ResponseError
 
 from lachesis.broker.errors import Conflict
-from lachesis.broker.failpoints import crash_point
+from lachesis.broker.failpoints import failpoint
 from lachesis.broker.queue.admission import admit
 from lachesis.broker.records.blobs import from_blob, queue_entry
 from lachesis.broker.records.entries import SHOWN, flat_entry, read_entries, read_json, warn
@@ -98,13 +98,13 @@ class Refit:
             raw, sizes, _ = await self._registered()
             steps, groups = await self._batches(policy, sizes, apart)
             queued = await self._queued(sizes) if sizes else []
-            crash_point("refitting", min(apart, default=0))
+            failpoint("refitting", min(apart, default=0))
             keys = self._keys
             reply = await self._scripts.refit(
                 keys=[keys.groups, keys.batches, keys.state, keys.dead, keys.skipped, keys.trainers],
                 args=[raw, str(sizes or ""), policy, len(steps), *steps, len(queued) // 3, *queued, *groups],
             )
-            crash_point("refitted", min(apart, default=0))
+            failpoint("refitted", min(apart, default=0))
             if reply is not None:
                 done = Refitted(*reply)
                 if any(done):

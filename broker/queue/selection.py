@@ -37,7 +37,7 @@ TURN_EVERY = 64  # steps
 OTHERS = ""  # in place of an environment: all that have no minimum
 
 
-def choose(sizes: Sequence[int], batch_size: int) -> list[int] | None:
+def select(sizes: Sequence[int], batch_size: int) -> list[int] | None:
     """Indices, in queue order, of the oldest groups that make a batch, or None if no batch can be made yet.
 
     `sizes` are the queued groups' numbers of sequences, oldest first.
@@ -47,7 +47,7 @@ def choose(sizes: Sequence[int], batch_size: int) -> list[int] | None:
     return _oldest(sizes, batch_size)
 
 
-def next_batch(
+def select_batch(
     sizes: Sequence[int],
     envs: Sequence[str],
     batch_size: int,
@@ -62,17 +62,17 @@ def next_batch(
     if step % TURN_EVERY == 0 and (oldest := _oldest_that_fits(sizes, envs, batch_size, minimums, waiting)) is not None:
         env, size = envs[oldest], sizes[oldest]
         others = [index for index in range(len(sizes)) if index != oldest]
-        chosen = choose_with_minimums(
+        chosen = select_with_minimums(
             [sizes[index] for index in others],
             [envs[index] for index in others],
             batch_size - size,
             _less(minimums, env, size),
         )
         return None if chosen is None else sorted([oldest, *(others[place] for place in chosen)])
-    return choose_with_minimums(sizes, envs, batch_size, minimums)
+    return select_with_minimums(sizes, envs, batch_size, minimums)
 
 
-def choose_with_minimums(
+def select_with_minimums(
     sizes: Sequence[int], envs: Sequence[str], batch_size: int, minimums: Mapping[str, int]
 ) -> list[int] | None:
     """Like `choose`, with at least `minimums[env]` sequences of each environment it names; None if that can't be.

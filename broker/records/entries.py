@@ -118,7 +118,7 @@ def read_json(kind: type[T], raw: bytes | None) -> T | None:
     try:
         return from_json(kind, raw) if raw else None
     except Unreadable as error:
-        tell_once(str(error))
+        warn_once(str(error))
         return None
 
 
@@ -127,7 +127,7 @@ def read_number(value: bytes | None) -> int:
     try:
         return int(value or 0)
     except ValueError:
-        tell_once(f"no integer: {str(value)[:SHOWN]}")
+        warn_once(f"no integer: {str(value)[:SHOWN]}")
         return 0
 
 
@@ -146,12 +146,12 @@ def read_entries(kind: type[T], found: Iterable[tuple[bytes, Mapping[bytes, byte
         try:
             records.append((id_, from_entry(kind, fields)))
         except Unreadable as error:
-            tell_once(f"{id_.decode()}: {error}")
+            warn_once(f"{id_.decode()}: {error}")
     return records
 
 
 @lru_cache(maxsize=1000)
-def tell_once(what: str) -> None:
+def warn_once(what: str) -> None:
     """Log what was passed over, not at every look."""
     warn("unreadable, passed over", record=what)
 

@@ -22,7 +22,7 @@ from lachesis.broker.records.groups import DeadEntry
 from lachesis.broker.records.keys import Keys
 from lachesis.broker.records.steps import LedgerEntry, Member, Membership
 from lachesis.broker.store.connection import Redis
-from lachesis.broker.store.multiplexed import Wire
+from lachesis.broker.store.multiplexed import MultiplexedConnection
 from lachesis.broker.store.redis_errors import trouble
 from lachesis.broker.store.scripts import Scripts
 
@@ -35,7 +35,7 @@ def new_id(name: str) -> str:
     return f"{name}:{uuid4().hex[:12]}"
 
 
-class Meeting(Struct, frozen=True):
+class Rendezvous(Struct, frozen=True):
     """The replicas of one epoch, in the order in which they joined; the first one leads."""
 
     step: int  # that the newest weights are at
@@ -49,7 +49,7 @@ class Claimed(Struct, frozen=True):
     left: int  # groups of the step that no living replica has
 
 
-class Standing(Struct, frozen=True):
+class EpochState(Struct, frozen=True):
     """Where a policy's replicas are."""
 
     generation: int
@@ -62,19 +62,29 @@ class Standing(Struct, frozen=True):
 class Members:
     """The replicas of one run's policies."""
 
-    def __init__(self, redis: Redis, wire: Wire, heartbeats: Redis, scripts: Scripts, keys: Keys) -> None:
-        self._redis, self._wire, self._heartbeats, self._scripts, self._keys = redis, wire, heartbeats, scripts, keys
+    def __init__(
+        self, redis: Redis, multiplexed: MultiplexedConnection, heartbeats: Redis, scripts: Scripts, keys: Keys
+    ) -> None:
+        self._redis, self._multiplexed, self._heartbeats, self._scripts, self._keys = (
+            redis,
+            multiplexed,
+            heartbeats,
+            scripts,
+            keys,
+        )
 
     # -- coming and going -----------------------------------------------------------------------------------------
 
-    async def found(self, policy: str, id_: str, *, token: str, step: int, hold_s: float) -> Membership | None:
+    async def start_generation(
+        self, policy: str, id_: str, *, token: str, step: int, hold_s: float
+    ) -> Membership | None:
         """Begin a generation as its only replica, whose weights are at `step`; None if the writer lock is not `token`'s.
 
         From then on the generation holds the lock, for `hold_s` after the last beat. Raises Conflict if the ledger ends
         at another step.
         """
         keys = self._keys
-        reply = await self._scripts.found(
+        reply = await self._scripts.start_generation(
             keys=[
                 *(keys.replicas(policy), keys.members(policy), keys.beats(policy), keys.work(policy)),
                 *(keys.meeting(policy), keys.writer(policy), keys.ledger(policy), keys.control),
@@ -100,7 +110,7 @@ class Members:
     async def beat(self, policy: str, id_: str, *, hold_s: float) -> bool:
         """Say that a replica is alive. False if it is no member any more."""
         keys = self._keys
-        reply = await self._scripts.beat(
+        reply = await self._scripts.replica_heartbeat(
             keys=[
                 *(keys.replicas(policy), keys.members(policy), keys.beats(policy), keys.writer(policy)),
                 *(keys.batches, keys.state),
@@ -130,34 +140,34 @@ class Members:
 
     # -- one epoch ------------------------------------------------------------------------------------------------
 
-    async def meet(self, me: Membership) -> Meeting | None:
+    async def rendezvous(self, me: Membership) -> Rendezvous | None:
         """Be here for the epoch; None while others are not. Raises Moved."""
-        reply = await self._scripts.meet(
+        reply = await self._scripts.rendezvous(
             keys=[*self._team(me), self._keys.meeting(me.policy)], args=[me.id, me.generation, me.epoch]
         )
         self._check(me, reply[0])
         if reply[0] == b"waiting":
             return None
         _, step, *flat = reply
-        return Meeting(step, {id_.decode(): at for id_, at in zip(flat[::2], flat[1::2], strict=True)})
+        return Rendezvous(step, {id_.decode(): at for id_, at in zip(flat[::2], flat[1::2], strict=True)})
 
-    async def leave_word(self, me: Membership, name: str, word: bytes) -> None:
+    async def put_address(self, me: Membership, name: str, word: bytes) -> None:
         """Tell the others of this epoch something, such as where they reach this replica."""
-        await self._scripts.note(keys=[self._keys.meeting(me.policy)], args=[f"link:{me.epoch}:{name}", word])
+        await self._scripts.set_fields(keys=[self._keys.meeting(me.policy)], args=[f"link:{me.epoch}:{name}", word])
 
-    async def word(self, me: Membership, name: str) -> bytes | None:
+    async def get_address(self, me: Membership, name: str) -> bytes | None:
         found: bytes | None = await self._redis.hget(self._keys.meeting(me.policy), f"link:{me.epoch}:{name}")
         return found
 
-    async def heal(self, me: Membership, step: int) -> None:
+    async def mark_current(self, me: Membership, step: int) -> None:
         """Count as one that has the newest weights, those of `step`. Raises Moved."""
-        reply = await self._scripts.heal(keys=self._team(me), args=[me.id, me.generation, me.epoch, step])
+        reply = await self._scripts.mark_current(keys=self._team(me), args=[me.id, me.generation, me.epoch, step])
         self._check(me, reply)
 
-    async def open(self, me: Membership, step: int) -> bool:
+    async def open_step(self, me: Membership, step: int) -> bool:
         """Lay out the groups of a batch lent to CONSUMER; False if it is not (any more). Raises Moved."""
         keys = self._keys
-        reply = await self._scripts.open(
+        reply = await self._scripts.open_step(
             keys=[*self._team(me), keys.work(me.policy), keys.batches],
             args=[me.id, me.generation, me.epoch, step, me.policy],
         )
@@ -169,7 +179,7 @@ class Members:
 
         More than that, and groups it has, if an earlier reply was lost. Raises Moved, and LeaseLost if another step is open.
         """
-        reply = await self._scripts.claim(
+        reply = await self._scripts.claim_groups(
             keys=[*self._team(me), self._keys.work(me.policy)],
             args=[me.id, me.generation, me.epoch, step, count, held],
         )
@@ -210,12 +220,12 @@ class Members:
             raise LeaseLost(f"step {step} of policy {policy!r} can't be committed: {reply.decode()}")
         return bool(reply == b"committed")
 
-    async def close(self, me: Membership, step: int, *, why: str) -> None:
+    async def close_step(self, me: Membership, step: int, *, why: str) -> None:
         """Give the open step up, which can't be trained as it is. The epoch is over then: all meet anew, to open another.
 
         Raises Moved, and LeaseLost if another step is open.
         """
-        reply = await self._scripts.close(
+        reply = await self._scripts.close_step(
             keys=[*self._team(me), self._keys.work(me.policy), self._keys.control],
             args=[me.id, me.generation, me.epoch, step, why],
         )
@@ -225,13 +235,13 @@ class Members:
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    async def standing(self, policy: str) -> Standing | None:
+    async def epoch_state(self, policy: str) -> EpochState | None:
         """None if no replicas were ever founded, or the run was reset."""
         names = ("generation", "epoch", "step", "open", "won")
-        [found] = await self._wire.call(("HMGET", self._keys.replicas(policy), *names))
-        return Standing(*(int(value or 0) for value in found)) if found[0] else None
+        [found] = await self._multiplexed.call(("HMGET", self._keys.replicas(policy), *names))
+        return EpochState(*(int(value or 0) for value in found)) if found[0] else None
 
-    async def hold_lock(self, policy: str, generation: int) -> bool:
+    async def hold_writer_lock(self, policy: str, generation: int) -> bool:
         """Whether replicas of that generation hold the policy's writer lock, so that one can join them."""
         found: bytes | None = await self._redis.get(self._keys.writer(policy))
         return found == f"{CONSUMER}-{generation}".encode()

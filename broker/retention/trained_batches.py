@@ -9,7 +9,7 @@ from __future__ import annotations
 from msgspec import Struct
 from redis.exceptions import ResponseError
 
-from lachesis.broker.failpoints import crash_point
+from lachesis.broker.failpoints import failpoint
 from lachesis.broker.records.entries import read_entries, read_json, read_number
 from lachesis.broker.records.keys import Keys
 from lachesis.broker.records.registrations import ArchiverStatus
@@ -40,12 +40,12 @@ class Retention:
 
     async def keep(self, keep_bytes: int) -> None:
         """From now on keep trained batches while all kept ones take at most so many bytes; 0: free them at once."""
-        await self._scripts.note(keys=[self._keys.settings], args=["keep_bytes", keep_bytes])
+        await self._scripts.set_fields(keys=[self._keys.settings], args=["keep_bytes", keep_bytes])
 
-    async def cover(self, reader: str, step: int) -> bool:
+    async def advance_checkpoint(self, reader: str, step: int) -> bool:
         """Mark that `reader` no longer needs batches up to `step`. False if there is no such reader (any more)."""
         keys = [self._keys.batches, self._keys.state]
-        return bool(await self._scripts.cover(keys=keys, args=[reader, step]))
+        return bool(await self._scripts.advance_checkpoint(keys=keys, args=[reader, step]))
 
     async def leave(self, reader: str, *fields: str) -> bool:
         """Keep nothing for `reader` any more, and drop its `fields` of the state. False if there was no such reader."""
@@ -85,7 +85,7 @@ class Retention:
                 if reply == b"kept":
                     return freed
                 freed += reply == b"freed"
-                crash_point("retired", batch.step)
+                failpoint("retired", batch.step)
             start = f"({found[-1][0].decode()}"  # a lossy shadow may want a few, and none after them
         return freed
 

@@ -16,7 +16,7 @@ from lachesis.broker.records.keys import Keys
 from lachesis.broker.store.connection import Redis, wait_for_entries
 from lachesis.broker.store.scripts import Scripts
 
-KEEP = 100_000  # entries of `metrics`, approximately
+KEEP_METRICS = 100_000  # entries of `metrics`, approximately
 KEEP_EVENTS = 10_000  # of `control`, which whoever may call can write to; as includes/log_event.lua has it
 EVENT_CHARACTERS = 4096  # of what happened; who did it is a name
 SLICE = 500  # entries read at a time
@@ -32,7 +32,7 @@ class Journal:
     async def metric(self, kind: str, values: Mapping[str, object]) -> None:
         """Append one entry of `kind`: step | shadow (a step of one) | update | eval | example."""
         fields = {"kind": kind, **{key: f"{v:.6g}" if isinstance(v, float) else str(v) for key, v in values.items()}}
-        await self._append(self._keys.metrics, fields, KEEP)
+        await self._append(self._keys.metrics, fields, KEEP_METRICS)
 
     async def metrics(self, after: str = "0-0", *, block_s: float = 0.0) -> list[Entry]:
         """Entries after `after`, waiting up to `block_s` for one."""
@@ -75,7 +75,7 @@ class Journal:
 
     async def _append(self, log: str, fields: Mapping[str, str], keep: int) -> None:
         flat = [text for pair in fields.items() for text in pair]
-        await self._scripts.append(keys=[self._keys.once(uuid4().hex)], args=[log, ONCE_S, keep, *flat])
+        await self._scripts.append_capped(keys=[self._keys.once(uuid4().hex)], args=[log, ONCE_S, keep, *flat])
 
 
 def written_at(id_: str) -> float:

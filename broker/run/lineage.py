@@ -1,7 +1,7 @@
 """From the front door to the shim: which versions produced a finished generation, and its sampled log-probs.
 
 Keyed by a hash of the whole sequence (prompt and output ids), which is what an environment posts later. Bounded in
-time and in bytes, whatever the number of front doors: record.lua says how.
+time and in bytes, whatever the number of front doors: record_lineage.lua says how.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class LineageStore:
         args: list[str | bytes | int] = [max_bytes, TTL_S]
         for digest, lineage in lineages:
             args += (digest, to_record(lineage))
-        return int(await self._scripts.record(keys=[self._keys.lineage, self._keys.old_lineage], args=args))
+        return int(await self._scripts.record_lineage(keys=[self._keys.lineage, self._keys.old_lineage], args=args))
 
     async def look_up(self, digests: Sequence[str]) -> list[Lineage | None]:
         keys = self._keys
-        found = await self._scripts.arrive(
+        found = await self._scripts.read_arrival(
             keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage, keys.served],
             args=digests,
         )

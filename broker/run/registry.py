@@ -40,7 +40,7 @@ def check_printable(kind: str, name: str) -> str:
     return name
 
 
-class Parties:
+class Registry:
     """Registrations and heartbeats of one run; they outlive the processes that serve them."""
 
     def __init__(self, redis: Redis, heartbeats: Redis, scripts: Scripts, keys: Keys) -> None:
@@ -52,12 +52,12 @@ class Parties:
 
     async def register_trainer(self, config: TrainerConfig) -> None:
         """Set the run's registration. Who may replace whose is the caller's to decide."""
-        await self._scripts.note(keys=[self._keys.trainers], args=["config", msgspec.json.encode(config)])
+        await self._scripts.set_fields(keys=[self._keys.trainers], args=["config", msgspec.json.encode(config)])
 
     async def adopt(self, judged: bytes | None, config: TrainerConfig, *, step_offset: int) -> bool:
         """Register `config` if the registration is still the one `judged`, as it is kept; False if another took its place."""
         args = [judged or b"", msgspec.json.encode(config), step_offset]
-        return bool(await self._scripts.adopt(keys=[self._keys.trainers], args=args))
+        return bool(await self._scripts.replace_registration(keys=[self._keys.trainers], args=args))
 
     async def registration(self) -> bytes:
         """The trainer's registration as it is kept; empty if there is none."""
@@ -68,7 +68,9 @@ class Parties:
 
     async def keep_configuration(self, policy: str, kept: KeptConfiguration) -> None:
         """Say what the policy is trained with from now on."""
-        await self._scripts.note(keys=[self._keys.settings], args=[f"{TRAINER}{policy}", msgspec.json.encode(kept)])
+        await self._scripts.set_fields(
+            keys=[self._keys.settings], args=[f"{TRAINER}{policy}", msgspec.json.encode(kept)]
+        )
 
     async def configurations(self) -> dict[str, KeptConfiguration]:
         """What each policy was last trained with."""
@@ -82,7 +84,7 @@ class Parties:
 
     async def start(self) -> None:
         """A trainer has asked for its first batch: environments may begin."""
-        await self._scripts.note(keys=[self._keys.trainers], args=["started", "1"])
+        await self._scripts.set_fields(keys=[self._keys.trainers], args=["started", "1"])
 
     async def halt(self) -> None:
         """The next trainer is still to come: environments that register before it asks for a batch wait for it."""
@@ -134,7 +136,7 @@ class Parties:
         found = [read_env(value, heard.get(key)) for key, value in raw.items() if key.isdigit()]
         return sorted((env for env in found if env), key=lambda env: env.env_id)
 
-    async def hear(self, env_id: int, by: TokenRecord | None = None) -> EnvRecord | None:
+    async def touch_env(self, env_id: int, by: TokenRecord | None = None) -> EnvRecord | None:
         """An environment called: note when, and say who it is, as of a few seconds ago; None if it is not registered.
 
         `by`: the token that calls for it. Nothing is noted where it is another's.
@@ -146,7 +148,7 @@ class Parties:
         try:
             with patience(0):
                 name = "" if by is None or by.role == "admin" else by.name
-                raw = await self._scripts.hear(keys=[self._keys.envs, self._keys.heard], args=[env_id, name])
+                raw = await self._scripts.touch_env(keys=[self._keys.envs, self._keys.heard], args=[env_id, name])
         except RedisError as error:
             if trouble(error) is None:
                 raise
@@ -172,7 +174,9 @@ class Parties:
         check_printable("server", status.server)
         status = structs.replace(status, last_error=status.last_error[:TEXT_BYTES])
         args = [status.server, msgspec.json.encode(status), status.version, int(REMEMBERED_S * 1000)]
-        await self._scripts.report(keys=[self._keys.pools, self._keys.served], args=args, client=self._heartbeats)
+        await self._scripts.server_heartbeat(
+            keys=[self._keys.pools, self._keys.served], args=args, client=self._heartbeats
+        )
 
     async def withdraw(self, server: str) -> None:
         await self._redis.hdel(self._keys.pools, server)

@@ -21,7 +21,7 @@ from lachesis.broker.records.entries import read_json
 from lachesis.broker.records.keys import Keys, check_name
 from lachesis.broker.records.registrations import Role, TokenRecord
 from lachesis.broker.store.connection import Redis
-from lachesis.broker.store.multiplexed import Wire
+from lachesis.broker.store.multiplexed import MultiplexedConnection
 from lachesis.broker.store.scripts import Scripts
 
 PREFIX = "lachesis_"  # by which people, and scanners for leaked secrets, know it
@@ -29,15 +29,17 @@ LOST = TokenRecord("unreadable", "environment", "", created_at=0.0, revoked_at=0
 
 
 class Tokens:
-    def __init__(self, redis: Redis, wire: Wire, scripts: Scripts, keys: Keys) -> None:
-        self._redis, self._wire, self._scripts, self._keys = redis, wire, scripts, keys
+    def __init__(self, redis: Redis, multiplexed: MultiplexedConnection, scripts: Scripts, keys: Keys) -> None:
+        self._redis, self._multiplexed, self._scripts, self._keys = redis, multiplexed, scripts, keys
 
     async def create(self, role: Role, name: str = "") -> tuple[str, TokenRecord]:
         """A new token and its record. Raises Conflict if the run has, or had, one of that name."""
         name = check_name("name", name or f"{role}-{secrets.token_hex(3)}")
         token = PREFIX + secrets.token_urlsafe(32)
         record = TokenRecord(name, role, digest(token.encode()), time.time())
-        if not await self._scripts.note_new(keys=[self._keys.tokens], args=[name, msgspec.json.encode(record)]):
+        if not await self._scripts.set_fields_if_new(
+            keys=[self._keys.tokens], args=[name, msgspec.json.encode(record)]
+        ):
             kept = await self._find(name)
             if kept != record:  # else our own, resent after a lost reply
                 raise Conflict(f"run {self._keys.run!r} has a token named {name!r} already: choose another --name")
@@ -49,7 +51,7 @@ class Tokens:
         if record is None:
             raise ConfigurationError(f"run {self._keys.run!r} has no token named {name!r}: `lachesis token list`")
         record = structs.replace(record, revoked_at=record.revoked_at or time.time())
-        await self._scripts.note(keys=[self._keys.tokens], args=[name, msgspec.json.encode(record)])
+        await self._scripts.set_fields(keys=[self._keys.tokens], args=[name, msgspec.json.encode(record)])
         return record
 
     async def all(self) -> list[TokenRecord]:
@@ -57,7 +59,7 @@ class Tokens:
 
         One that can't be read counts as revoked: the run does not become open to everyone.
         """
-        [raw] = await self._wire.call(("HVALS", self._keys.tokens))
+        [raw] = await self._multiplexed.call(("HVALS", self._keys.tokens))
         records = [read_json(TokenRecord, value) or LOST for value in raw]
         return sorted(records, key=lambda record: record.created_at)
 

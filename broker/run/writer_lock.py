@@ -23,12 +23,12 @@ class WriterLock(Lock):
         self._scripts, self._ttl_s, self._state, self._field = scripts, ttl_s, keys.state, f"taken:{policy}"
 
     async def do_acquire(self, token: str | bytes) -> bool:
-        return await self._call(self._scripts.acquire, token, self._ttl_s)
+        return await self._call(self._scripts.take_writer_lock, token, self._ttl_s)
 
     async def do_extend(self, additional_time: float, replace_ttl: bool) -> Literal[True]:
         if not replace_ttl:
             return await super().do_extend(additional_time, replace_ttl)
-        if not await self._call(self._scripts.hold, self.local.token, additional_time):
+        if not await self._call(self._scripts.keep_writer_lock, self.local.token, additional_time):
             raise LockNotOwnedError("another process has taken it")
         return True
 

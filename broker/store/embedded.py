@@ -31,7 +31,7 @@ from lachesis.broker.store.child_process import die_with_parent
 START_S = 20.0  # without a sign of life; one that loads its file gives one
 OWN_S = 10.0  # a reader that happens to run the folder's server is gone by then
 STOP_S = 10.0
-LOOK_S = 0.25  # between two looks at whether the server runs
+SERVER_POLL_S = 0.25  # between two looks at whether the server runs
 TRIES, TRIES_S = 4, 60.0  # a server that doesn't start so often, or ends so often in so many seconds, is given up
 
 
@@ -256,7 +256,7 @@ class Keeper:
 
     def _keep(self) -> None:
         failures, revived = 0, deque[float](maxlen=TRIES)
-        while not self._over.wait(LOOK_S):
+        while not self._over.wait(SERVER_POLL_S):
             try:
                 if not self._server.revive():
                     continue

@@ -27,7 +27,7 @@ REPLY_S = 15.0  # a server that is silent for longer than this, while it owes a 
 Command = tuple[Any, ...]  # bytes, text, numbers
 
 
-class Wire:
+class MultiplexedConnection:
     """The shared connection to the server of one redis-py client, made when it is first needed, and again when lost."""
 
     def __init__(self, redis: Redis) -> None:

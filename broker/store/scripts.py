@@ -17,7 +17,7 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import NoScriptError
 
 from lachesis.broker.store.connection import Redis
-from lachesis.broker.store.multiplexed import Command, Wire
+from lachesis.broker.store.multiplexed import Command, MultiplexedConnection
 
 FLOORS = ("store", "run", "weights", "retention", "queue", "replicas")
 FILES = {
@@ -28,12 +28,12 @@ FILES = {
 }
 
 FREQUENT = (
-    "arrive",
+    "read_arrival",
     "put",
-    "record",
+    "record_lineage",
     "lease",
-    "open",
-    "claim",
+    "open_step",
+    "claim_groups",
     "vote",
 )  # what each posted group, generation and step needs
 LOADS = 5
@@ -53,11 +53,11 @@ class Script(AsyncScript):
         return await super().__call__(*args, **kwargs)
 
 
-class WireScript:
+class MultiplexedScript:
     """The same over a shared connection."""
 
-    def __init__(self, wire: Wire, text: str) -> None:
-        self._wire, self.script = wire, text
+    def __init__(self, multiplexed: MultiplexedConnection, text: str) -> None:
+        self._multiplexed, self.script = multiplexed, text
         # what only reads needs no right to write to its keys
         self._command = "EVALSHA_RO" if "no-writes" in text.partition("\n")[0] else "EVALSHA"
         self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
@@ -68,10 +68,10 @@ class WireScript:
         commands = (call,) if after is None else (after, call)
         for _ in range(LOADS):
             try:
-                return (await self._wire.call(*commands))[-1]
+                return (await self._multiplexed.call(*commands))[-1]
             except NoScriptError:
-                await self._wire.call(("SCRIPT", "LOAD", self.script))
-        return (await self._wire.call(*commands))[-1]
+                await self._multiplexed.call(("SCRIPT", "LOAD", self.script))
+        return (await self._multiplexed.call(*commands))[-1]
 
 
 def _included(line: re.Match[str]) -> str:
@@ -81,15 +81,15 @@ def _included(line: re.Match[str]) -> str:
 class Scripts:
     """The scripts: `await scripts.lease(keys=…, args=…)`."""
 
-    arrive: WireScript
-    put: WireScript
+    read_arrival: MultiplexedScript
+    put: MultiplexedScript
     lengths: Script
-    record: WireScript
-    bury: Script
+    record_lineage: MultiplexedScript
+    keep_refused: Script
     form: Script
     drop: Script
-    lease: WireScript
-    deliver: Script
+    lease: MultiplexedScript
+    mark_delivered: Script
     renew: Script
     commit: Script
     retire: Script
@@ -97,36 +97,36 @@ class Scripts:
     refit: Script
     purge: Script
     subscribe: Script
-    acquire: Script
-    hold: Script
-    adopt: Script
-    cover: Script
-    enlist: Script
-    visit: Script
+    take_writer_lock: Script
+    keep_writer_lock: Script
+    replace_registration: Script
+    advance_checkpoint: Script
+    list_run: Script
+    note_trainer_call: Script
     leave: Script
     register_env: Script
     update_env: Script
-    hear: Script
+    touch_env: Script
     publish: Script
-    report: Script
-    steer: Script
-    take_turn: Script
-    note: Script
-    note_new: Script
-    append: Script
+    server_heartbeat: Script
+    set_pool_rule: Script
+    take_update_slot: Script
+    set_fields: Script
+    set_fields_if_new: Script
+    append_capped: Script
     reset: Script
-    found: Script
+    start_generation: Script
     join: Script
-    beat: Script
+    replica_heartbeat: Script
     evict: Script
-    meet: Script
-    heal: Script
-    open: WireScript
-    claim: WireScript
-    vote: WireScript
-    close: Script
+    rendezvous: Script
+    mark_current: Script
+    open_step: MultiplexedScript
+    claim_groups: MultiplexedScript
+    vote: MultiplexedScript
+    close_step: Script
 
-    def __init__(self, redis: Redis, wire: Wire) -> None:
+    def __init__(self, redis: Redis, multiplexed: MultiplexedConnection) -> None:
         for name, path in FILES.items():
             text = re.sub(r"(?m)^-- include (\w+)$", _included, path.read_text())
-            setattr(self, name, WireScript(wire, text) if name in FREQUENT else Script(redis, text))
+            setattr(self, name, MultiplexedScript(multiplexed, text) if name in FREQUENT else Script(redis, text))

@@ -22,7 +22,7 @@ class CheckpointDigests:
 
     async def add(self, policy: str, digest: str, step: int) -> None:
         """Also when Redis is full: a checkpoint is what frees it."""
-        await self._scripts.note(keys=[self._keys.checkpoints(policy)], args=[digest, step])
+        await self._scripts.set_fields(keys=[self._keys.checkpoints(policy)], args=[digest, step])
 
     async def remove(self, policy: str, *, step: int = -1, before: int = 0) -> None:
         """Forget what is of `step`, or of one before `before`."""

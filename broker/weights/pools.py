@@ -43,10 +43,10 @@ class Pools:
         found = await self._redis.xrevrange(self._keys.rule(pool), count=LOOK_BACK)
         return _rule(found)
 
-    async def steer(self, pool: str, rule: PoolRule, judged: str) -> bool:
+    async def set_rule(self, pool: str, rule: PoolRule, judged: str) -> bool:
         """Make `rule` the pool's, if the rule of the id `judged` still is; False if another was made meanwhile."""
         fields = [text for pair in to_entry(rule).items() for text in pair]
-        return bool(await self._scripts.steer(keys=[self._keys.rule(pool)], args=[judged, KEEP_RULES, *fields]))
+        return bool(await self._scripts.set_pool_rule(keys=[self._keys.rule(pool)], args=[judged, KEEP_RULES, *fields]))
 
     async def orders(self, pool: str, policy: str) -> Orders:
         """The pool's rule and the policy's newest version, as of one moment."""
@@ -67,7 +67,7 @@ class Pools:
     async def take_turn(self, pool: str, server: str, at_once: int, ttl_s: float) -> bool:
         """Whether the server may update now; to be taken again before `ttl_s` are over."""
         args = [server, at_once, int(ttl_s * 1000)]
-        return bool(await self._scripts.take_turn(keys=[self._keys.updating(pool)], args=args))
+        return bool(await self._scripts.take_update_slot(keys=[self._keys.updating(pool)], args=args))
 
     async def end_turn(self, pool: str, server: str) -> None:
         await self._redis.zrem(self._keys.updating(pool), server)

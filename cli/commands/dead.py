@@ -216,12 +216,12 @@ async def _post_again(broker: Broker, letter: Letter, body: bytes, policy: str) 
 
     from lachesis.broker.records.groups import Limits
     from lachesis.shim.errors import Malformed
-    from lachesis.shim.intake.backpressure import Hold, Pressure
-    from lachesis.shim.intake.scored_data import GroupsIn
+    from lachesis.shim.intake.backpressure import Backpressure, Hold
+    from lachesis.shim.intake.scored_data import ScoredDataRoutes
     from lachesis.shim.intake.versions import Versions
 
-    hold = Hold(Pressure(broker, Limits()))
-    groups = GroupsIn(broker, Versions(broker, policy), lambda: hold, ANY_SIZE)
+    hold = Hold(Backpressure(broker, Limits()))
+    groups = ScoredDataRoutes(broker, Versions(broker, policy), lambda: hold, ANY_SIZE)
     try:
         await groups.accept(letter.entry.gid.removeprefix(REFUSED), body, hold, packed=is_packed(body))
     except (InvalidGroup, Malformed) as error:

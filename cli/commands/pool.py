@@ -80,7 +80,7 @@ def list_(arguments: Sequence[str]) -> int:
 
     async def run(broker: Broker) -> int:
         await _check_pool(broker, settings.pool)
-        servers = sorted(await broker.parties.servers(), key=lambda status: status.server)
+        servers = sorted(await broker.registry.servers(), key=lambda status: status.server)
         pools = sorted({settings.pool, *(status.pool for status in servers)})
         found = [
             (pool, (await broker.pools.rule(pool))[1], [status for status in servers if status.pool == pool])
@@ -165,7 +165,7 @@ def _steer(settings: SteerSettings, rule: Callable[[Broker, PoolRule], Awaitable
         while True:
             judged, now = await broker.pools.rule(settings.pool)
             wanted = await rule(broker, now)
-            if wanted == now or await broker.pools.steer(settings.pool, wanted, judged):
+            if wanted == now or await broker.pools.set_rule(settings.pool, wanted, judged):
                 say(f"pool {settings.pool}: {describe(wanted)}")
                 return 0
 
@@ -174,7 +174,7 @@ def _steer(settings: SteerSettings, rule: Callable[[Broker, PoolRule], Awaitable
 
 async def _check_pool(broker: Broker, pool: str) -> None:
     """Raise ConfigurationError for a pool that no server is in, if there are others, and that never had a rule."""
-    pools = sorted({status.pool for status in await broker.parties.servers()} | {MAIN})
+    pools = sorted({status.pool for status in await broker.registry.servers()} | {MAIN})
     if pool not in pools and (await broker.pools.rule(pool))[0] == NONE:
         raise ConfigurationError(
             f"--pool = {pool!r}: no server is in such a pool; there {'are' if len(pools) > 1 else 'is'} {', '.join(pools)}"

@@ -21,7 +21,7 @@ from lachesis.cli.options import parse
 from lachesis.cli.terminal import console, say, say_json
 from lachesis.service.settings import RedisSettings
 
-LOOK_S = 1.0
+COMPARISON_POLL_S = 1.0
 COMPARED = {
     "loss": ".4f",
     "grad_norm": ".3g",
@@ -72,7 +72,7 @@ async def _run(broker: Broker, settings: ShadowSettings) -> int:
         with Live(console=console(), auto_refresh=False) as live:
             while True:
                 live.update(_shown(settings.run, await _compare(broker, settings.steps)), refresh=True)
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(COMPARISON_POLL_S)
     return 0
 
 

@@ -18,7 +18,7 @@ from lachesis.broker.retention.trained_batches import Kept
 from lachesis.broker.run.environments import is_alive
 from lachesis.broker.store.server import check_server
 from lachesis.cli.actions import check_policy, with_broker
-from lachesis.cli.health import SERVER_STALE_S, problems, read_parties
+from lachesis.cli.health import SERVER_STALE_S, problems, read_participants
 from lachesis.cli.options import parse
 from lachesis.cli.terminal import console, say_json
 from lachesis.service.settings import RedisSettings
@@ -48,27 +48,27 @@ def main(arguments: Sequence[str]) -> int:
 
 async def _snapshot(broker: Broker, settings: StatusSettings) -> dict[str, Any]:
     await check_policy(broker, settings.policy)
-    config, newest = await broker.parties.trainer_config(), await broker.queue.newest_committed(settings.policy)
-    parties = await read_parties(broker, settings.policy, newest, config, time.time())
-    wrong = problems(parties)
+    config, newest = await broker.registry.trainer_config(), await broker.queue.newest_committed(settings.policy)
+    registry = await read_participants(broker, settings.policy, newest, config, time.time())
+    wrong = problems(registry)
     return {
         "redis": await check_server(broker.url),
         "run": settings.run,
         "policy": settings.policy,
         "healthy": not wrong,
-        "finished": parties.finished,
+        "finished": registry.finished,
         "problems": wrong,
         "trainer": config,
-        "trainers": parties.trainers,
+        "trainers": registry.trainers,
         "queue": await broker.queue.status(),
         "newest_step": newest,
         "newest_weights": await broker.weights.newest(settings.policy),
         "kept": await broker.queue.retention.kept(),
         "shadows": [reading for reading in await broker.queue.shadows.readings() if reading.rule],
         "archiver": await broker.queue.retention.archiver(),
-        "servers": parties.servers,
-        "environments": parties.environments,
-        "at": parties.at,
+        "servers": registry.servers,
+        "environments": registry.environments,
+        "at": registry.at,
     }
 
 

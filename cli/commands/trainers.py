@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lachesis.broker.client import Broker
 from lachesis.broker.records.steps import LedgerEntry, Member
-from lachesis.broker.replicas.members import Standing
+from lachesis.broker.replicas.members import EpochState
 from lachesis.cli.actions import check_policy, with_broker
 from lachesis.cli.health import REPLICA_STALE_S
 from lachesis.cli.options import parse
@@ -37,7 +37,7 @@ class Trainers(msgspec.Struct, frozen=True):
     """Who trains one policy."""
 
     policy: str
-    standing: Standing | None  # None: it never had replicas
+    standing: EpochState | None  # None: it never had replicas
     replicas: list[Member]
     held: bool  # whether a trainer holds the policy's writer lock
     newest: LedgerEntry | None
@@ -64,7 +64,7 @@ async def _trainers(broker: Broker, policy: str) -> Trainers:
     members = broker.members
     return Trainers(
         policy=policy,
-        standing=await members.standing(policy),
+        standing=await members.epoch_state(policy),
         replicas=await members.members(policy),
         held=await members.is_held(policy),
         newest=await broker.queue.newest_committed(policy),

@@ -150,7 +150,7 @@ class Run:
 
     async def _work(self, broker: Broker, *, resumed: bool) -> None:
         view, start, processes = self.view, self.supervisor.start, self.processes
-        await broker.parties.halt()  # else environments would be told how many steps the trainer before this one took
+        await broker.registry.halt()  # else environments would be told how many steps the trainer before this one took
         for index in range(self.settings.servers):  # SGLang is imported while the base model is made
             start(processes.inference(index))
         start(processes.front_door())
@@ -194,7 +194,7 @@ class Run:
         with anyio.fail_after(timeout_s):
             while True:
                 self.supervisor.check()
-                servers = await broker.parties.servers()
+                servers = await broker.registry.servers()
                 if any(server.state == "ready" and server.version >= version for server in servers):
                     return
                 await asyncio.sleep(0.2)

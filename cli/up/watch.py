@@ -33,7 +33,7 @@ async def watch(broker: Broker, view: View, supervisor: Supervisor, look_around:
             committed = view.step
             supervisor.of_use(*STEP_TAKES)
         cursor = entries[-1][0] if entries else cursor
-        servers = {server.server: server for server in await broker.parties.servers()}
+        servers = {server.server: server for server in await broker.registry.servers()}
         fresh = [server for server in servers.values() if time.time() - server.heartbeat < SILENT_S]
         view.served = min((server.version for server in fresh), default=-1)
         view.queue = (await broker.queue.status()).groups

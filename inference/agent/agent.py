@@ -25,8 +25,8 @@ from lachesis.inference.heartbeat import Heartbeat
 from lachesis.inference.settings import AgentSettings
 from lachesis.inference.versions.model_folder import download, is_hub_name, read_model_folder
 from lachesis.inference.versions.staging import Staging
-from lachesis.inference.versions.verification_cache import Verified
-from lachesis.inference.versions.watcher import VersionFeed
+from lachesis.inference.versions.verification_cache import VerificationCache
+from lachesis.inference.versions.watcher import VersionWatcher
 from lachesis.service.logs import configure_logging
 from lachesis.service.ports import bind, find_free
 
@@ -49,7 +49,7 @@ class Agent:
         self._port = settings.port or find_free(settings.host)
         name = settings.server or f"{socket.gethostname()}:{self._port}"
         self.heartbeat = Heartbeat(
-            broker.parties,
+            broker.registry,
             ServerStatus(
                 server=name,
                 pool=check_name("pool", settings.pool),
@@ -101,14 +101,14 @@ class Agent:
 
     async def _forget_the_dead(self) -> None:
         """Take servers off the list whose agents were killed long ago; one that lives on will report again."""
-        for status in await self._broker.parties.servers():
+        for status in await self._broker.registry.servers():
             if time.time() - status.heartbeat > DEAD_S:
-                await self._broker.parties.withdraw(status.server)
+                await self._broker.registry.withdraw(status.server)
 
     async def _withdraw(self) -> None:
         with anyio.move_on_after(2.0, shield=True):
             try:
-                await self._broker.parties.withdraw(self.name)
+                await self._broker.registry.withdraw(self.name)
             except (RedisError, OSError) as error:
                 self._log.warning("could not leave the pool; it will notice", error=str(error))
         self._log.info("stopped", server=self.name)
@@ -119,12 +119,12 @@ class Agent:
         base = await self._base_model()
         policy = self._settings.policy
         staging = Staging(self._state / "staged" / policy, keep=self._settings.keep_staged)
-        verified = Verified(self._state / "verified")
-        feed = VersionFeed(self._broker, policy, base, staging, verified, self.heartbeat, self._log)
+        verified = VerificationCache(self._state / "verified")
+        watcher = VersionWatcher(self._broker, policy, base, staging, verified, self.heartbeat, self._log)
         failures = 0
         while True:
             await anyio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
-            ended = await self._live(feed)
+            ended = await self._live(watcher)
             self._log.error("SGLang failed, starting it again", reason=ended.reason, log=str(self._log_file))
             for line in ended.last_lines:
                 self._log.error("SGLang's log", line=line)
@@ -148,7 +148,7 @@ class Agent:
             sglang_args.model_options(self._settings, self._device, read_model_folder(folder), 0)
         return folder
 
-    async def _live(self, feed: VersionFeed) -> _Ended:
+    async def _live(self, watcher: VersionWatcher) -> _Ended:
         """One life of the server, from its start to its death."""
         await self._take_port()
         self._ready_at = None
@@ -168,7 +168,7 @@ class Agent:
             tasks.start_soon(watch)
             self._log.info("SGLang starts", server=self.name, device=self._device, log=str(self._log_file))
             try:
-                await self._serve(server, feed)
+                await self._serve(server, watcher)
             except ServerFailed as error:
                 reason = str(error)
             finally:
@@ -180,18 +180,18 @@ class Agent:
         served_s = time.monotonic() - self._ready_at if self._ready_at is not None else 0.0
         return _Ended(reason, served_s, server.last_lines())
 
-    async def _serve(self, server: SGLangServer, feed: VersionFeed) -> None:
+    async def _serve(self, server: SGLangServer, watcher: VersionWatcher) -> None:
         """Start from the newest version, load what came meanwhile, then report ready and follow. Ends by an error."""
         self._become("starting")
         self.heartbeat.change(version=-1, checksum="")
-        now = await feed.first()
+        now = await watcher.first()
         started = time.monotonic()
         try:
             options = sglang_args.model_options(self._settings, self._device, now.model, now.version)
             await server.start_model(options, self._settings.ready_timeout_s)
         except BaseException:
             if not self._draining:
-                feed.did_not_start(now)
+                watcher.did_not_start(now)
             raise
         self._log.info("SGLang is up", version=now.version, seconds=round(time.monotonic() - started, 1))
         checksum = await server.checksum()
@@ -199,14 +199,14 @@ class Agent:
             version=now.version, loading=-1, vocab_size=now.model.vocab_size, checksum=checksum,
             prefix_key=self._updates.loaded(now.version, self.heartbeat.status.updates),
         )  # fmt: skip
-        while (wanted := await feed.next(now.version, now.model, 0.0)) is not None:
+        while (wanted := await watcher.next(now.version, now.model, 0.0)) is not None:
             await self._updates.swap(server, wanted)
             now = wanted
         self._ready_at, self._was_ready = time.monotonic(), True
         self._become("ready")
         self._log.info("ready", server=self.name, version=now.version, url=self.heartbeat.status.url)
         while True:
-            wanted = await feed.next(now.version, now.model, FOLLOW_S)
+            wanted = await watcher.next(now.version, now.model, FOLLOW_S)
             if wanted is not None and await self._updates.apply(server, wanted):
                 now = wanted
 

@@ -19,7 +19,7 @@ import anyio
 from lachesis.broker.errors import LachesisError
 from lachesis.broker.store.child_process import die_with_parent
 
-POLL_S = 0.1
+READY_POLL_S = 0.1
 PAUSE_S = 60.0  # bound on pausing and continuing, which take milliseconds
 LOG_BYTES = 16 << 20  # a longer log is put aside when the server starts
 
@@ -107,7 +107,7 @@ class SGLangServer:
         try:
             with anyio.fail_after(timeout_s):
                 while not await self._is_ready():  # noqa: ASYNC110  it tells nobody when it is
-                    await anyio.sleep(POLL_S)
+                    await anyio.sleep(READY_POLL_S)
         except TimeoutError:
             raise ServerFailed(f"SGLang was not ready after {timeout_s:g} s; its log is {self.log}") from None
 

@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 from structlog.stdlib import BoundLogger
 
 from lachesis.broker import Broker
-from lachesis.broker.failpoints import crash_point
+from lachesis.broker.failpoints import failpoint
 from lachesis.inference.agent.sglang_args import watchdog_s
 from lachesis.inference.agent.sglang_process import ServerFailed, SGLangServer
 from lachesis.inference.heartbeat import Heartbeat
@@ -91,7 +91,7 @@ class Updates:
             try:
                 with anyio.fail_after(self._pause_limit_s):
                     await server.pause("in_place" if in_place else "retract")
-                    crash_point("paused", to.version)
+                    failpoint("paused", to.version)
                     paused = time.monotonic()
                     await server.load(to.model.folder, to.version, flush_cache=not in_place)
                     loaded = time.monotonic()
@@ -131,7 +131,7 @@ class Updates:
         status = self._heartbeat.status
         try:
             if self._settings.update_at_once == 0 and time.monotonic() - self._counted_at > CENSUS_S:
-                servers = await self._broker.parties.servers(status.pool)
+                servers = await self._broker.registry.servers(status.pool)
                 live = {server.server for server in servers if abs(time.time() - server.heartbeat) < LIVE_S}
                 self._at_once, self._counted_at = math.ceil(len(live | {status.server}) / 2), time.monotonic()
             return await self._broker.pools.take_turn(status.pool, status.server, self._at_once, TURN_S)

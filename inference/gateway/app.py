@@ -26,8 +26,8 @@ from lachesis.broker.records.keys import check_name
 from lachesis.inference.gateway.lineage import Lineages
 from lachesis.inference.gateway.pool import Pool
 from lachesis.inference.gateway.pool_watch import PoolWatch
-from lachesis.inference.gateway.proxy import Relay
-from lachesis.inference.gateway.request_check import Check
+from lachesis.inference.gateway.proxy import Proxy
+from lachesis.inference.gateway.request_check import RequestCheck
 from lachesis.inference.gateway.routes import GenerationRoute, Guard, refuse
 from lachesis.inference.settings import FrontDoorSettings
 from lachesis.service.http.access import ENVIRONMENT, Access
@@ -49,10 +49,10 @@ class FrontDoor:
         self.settings, self._broker = settings, broker
         self._pool = Pool(settings.max_lag)
         self.watch = PoolWatch(self._pool, settings, broker, lambda: self.relay.waiting, log)
-        self.relay = Relay(self._pool, settings.patience_s, self.watch.look_now)
+        self.relay = Proxy(self._pool, settings.patience_s, self.watch.look_now)
         self._lineage_lost = self._lineage_dropped = 0
         record = self.record if settings.lineage_bytes else None
-        check = Check(settings.pass_fields.replace(",", " ").split())
+        check = RequestCheck(settings.pass_fields.replace(",", " ").split())
         routes = [
             *(
                 Route(

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 REFUSED_S = 60.0
-MOST = 10_000  # prompts; the oldest are forgotten first
+MOST_PROMPTS = 10_000  # prompts; the oldest are forgotten first
 _PROMPT = ("input_ids", "text", "prompt", "messages")
 
 
@@ -23,7 +23,7 @@ class Poison:
         digest = _digest(body)
         self._until.pop(digest, None)
         self._until[digest] = now + REFUSED_S
-        if len(self._until) > MOST:
+        if len(self._until) > MOST_PROMPTS:
             del self._until[next(iter(self._until))]
 
     def refuses(self, body: Mapping[str, Any], now: float) -> bool:

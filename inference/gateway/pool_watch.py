@@ -42,7 +42,7 @@ class PoolWatch:
         while True:
             self._look_now = anyio.Event()
             try:
-                self._statuses = await self._broker.parties.servers(self._settings.pool)
+                self._statuses = await self._broker.registry.servers(self._settings.pool)
                 silent = False
             except (RedisError, OSError) as error:
                 if not silent:

@@ -76,7 +76,7 @@ class _Lost(_Failed):
         super().__init__(message)
 
 
-class Relay:
+class Proxy:
     """Sends requests to the pool's servers. `refresh` is called when a call failed: the pool may have changed."""
 
     def __init__(self, pool: Pool, patience_s: float, refresh: Callable[[], None]) -> None:

@@ -38,7 +38,7 @@ _NAMED = re.compile(r"Object (contains unknown|missing required) field `(.*)`", 
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 
 
-class Check:
+class RequestCheck:
     """Fields and parts of messages whose names are in `passed` are passed on unseen."""
 
     def __init__(self, passed: Collection[str] = ()) -> None:

@@ -21,8 +21,8 @@ from lachesis.inference.gateway.protocols.fan_out import merge, singles
 from lachesis.inference.gateway.protocols.openai_stream import OpenAIStream
 from lachesis.inference.gateway.protocols.sglang import BadRequest, read_request
 from lachesis.inference.gateway.protocols.vllm import is_vllms, to_sglang, to_vllm
-from lachesis.inference.gateway.proxy import Answer, Relay, Served, StreamBroken, Unanswered
-from lachesis.inference.gateway.request_check import Check
+from lachesis.inference.gateway.proxy import Answer, Proxy, Served, StreamBroken, Unanswered
+from lachesis.inference.gateway.request_check import RequestCheck
 from lachesis.service.http.access import Access, Denied
 
 MAX_CONTAINERS, MAX_VALUES = 100_000, 1_200_000  # of one request: it is decoded, and encoded, in a tenth of a second
@@ -41,14 +41,14 @@ class GenerationRoute:
     def __init__(
         self,
         path: str,
-        relay: Relay,
+        proxy: Proxy,
         record: Record | None,
-        check: Check,
+        check: RequestCheck,
         max_body_bytes: int,
         *,
         direct: bool = True,
     ) -> None:
-        self._path, self._relay, self._record, self._check, self._direct = path, relay, record, check, direct
+        self._path, self._proxy, self._record, self._check, self._direct = path, proxy, record, check, direct
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,7 +82,7 @@ class GenerationRoute:
                     answer.content = to_vllm(body, answer.generated)
             elif body.get("stream"):
                 sink, asked = self._sink(body, send)
-                streamed = await self._relay.stream(self._path, {**body, **asked}, sink)
+                streamed = await self._proxy.stream(self._path, {**body, **asked}, sink)
                 if streamed is None:
                     await sink.finish()
                     return
@@ -110,13 +110,13 @@ class GenerationRoute:
     async def _whole(self, body: dict[str, Any]) -> Answer:
         """A complete answer, recorded."""
         if self._record is None:
-            return await self._relay.answer(self._path, body)
+            return await self._proxy.answer(self._path, body)
         asked = to_ask(self._path, body)
         parts, n = singles(self._path, body)
         if parts:
             answer = await self._all([{**part, **asked} for part in parts], n)
         else:
-            answer = await self._relay.answer(self._path, {**body, **asked})
+            answer = await self._proxy.answer(self._path, {**body, **asked})
         if answer.status == 200:
             if found := lineages(body, answer.generated):
                 await self._record(found)
@@ -125,7 +125,7 @@ class GenerationRoute:
 
     async def _all(self, parts: Sequence[dict[str, Any]], n: int) -> Answer:
         """One answer of calls that are made at the same time; the first one that failed stands for all."""
-        calls = [asyncio.ensure_future(self._relay.answer(self._path, part)) for part in parts]
+        calls = [asyncio.ensure_future(self._proxy.answer(self._path, part)) for part in parts]
         try:
             answers = await asyncio.gather(*calls)
         finally:

@@ -29,7 +29,7 @@ class Abandoned(Exception):
     """The caller has set its `stop`."""
 
 
-class Copying:
+class Download:
     """Fills `folder`, which nobody else writes to meanwhile; what an earlier try left there is used.
 
     Args:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from lachesis.broker.records.versions import WeightsEntry
 from lachesis.broker.weights.manifest import MANIFEST
-from lachesis.inference.versions.download import Abandoned, Copying
+from lachesis.inference.versions.download import Abandoned, Download
 
 LOCK_POLL_S = 0.1
 
@@ -59,7 +59,7 @@ class Staging:
         lock = _lock(folder, stop, complete=lambda: self._is_complete(folder, entry))
         try:
             if not self._is_complete(folder, entry):
-                Copying(entry, folder, stop, lambda other: self._complete(other, stop)).run()
+                Download(entry, folder, stop, lambda other: self._complete(other, stop)).run()
             fcntl.flock(lock, fcntl.LOCK_SH)
         except BaseException:
             os.close(lock)

@@ -18,13 +18,13 @@ from typing import BinaryIO
 
 import msgspec
 
-KEEP = 8  # records
+KEEP_RECORDS = 8  # records
 PATIENCE_S = 60.0  # for who reads the files; one that is stopped holds nobody up for longer
-POLL_S = 0.01
+LOCK_POLL_S = 0.01
 TICK_S = 0.05
 
 
-class Verified:
+class VerificationCache:
     """Records in a folder that only the agents of this machine can write."""
 
     def __init__(self, folder: Path, patience_s: float = PATIENCE_S) -> None:
@@ -57,11 +57,11 @@ class Verified:
                 return True
             if time.monotonic() > until:
                 return False
-            time.sleep(POLL_S)
+            time.sleep(LOCK_POLL_S)
 
     def _collect(self) -> None:
         with contextlib.suppress(FileNotFoundError):  # another agent was faster
-            for old in sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEEP]:
+            for old in sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEEP_RECORDS]:
                 old.unlink()
 
 

@@ -18,7 +18,7 @@ from lachesis.broker.records.versions import Manifest, TensorInfo, WeightsEntry
 from lachesis.broker.weights.manifest import MANIFEST, MAX_MANIFEST, read_manifest
 from lachesis.inference.versions.model_folder import ModelFolder
 from lachesis.inference.versions.safetensors_reader import read_header, read_through
-from lachesis.inference.versions.verification_cache import Verified
+from lachesis.inference.versions.verification_cache import VerificationCache
 
 _TIED = "lm_head.weight"
 
@@ -38,7 +38,7 @@ def folder_of(entry: WeightsEntry) -> Path:
     return Path(unquote(parts.path) if parts.scheme else entry.uri)
 
 
-def verify(entry: WeightsEntry, like: ModelFolder | None, verified: Verified | None = None) -> Path:
+def verify(entry: WeightsEntry, like: ModelFolder | None, verified: VerificationCache | None = None) -> Path:
     """The version's folder, once its manifest, its files and their tensors have been found in order.
 
     Args:

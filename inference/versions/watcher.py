@@ -23,13 +23,13 @@ from lachesis.broker.weights.pools import Orders, canaries
 from lachesis.inference.heartbeat import Heartbeat
 from lachesis.inference.versions.model_folder import ModelFolder, read_model_folder
 from lachesis.inference.versions.staging import Staging, is_remote
-from lachesis.inference.versions.verification_cache import Verified
+from lachesis.inference.versions.verification_cache import VerificationCache
 from lachesis.inference.versions.verify import VersionGone, folder_of, verify
 
 LIVE_S = 10.0  # servers silent for longer have no part in a canary
 CENSUS_S = 1.0  # while there is a canary, who lives is looked at so often
 RETRY_S = 1.0  # until Redis, or a folder that is not visible yet, is looked at again
-POLL_S = 0.5  # for a base model in the making
+BASE_MODEL_POLL_S = 0.5  # for a base model in the making
 MAX_REASON = 1000  # characters of why a version was refused
 PASSING = {  # errors of this machine, and not of a version: it is tried again
     errno.EAGAIN, errno.EDQUOT, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.ESTALE,
@@ -49,10 +49,10 @@ class Loadable(Struct, frozen=True):
     passed_over: str = ""  # why a version that was wanted more is not it
 
 
-class VersionFeed:
+class VersionWatcher:
     """Finds versions for one server. A refused version is never looked at again."""
 
-    def __init__(self, broker: Broker, policy: str, base: Path | None, staging: Staging, verified: Verified | None, heartbeat: Heartbeat, log: BoundLogger) -> None:  # fmt: skip
+    def __init__(self, broker: Broker, policy: str, base: Path | None, staging: Staging, verified: VerificationCache | None, heartbeat: Heartbeat, log: BoundLogger) -> None:  # fmt: skip
         self._broker, self._policy, self._base, self._staging = broker, policy, base, staging
         self._verified = verified
         self._heartbeat, self._log = heartbeat, log
@@ -77,7 +77,7 @@ class VersionFeed:
                 place = f"{self._base} to appear or " if self._base and base is None else ""
                 self._log.info(f"waiting for {place}a version that can be served", policy=self._policy)
                 said = True
-            await anyio.sleep(POLL_S)
+            await anyio.sleep(BASE_MODEL_POLL_S)
 
     async def next(self, serving: int, like: ModelFolder, timeout_s: float) -> Loadable | None:
         """A version to load in the place of `serving`, which fits the served model; waits up to `timeout_s` for one.
@@ -135,7 +135,7 @@ class VersionFeed:
         """This server's part of the rule: newest | pin | canary | rest."""
         part, status = orders.rule.mode, self._heartbeat.status
         if part == "canary":
-            servers = await self._ask(partial(self._broker.parties.servers, status.pool))
+            servers = await self._ask(partial(self._broker.registry.servers, status.pool))
             live = {server.server for server in servers if abs(time.time() - server.heartbeat) < LIVE_S}
             part = "canary" if status.server in canaries(orders.rule, live | {status.server}) else "rest"
         if part != status.rule:

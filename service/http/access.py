@@ -27,7 +27,7 @@ from lachesis.broker.store.redis_errors import trouble
 
 REMEMBERED_S = 5.0  # a revoked token is good for as long as this
 REREAD_S = 0.1  # however many unknown tokens come, Redis is asked about them no more often
-LOOK_S = 1.0  # who knows the tokens of before waits this long for a Redis in trouble
+TOKENS_PATIENCE_S = 1.0  # who knows the tokens of before waits this long for a Redis in trouble
 
 OPEN: tuple[Role, ...] = ()  # to everyone: no guard
 ANY: tuple[Role, ...] = ("environment", "trainer", "admin")
@@ -93,7 +93,7 @@ class Access:
     async def may_read(self, authorization: str) -> bool:
         """Whether the header's sender may be told of the run; not where Redis, which knows, can't be asked in a moment."""
         try:
-            with patience(LOOK_S):
+            with patience(TOKENS_PATIENCE_S):
                 await self.check(authorization, ANY)
         except (Denied, RedisError, OSError):
             return False
@@ -102,7 +102,7 @@ class Access:
     async def _read(self) -> None:
         known = self._read_at > float("-inf")
         try:
-            with patience(LOOK_S) if known else nullcontext():
+            with patience(TOKENS_PATIENCE_S) if known else nullcontext():
                 self._records = self._as_seen(await self._broker.tokens.all())
         except (RedisError, OSError) as error:
             if not known or trouble(error) is None:

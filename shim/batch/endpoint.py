@@ -60,12 +60,12 @@ class BatchEndpoint:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        config = await self._broker.parties.trainer_config()
+        config = await self._broker.registry.trainer_config()
         if config is None:
             await JSONResponse(UNREGISTERED)(scope, receive, send)
             return
         consumer = consumer_of(Request(scope))
-        await self._broker.parties.start()
+        await self._broker.registry.start()
         await self._trainers.saw(consumer)
         if is_pipelined(scope):  # it acknowledges nothing, and there is no more before that
             await JSONResponse({"batch": None})(scope, receive, send)

@@ -85,7 +85,7 @@ class HttpTrainers:
         """The trainer is here. Raises LimitReached where it is new, and as many others as may be were here of late."""
         keys, now = self._broker.keys, f"{time.time():.3f}"
         args = [consumer, now, self._policy, MOST_TRAINERS, CROWDED_S]
-        if not await self._broker.scripts.visit(keys=[keys.trainers, keys.batches], args=args):
+        if not await self._broker.scripts.note_trainer_call(keys=[keys.trainers, keys.batches], args=args):
             raise LimitReached(
                 f"run {keys.run!r} has {MOST_TRAINERS} HTTP trainers, and all of them called within {CROWDED_S:.0f} s: "
                 "give each trainer one X-Trainer-Id, not one each time"
@@ -171,7 +171,7 @@ class HttpTrainers:
 
     async def active(self) -> str | None:
         """In words, who trains now: a native trainer holding the writer lock, or an HTTP trainer seen lately."""
-        if await self._broker.parties.writer(self._policy, ttl_s=1).locked():
+        if await self._broker.registry.writer(self._policy, ttl_s=1).locked():
             return f"a trainer holds policy {self._policy!r}"
         fields = await self._broker.redis.hgetall(self._broker.keys.trainers)
         seen = {name: read_seconds(at) for name, at in fields.items() if name.startswith(b"http:")}
@@ -182,7 +182,7 @@ class HttpTrainers:
         return f"trainer {name.decode()} was here {ago:.0f} s ago" if abs(ago) < ACTIVE_S else None
 
     async def _note(self, consumer: str, sent: Sent) -> None:
-        await self._broker.scripts.note(
+        await self._broker.scripts.set_fields(
             keys=[self._broker.keys.state], args=[self._field(consumer), msgspec.json.encode(sent)]
         )
 

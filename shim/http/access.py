@@ -34,9 +34,9 @@ def caller_of(request: Request) -> TokenRecord | None:
 
 async def environment_of(broker: Broker, caller: TokenRecord | None, env_id: int) -> EnvRecord | None:
     """Note that the environment called, and return it; None if it is not registered. Denied where it is another token's."""
-    env = await broker.parties.hear(env_id, by=caller)
+    env = await broker.registry.touch_env(env_id, by=caller)
     if env is not None and not may_act_for(caller, env):
-        env = await broker.parties.env(env_id)  # what was known of it may be from before a reset
+        env = await broker.registry.env(env_id)  # what was known of it may be from before a reset
         check_owner(caller, env)
     return env
 

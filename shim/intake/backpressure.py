@@ -102,7 +102,7 @@ class _Waiter:
     go: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
-class Pressure:
+class Backpressure:
     """What the posts of one run wait for, and those that wait."""
 
     def __init__(
@@ -234,15 +234,15 @@ class Patient:
 class Hold:
     """How long one post may wait, from its creation on."""
 
-    def __init__(self, pressure: Pressure) -> None:
-        self._broker = pressure.broker
-        self._pressure, self._since, self._tries = pressure, asyncio.get_running_loop().time(), 0
+    def __init__(self, backpressure: Backpressure) -> None:
+        self._broker = backpressure.broker
+        self._backpressure, self._since, self._tries = backpressure, asyncio.get_running_loop().time(), 0
 
     async def room(self) -> None:
         """Return when Redis takes writes and the queue is below its limits; HTTPException 503 where that takes too long."""
         while self._broker.refuses and not await self._broker.takes_writes():
             await self._wait(UNREAD, "Redis takes no writes", Trouble.UNREADY)
-        if (why := await self._pressure.over()) and not (await self._pressure.look()).starves:
+        if (why := await self._backpressure.over()) and not (await self._backpressure.look()).starves:
             await self._wait(UNREAD, why)
 
     async def store(self, put: Callable[[Limits], Awaitable[str]], size: Callable[[], Size] = lambda: UNREAD) -> str:
@@ -250,7 +250,7 @@ class Hold:
 
         `size` is asked for when the group has to wait.
         """
-        limits = self._pressure.limits
+        limits = self._backpressure.limits
         while True:
             try:
                 with patience(QUICK_S):
@@ -262,16 +262,16 @@ class Hold:
                 continue
             if reply not in WHY:
                 if self._tries:
-                    self._pressure.stored()
+                    self._backpressure.stored()
                 return reply
-            if (await self._pressure.look()).starves:
+            if (await self._backpressure.look()).starves:
                 limits = Limits(policy=limits.policy)
             else:
                 await self._wait(size(), WHY[reply])
 
     async def _wait(self, size: Size, why: str, kind: Trouble | None = None) -> None:
         self._tries += 1
-        await self._pressure.wait(self._since, size, why, kind, self._tries)
+        await self._backpressure.wait(self._since, size, why, kind, self._tries)
 
 
 def _batch_size(registration: bytes | None) -> int:

@@ -58,7 +58,7 @@ class Accepted(NamedTuple):
     waiting: int | None
 
 
-class GroupsIn:
+class ScoredDataRoutes:
     """Decodes, checks and stores posted groups, and keeps those that can't be trained for triage."""
 
     def __init__(
@@ -190,7 +190,7 @@ class GroupsIn:
         limits = {"max_token_len": config.max_token_len, "batch_size": config.batch_size} if config else {}
         admit(arrays, **limits, reader=reader)
         packed = packed or pack_group(arrays)
-        told = self._versions.stamp(arrival, arrays)
+        told = self._versions.annotate(arrival, arrays)
         put = partial(
             self._broker.queue.put,
             gid,
@@ -239,7 +239,7 @@ class GroupsIn:
         """Keep it under another id: the same post may be fine for the next trainer."""
         self.counts["refused"] += 1
         try:
-            await self._broker.queue.bury(
+            await self._broker.queue.keep_refused(
                 f"{REFUSED}{gid}", body, "invalid", str(error)[:1000], most_bytes=self._refused_bytes
             )
         except RedisError as lost:

@@ -55,7 +55,7 @@ class Versions:
         if group.versions is None and self._last and not ask and time.monotonic() - self._last[0] < FRESH_S:
             return self._last[1]
         keys, found = self._broker.keys, places(group)
-        config, newest, servers, recorded, lineages, oldest = await self._broker.scripts.arrive(
+        config, newest, servers, recorded, lineages, oldest = await self._broker.scripts.read_arrival(
             keys=[keys.trainers, keys.weights(self._policy), keys.pools, keys.lineage, keys.old_lineage, keys.served],
             args=digests(group, found) if group.versions is None else (),
         )
@@ -69,7 +69,7 @@ class Versions:
             self._last = time.monotonic(), arrival._replace(places=[], lineages=[], believed=believed)
         return arrival
 
-    def stamp(self, arrival: Arrival, group: Group) -> Counter[str]:
+    def annotate(self, arrival: Arrival, group: Group) -> Counter[str]:
         """Set a valid group's versions and sampled log-probs. Returns what to add to `counts` when it is stored.
 
         v_min and v_max are exact where the making of every trained token is known. Else bounds are counted in: newest

@@ -26,7 +26,7 @@ MAX_TEXT_BYTES = 1024
 MAX_NUMBER = 2**53  # what JSON numbers hold exactly; products and sums of these are finite
 
 
-class PartyRoutes:
+class RegistrationRoutes:
     """`/register`, `/register-env`, `/disconnect-env`, `/info`, `/wandb_info`, `/reset_data`."""
 
     def __init__(self, broker: Broker, trainers: HttpTrainers, max_body_bytes: int, max_runs: int = 0) -> None:
@@ -50,9 +50,9 @@ class PartyRoutes:
 
     async def _adopt(self, config: TrainerConfig) -> None:
         """Make this the run's registration, unless an active trainer has registered other settings."""
-        parties = self._broker.parties
+        registry = self._broker.registry
         for _ in range(ATTEMPTS):
-            judged = await parties.registration()
+            judged = await registry.registration()
             earlier = read_json(TrainerConfig, judged)
             if earlier == config:
                 return
@@ -64,7 +64,7 @@ class PartyRoutes:
                 )
             status = await self._broker.queue.status()
             offset = max(0, config.starting_step - status.delivered)
-            if await parties.adopt(judged, config, step_offset=offset):
+            if await registry.adopt(judged, config, step_offset=offset):
                 return
         raise Conflict("other trainers register with this run at this moment: try again, or use another run")
 
@@ -76,13 +76,13 @@ class PartyRoutes:
             raise Malformed([detail("value_error", ["min_batch_allocation"], config.min_batch_allocation, rule)])
         if len(config.desired_name) > NAME_CHARACTERS or not config.desired_name.isprintable():
             raise Malformed([detail("value_error", ["desired_name"], config.desired_name, PRINTABLE)])
-        parties = self._broker.parties
-        trainer = await parties.trainer_config()
-        if trainer is None or not await parties.started():
+        registry = self._broker.registry
+        trainer = await registry.trainer_config()
+        if trainer is None or not await registry.started():
             return JSONResponse({"status": "wait for trainer to start"})
         await self._broker.enlist(self._max_runs)  # its trainer may be a native one, which does not come by here
         caller = caller_of(request)
-        record = await parties.register_env(config, nonce=uuid.uuid4().hex, owner=caller.name if caller else "")
+        record = await registry.register_env(config, nonce=uuid.uuid4().hex, owner=caller.name if caller else "")
         await self._broker.journal.control("register-env", record.name, msgspec.json.encode(record).decode())
         return JSONResponse(
             {
@@ -98,21 +98,21 @@ class PartyRoutes:
 
     async def disconnect_env(self, request: Request) -> Response:
         env_id = decode(EnvIdentifier, await read_body(request, self._max_body_bytes)).env_id
-        record = await self._broker.parties.env(env_id)
+        record = await self._broker.registry.env(env_id)
         if record is None:
             return JSONResponse({"status": "failure", "error": "list index out of range"})
         check_owner(caller_of(request), record)
-        await self._broker.parties.update_env(structs.replace(record, connected=False))
+        await self._broker.registry.update_env(structs.replace(record, connected=False))
         await self._broker.journal.control("disconnect-env", record.name)
         return JSONResponse({"status": "success"})
 
     async def info(self, _: Request) -> Response:
-        config = await self._broker.parties.trainer_config()
+        config = await self._broker.registry.trainer_config()
         sizes = (config.batch_size, config.max_token_len) if config else (-1, -1)
         return JSONResponse(dict(zip(("batch_size", "max_token_len"), sizes, strict=True)))
 
     async def wandb_info(self, _: Request) -> Response:
-        config = await self._broker.parties.trainer_config()
+        config = await self._broker.registry.trainer_config()
         return JSONResponse(
             {"group": config.wandb_group if config else None, "project": config.wandb_project if config else None}
         )

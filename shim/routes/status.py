@@ -25,7 +25,7 @@ from lachesis.service.http.access import Access
 from lachesis.shim.errors import retry_after
 from lachesis.shim.http.access import account_of, caller_of, environment_of
 from lachesis.shim.http.body import read_body
-from lachesis.shim.intake.buffer import LOOK_S
+from lachesis.shim.intake.buffer import STATUS_PATIENCE_S
 from lachesis.shim.intake.decode import decode
 
 MIN_ENV_WEIGHT = 0.01
@@ -100,7 +100,7 @@ class StatusRoutes:
         caller = caller_of(request)
         asked = env_id, caller.name if caller else ""
         try:
-            with patience(LOOK_S):
+            with patience(STATUS_PATIENCE_S):
                 answer = await self._status_env(env_id, caller)
         except RedisError as error:
             if trouble(error) is None:
@@ -117,7 +117,7 @@ class StatusRoutes:
 
     async def _status_env(self, env_id: int, caller: TokenRecord | None) -> dict[str, Any]:
         env = await environment_of(self._broker, caller, env_id)
-        keys, environments = self._broker.keys, self._broker.parties.environments
+        keys, environments = self._broker.keys, self._broker.registry.environments
         async with self._broker.redis.pipeline(transaction=False) as pipe:  # every environment asks ten times a second
             pipe.hgetall(keys.state)
             pipe.hmget(keys.trainers, ["config", "step_offset"])
@@ -146,6 +146,6 @@ class StatusRoutes:
         return JSONResponse(told if may_read else {"status": told["status"]}, code, headers)
 
     async def _look(self) -> QueueStatus:
-        with patience(LOOK_S):
+        with patience(STATUS_PATIENCE_S):
             await self._broker.probe()
             return await self._broker.queue.status()

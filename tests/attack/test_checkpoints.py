@@ -164,25 +164,25 @@ def load_pickles(model: Path, folder: Path, said: Path) -> None:
     os.environ["VERL_PLATFORM"] = "cpu"
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     from lachesis.trainer.algo.learner import Learner
-    from lachesis.trainer.algo.rank_group import Crew
+    from lachesis.trainer.algo.rank_group import RankGroup
     from lachesis.trainer.config.compose import compose_config
     from lachesis.trainer.engine.verl_engine import build_engine
 
     config = compose_config([f"actor_rollout_ref.model.path={model}"], device="cpu")
     engine = build_engine(config)
-    crew = Crew(engine, Learner(engine, config.algorithm))
-    crew.save_checkpoint(str(folder), None, 1, None)
+    rank_group = RankGroup(engine, Learner(engine, config.algorithm))
+    rank_group.save_checkpoint(str(folder), None, 1, None)
     lines = []
     for file in sorted(folder.glob("*.pt")):
         whole = file.read_bytes()
         for spoiled in (pickle.dumps(Pickled(said), protocol=2), zipped(Pickled(said)), b"", b"no checkpoint"):
             file.write_bytes(spoiled)
             try:
-                crew.load_checkpoint(str(folder), None, False)
+                rank_group.load_checkpoint(str(folder), None, False)
             except CheckpointRefused as error:
                 lines.append(str(error))
         file.write_bytes(whole)
-    crew.load_checkpoint(str(folder), None, False)
+    rank_group.load_checkpoint(str(folder), None, False)
     assert not said.exists(), "a pickle ran"
     said.write_text("\n".join(lines))
 

@@ -24,7 +24,7 @@ from published import CONTEXT, VOCAB, make_model
 from lachesis.broker import EmbeddedRedis
 from lachesis.inference.gateway import request_fields
 from lachesis.inference.gateway.protocols.sglang import BadRequest
-from lachesis.inference.gateway.request_check import Check, check_vocabulary
+from lachesis.inference.gateway.request_check import RequestCheck, check_vocabulary
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sglang, pytest.mark.timeout(600)]
 
@@ -132,7 +132,7 @@ def passing(cases: Iterator[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict
     found: dict[bytes, tuple[str, dict[str, Any]]] = {}
     for path, request in cases:
         with suppress(BadRequest):
-            check_vocabulary(Check()(path, request), VOCAB)
+            check_vocabulary(RequestCheck()(path, request), VOCAB)
             found[msgspec.json.encode((path, request))] = (path, request)
     return list(found.values())
 

@@ -233,7 +233,7 @@ class Served:
                 while True:
                     if self._running.done():
                         self._running.result()
-                    for found in await self._broker.parties.servers():
+                    for found in await self._broker.registry.servers():
                         if what(found):
                             return found
                     await anyio.sleep(0.01)

@@ -36,7 +36,7 @@ async def agents(broker: Broker, tmp_path: Path) -> AsyncIterator[None]:
         for name in SERVERS:
             await stack.enter_async_context(fake_sglang.agent(broker, tmp_path / name, name, model=str(base)))
         with anyio.fail_after(120):
-            while [status.state for status in await broker.parties.servers()] != ["ready"] * len(SERVERS):  # noqa: ASYNC110
+            while [status.state for status in await broker.registry.servers()] != ["ready"] * len(SERVERS):  # noqa: ASYNC110
                 await anyio.sleep(0.05)
         yield
 
@@ -107,7 +107,7 @@ async def test_a_completion_of_many_prompts_is_refused_as_a_whole(broker: Broker
 
 
 def test_what_is_remembered_of_prompts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(poison, "MOST", 3)
+    monkeypatch.setattr(poison, "MOST_PROMPTS", 3)
     known = Poison()
     for number in range(5):
         known.add({"input_ids": [number]}, now=number)

@@ -49,10 +49,10 @@ async def test_the_count_is_exact_whatever_happens_to_the_letters(
         letters = await broker.dead.all()
         if action == "bury":
             body = chance.randbytes(chance.choice((0, 1, 300, 4000, 15_000, 30_000)))
-            await broker.queue.bury(f"refused-{number}", body, "invalid", "why", most_bytes=BYTES)
+            await broker.queue.keep_refused(f"refused-{number}", body, "invalid", "why", most_bytes=BYTES)
             assert (await broker.dead.all())[-1].entry.gid == f"refused-{number}"
         elif action == "again" and letters and "/" not in letters[-1].entry.gid:
-            await broker.queue.bury(letters[-1].entry.gid, b"", "invalid", "why", most_bytes=BYTES)
+            await broker.queue.keep_refused(letters[-1].entry.gid, b"", "invalid", "why", most_bytes=BYTES)
             assert await broker.dead.all() == letters
         elif action == "purge" and letters:
             await broker.dead.purge(chance.choice(letters), who="me")
@@ -74,14 +74,14 @@ async def test_a_letter_that_is_a_week_old_makes_room(broker: Broker) -> None:
     await redis.set(keys.blob("refused-old"), b"12345")
     await redis.hset(keys.settings, "refused_bytes", 5)
     await kept(broker)
-    await broker.queue.bury("refused-new", b"x", "invalid", "why")
+    await broker.queue.keep_refused("refused-new", b"x", "invalid", "why")
     assert [letter.entry.gid for letter in await broker.dead.all()] == ["refused-new"]
     await kept(broker)
 
 
 async def test_a_body_is_kept_compressed_and_cut(broker: Broker) -> None:
     body = b"x" * (5 << 20)
-    await broker.queue.bury("refused-x", body, "invalid", "why")
+    await broker.queue.keep_refused("refused-x", body, "invalid", "why")
     assert sum(await kept(broker)) < 1000
     (letter,) = await broker.dead.all()
     assert (letter.cut_from, await broker.dead.body(letter)) == (len(body), body[:BODY_BYTES])

@@ -58,7 +58,7 @@ async def test_environments_are_bounded_and_the_longest_silent_make_room(
     for number in range(3):  # each makes room for one
         await silent_for(broker, 700)
         assert (await register(f"later{number}")).json()["env_id"] == 10 + number
-    assert [env.env_id for env in await broker.parties.envs()] == list(range(3, 13))
+    assert [env.env_id for env in await broker.registry.envs()] == list(range(3, 13))
     assert (await registered.request("GET", "/status-env", json={"env_id": 0})).status_code == 200  # it is let go on
 
     fields = await broker.redis.hlen(broker.keys.envs)
@@ -66,8 +66,8 @@ async def test_environments_are_bounded_and_the_longest_silent_make_room(
         await silent_for(broker, 24 * 3600 + 10)
         assert (await register("sums" if number % 2 else f"other{number}")).status_code == 200
         assert await broker.redis.hlen(broker.keys.envs) <= fields
-    assert [env.env_id for env in await broker.parties.envs()] == [42]
-    assert (await broker.parties.envs())[0].name == "sums_0"
+    assert [env.env_id for env in await broker.registry.envs()] == [42]
+    assert (await broker.registry.envs())[0].name == "sums_0"
 
 
 async def test_trainers_are_bounded_and_keep_what_is_lent_to_them(
@@ -143,7 +143,7 @@ async def test_names_and_texts_are_bounded(registered: httpx.AsyncClient, broker
         assert answer.json()["detail"][0]["loc"] == ["body", field]
     for name in NAMES:
         with pytest.raises(ConfigurationError, match="must be at most 200 printable characters"):
-            await broker.parties.report(ServerStatus(name, "main", "http://s", "ready", 0, -1, 0.0))
+            await broker.registry.report(ServerStatus(name, "main", "http://s", "ready", 0, -1, 0.0))
 
 
 async def test_the_log_of_who_did_what_is_bounded(
@@ -180,7 +180,7 @@ async def test_what_environments_ask_all_the_time_costs_the_same_however_many_re
 
         alone = await cost()
         for start in range(0, 1000, 50):
-            await asyncio.gather(*(broker.parties.register_env(config, f"{start + n}") for n in range(50)))
+            await asyncio.gather(*(broker.registry.register_env(config, f"{start + n}") for n in range(50)))
         assert await cost() < 4 * alone  # a thousand records are 600 kB
         await client.post("/disconnect-env", json={"env_id": 500})
         before = (await broker.redis.info("stats"))["total_net_output_bytes"]
@@ -189,7 +189,7 @@ async def test_what_environments_ask_all_the_time_costs_the_same_however_many_re
         assert weight == max(0.01, 1 / 1000)
         await silent_for(broker, 90_000)
         for number in range(12):  # each forgets a hundred
-            await broker.parties.register_env(config, f"again{number}")
+            await broker.registry.register_env(config, f"again{number}")
         assert await broker.redis.zcard(broker.keys.heard) <= 13
         assert await cost() < 4 * alone  # a thousand records are 600 kB
     await broker.aclose()

@@ -86,7 +86,7 @@ def test_text_is_spelled_out() -> None:
 async def hostile(broker: Broker) -> str:
     """A run in which every name and text that somebody else gives is hostile. Returns the id of a refused post."""
     redis, keys, text = broker.redis, broker.keys, HOSTILE
-    await broker.parties.register_trainer(TrainerConfig(text, text, 4, 64, text, 1, 0, 9))
+    await broker.registry.register_trainer(TrainerConfig(text, text, 4, 64, text, 1, 0, 9))
     await put(broker, *range(4))
     await broker.queue.subscribe("main")
     await broker.queue.lease_or_form("main", text, 4, lapse_s=60)

@@ -173,7 +173,7 @@ async def test_another_tokens_environment_is_neither_heard_nor_changed(
         call = {"json": {"env_id": THEIRS}, "headers": bearer(tokens["alice environment"])}
         assert (await client.request(method, path, **call)).status_code == 403
     assert await broker.redis.zscore(broker.keys.heard, str(THEIRS)) == before
-    found = await broker.parties.env(THEIRS)
+    found = await broker.registry.env(THEIRS)
     assert found is not None
     assert (found.connected, found.owner) == (True, "bob-environment")
 

@@ -130,7 +130,7 @@ async def test_no_page_changes_anything(shim: tuple[str, dict[str, str]], broker
             assert answer.status == (421 if "rebinding" in way else 403), (path, way, answer.text)
     status = await broker.queue.status()
     assert (status.accepted, status.groups, status.formed) == (1, 1, 0)
-    assert await broker.parties.envs() == []
+    assert await broker.registry.envs() == []
 
 
 async def test_no_page_reads_anything(shim: tuple[str, dict[str, str]]) -> None:

@@ -15,7 +15,7 @@ async def main(url: str, run: str) -> None:
     name = f"former{os.getpid()}"
     told = False
     while True:
-        await broker.parties.hear(1)
+        await broker.registry.touch_env(1)
         lease = await broker.queue.lease_or_form("main", name, 8, lapse_s=0.2)
         if lease is None:
             await broker.queue.wait_for_group(0.05)

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from lachesis.broker.queue.selection import (
     TURN_EVERY,
     attainable,
-    choose,
-    choose_with_minimums,
     left_over,
     minimums,
-    next_batch,
+    select,
+    select_batch,
+    select_with_minimums,
 )
 
 Groups = list[tuple[str, int]]  # (environment, sequences), oldest first
@@ -62,7 +62,7 @@ def batch_of(groups: Groups, batch_size: int, least: dict[str, int], step: int =
     if met is None:
         return None
     sizes, envs = [size for _, size in groups], [env for env, _ in groups]
-    return next_batch(sizes, envs, batch_size, met, counted(groups), step)
+    return select_batch(sizes, envs, batch_size, met, counted(groups), step)
 
 
 # -- without minimums ---------------------------------------------------------------------------------------------
@@ -72,39 +72,39 @@ def batch_of(groups: Groups, batch_size: int, least: dict[str, int], step: int =
 @settings(max_examples=300, deadline=None)
 def test_the_oldest_exact_subset_or_none(sizes: list[int], batch_size: int) -> None:
     found = subsets(sizes, batch_size)
-    assert choose(sizes, batch_size) == (found[0] if found else None)
+    assert select(sizes, batch_size) == (found[0] if found else None)
 
 
 @given(sizes_of_queues, batch_sizes)
 def test_the_shortest_prefix_that_can(sizes: list[int], batch_size: int) -> None:
-    chosen = choose(sizes, batch_size)
+    chosen = select(sizes, batch_size)
     if chosen is None:
-        assert all(choose(sizes[:end], batch_size) is None for end in range(len(sizes)))
+        assert all(select(sizes[:end], batch_size) is None for end in range(len(sizes)))
     else:
-        assert choose(sizes[: chosen[-1] + 1], batch_size) == chosen
-        assert choose(sizes[: chosen[-1]], batch_size) is None
+        assert select(sizes[: chosen[-1] + 1], batch_size) == chosen
+        assert select(sizes[: chosen[-1]], batch_size) is None
 
 
 @given(sizes_of_queues, batch_sizes, st.data())
 def test_a_group_that_is_too_large_blocks_nothing(sizes: list[int], batch_size: int, data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(sizes)))
     with_giant = [*sizes[:place], batch_size + 1, *sizes[place:]]
-    without = choose(sizes, batch_size)
-    assert choose(with_giant, batch_size) == (without and [index + (index >= place) for index in without])
+    without = select(sizes, batch_size)
+    assert select(with_giant, batch_size) == (without and [index + (index >= place) for index in without])
 
 
 @given(st.integers(1, 8), st.integers(0, 20), st.integers(1, 40))
 def test_equal_sizes_are_batched_as_upstream_does(size: int, count: int, batch_size: int) -> None:
     queue = [{"tokens": [[number]] * size} for number in range(count)]
     upstream, _ = grab_exact_from_heterogeneous_queue(queue, batch_size)
-    chosen = choose([size] * count, batch_size)
+    chosen = select([size] * count, batch_size)
     assert chosen == (None if upstream is None else [group["tokens"][0][0] for group in upstream])
 
 
 @given(st.lists(st.one_of(powers_of_two, st.integers(1, 9)), max_size=40), st.integers(1, 32))
 def test_where_upstream_makes_a_batch_of_mixed_sizes_so_do_we(sizes: list[int], batch_size: int) -> None:
     upstream, _ = grab_exact_from_heterogeneous_queue([{"tokens": [[]] * size} for size in sizes], batch_size)
-    chosen = choose(sizes, batch_size)
+    chosen = select(sizes, batch_size)
     if upstream is not None:
         assert chosen is not None
     if chosen is not None:
@@ -112,14 +112,14 @@ def test_where_upstream_makes_a_batch_of_mixed_sizes_so_do_we(sizes: list[int], 
 
 
 def test_what_deadlocks_upstream_does_not_here() -> None:
-    assert choose([8, 3, 8, 1], 12) == [0, 1, 3]
-    assert choose([4, 2, 2, 2], 8) == [0, 1, 2]
-    assert choose([], 1) is None
+    assert select([8, 3, 8, 1], 12) == [0, 1, 3]
+    assert select([4, 2, 2, 2], 8) == [0, 1, 2]
+    assert select([], 1) is None
 
 
 def test_a_batch_has_at_least_one_sequence() -> None:
     with pytest.raises(ValueError, match="batch_size = 0"):
-        choose([1], 0)
+        select([1], 0)
     for batch_size in (0, -1):
         assert attainable({"0": {1: 1}}, {}, batch_size) is None
 
@@ -147,7 +147,7 @@ def test_a_batch_is_exact_and_meets_what_can_be_met(
     groups: Groups, least: dict[str, int], batch_size: int, step: int
 ) -> None:
     chosen = batch_of(groups, batch_size, least, step)
-    oldest = choose([size for _, size in groups], batch_size)
+    oldest = select([size for _, size in groups], batch_size)
     assert (chosen is None) == (oldest is None)
     if chosen is None or oldest is None:
         return
@@ -174,7 +174,7 @@ def test_none_only_if_no_batch_meets_the_minimums(groups: Groups, least: dict[st
         for batch in subsets(sizes, batch_size)
         if all(taken(groups, batch, env) >= minimum for env, minimum in least.items())
     ]
-    chosen = choose_with_minimums(sizes, envs, batch_size, least)
+    chosen = select_with_minimums(sizes, envs, batch_size, least)
     assert chosen in fine if fine else chosen is None
 
 
@@ -255,7 +255,7 @@ def test_no_group_waits_for_ever(groups: Groups, least: dict[str, int]) -> None:
             others = [group for other, group in queue if other != number]
             still = {name: max(0, minimum - size * (name == env)) for name, minimum in met.items()}
             sizes, envs = [size for _, size in others], [env for env, _ in others]
-            assert choose_with_minimums(sizes, envs, 12 - size, still) is None, f"group {number} waits for ever"
+            assert select_with_minimums(sizes, envs, 12 - size, still) is None, f"group {number} waits for ever"
 
 
 # -- many ---------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_the_choice_among_many_is_what_its_definition_says(
     pool: tuple[int, ...], data: st.DataObject, batch_size: int
 ) -> None:
     sizes = data.draw(st.lists(st.sampled_from(pool), max_size=120))
-    assert choose(sizes, batch_size) == one_by_one(sizes, batch_size)
+    assert select(sizes, batch_size) == one_by_one(sizes, batch_size)
 
 
 @given(pools, st.data(), promises, st.integers(1, 150))
@@ -336,7 +336,7 @@ def test_the_largest_batch_there_may_be_is_made(sizes: tuple[int, ...]) -> None:
     assert attainable(waiting, least, batch_size) == least
     assert attainable({"0": {2: batch_size}}, least, batch_size - 1) is None
     queue = [sizes[place % len(sizes)] for place in range(batch_size)]
-    chosen = choose(queue, batch_size)
+    chosen = select(queue, batch_size)
     assert chosen is not None
     assert sum(queue[index] for index in chosen) == batch_size
     assert len(chosen) > len(range(chosen[-1])) - max(sizes) ** 2, "of the oldest few are left out"

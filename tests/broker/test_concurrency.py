@@ -10,7 +10,7 @@ from scored import group, trained
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
-from lachesis.broker.queue.selection import choose
+from lachesis.broker.queue.selection import select
 
 pytestmark = pytest.mark.anyio
 GROUPS, PRODUCERS, CONSUMERS, BATCH = 120, 4, 3, 8
@@ -52,7 +52,7 @@ async def test_each_accepted_group_is_in_exactly_one_batch(shared_redis: Embedde
     assert sum(reply.count("duplicate") for reply in replies) == GROUPS * (PRODUCERS - 1)
     left = [entry.gid for _, entry in await brokers[0].queue.queued()]
     assert sorted(batched + left) == sorted(f"g{number}" for number in range(GROUPS))
-    assert choose([sizes[int(gid[1:])] for gid in left], BATCH) is None
+    assert select([sizes[int(gid[1:])] for gid in left], BATCH) is None
     status = await brokers[0].queue.status()
     assert (status.groups, status.sequences) == (len(left), sum(sizes[int(gid[1:])] for gid in left))
     report = await audit(brokers[0])

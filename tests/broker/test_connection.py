@@ -126,7 +126,7 @@ async def test_a_server_that_forgets_a_script_once_more_is_given_it_once_more(br
             return sha
 
     await redis.script_flush()
-    note = Scripts(Forgetful(), broker.connections.wire).note
+    note = Scripts(Forgetful(), broker.connections.multiplexed).set_fields
     assert await note(keys=[broker.keys.state], args=["mark", "1"]) == 1
 
 

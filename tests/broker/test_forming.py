@@ -16,7 +16,7 @@ from silent import silence
 
 from lachesis.broker import Broker, EmbeddedRedis
 from lachesis.broker.audit import audit
-from lachesis.broker.queue.form import PATIENCE_S
+from lachesis.broker.queue.form import MINIMUM_WAIT_S
 from lachesis.broker.records.registrations import EnvConfig
 from lachesis.broker.run.environments import ALIVE_S
 
@@ -31,7 +31,7 @@ async def put(broker: Broker, numbers: range, size: int, env: int | None = 0) ->
 async def register(broker: Broker, *allocations: float | None) -> None:
     for env_id, allocation in enumerate(allocations):
         config = EnvConfig(64, "sums", 1.0, 2, allocation)
-        assert (await broker.parties.register_env(config, f"env{env_id}")).env_id == env_id
+        assert (await broker.registry.register_env(config, f"env{env_id}")).env_id == env_id
 
 
 async def formed(broker: Broker, batch_size: int) -> list[int] | None:
@@ -72,7 +72,7 @@ async def test_a_batch_waits_for_a_living_environment_but_not_for_ever(broker: B
     assert not await broker.redis.hexists(broker.keys.state, "missing:1")
 
     assert await formed(broker, 4) is None
-    await broker.redis.hset(broker.keys.state, "missing:1", time.time() - PATIENCE_S)  # as if so long had passed
+    await broker.redis.hset(broker.keys.state, "missing:1", time.time() - MINIMUM_WAIT_S)  # as if so long had passed
     assert await formed(broker, 4) == [1, 2]
     await put(broker, range(5, 6), 2, env=0)
     assert await formed(broker, 4) == [3, 5], "it is still missing, and was waited for"
@@ -90,15 +90,15 @@ async def test_a_dead_environment_holds_up_nobody_until_it_calls_again(broker: B
     await silence(broker, 1)
     await put(broker, range(4), 2, env=0)
     assert await formed(broker, 4) == [0, 1]
-    await broker.parties.hear(1)
+    await broker.registry.touch_env(1)
     assert await formed(broker, 4) is None
 
 
 async def test_a_disconnected_environment_holds_up_nobody(broker: Broker) -> None:
     await register(broker, None, 0.5)
-    record = await broker.parties.env(1)
+    record = await broker.registry.env(1)
     assert record is not None
-    await broker.parties.update_env(type(record)(1, record.name, record.config, connected=False))
+    await broker.registry.update_env(type(record)(1, record.name, record.config, connected=False))
     await put(broker, range(2), 2, env=0)
     assert await formed(broker, 4) == [0, 1]
 
@@ -119,7 +119,7 @@ async def test_a_full_redis_still_forms_with_and_without_patience(redis_server: 
     await broker.redis.config_set("maxmemory", "1mb")
     assert await formed(broker, 4) is None
     assert await broker.redis.hexists(broker.keys.state, "missing:1")
-    await broker.scripts.note(keys=[broker.keys.state], args=["missing:1", "0"])
+    await broker.scripts.set_fields(keys=[broker.keys.state], args=["missing:1", "0"])
     assert await formed(broker, 4) == [0, 1]
     await broker.aclose()
 
@@ -129,25 +129,25 @@ async def test_a_full_redis_still_forms_with_and_without_patience(redis_server: 
 
 async def test_that_an_environment_called_is_noted_once_in_a_while(broker: Broker) -> None:
     await register(broker, None)
-    assert await broker.parties.hear(7) is None
+    assert await broker.registry.touch_env(7) is None
     before = await calls(broker, "zadd")
     for _ in range(50):
-        heard = await broker.parties.hear(0)
+        heard = await broker.registry.touch_env(0)
         assert heard is not None
         assert heard.name == "sums_0"
     assert await calls(broker, "zadd") == before + 1
     assert await broker.redis.zrange(broker.keys.heard, 0, -1) == [b"0"]
-    (record,) = await broker.parties.envs()
+    (record,) = await broker.registry.envs()
     assert abs(record.heard_at - time.time()) < ALIVE_S
 
 
 async def test_after_a_reset_an_id_is_whoever_registers_next(broker: Broker) -> None:
     await register(broker, 0.5)
-    assert await broker.parties.hear(0)
+    assert await broker.registry.touch_env(0)
     await broker.reset()
-    assert await broker.parties.hear(0) is None
+    assert await broker.registry.touch_env(0) is None
     await register(broker, None)
-    heard = await broker.parties.hear(0)
+    heard = await broker.registry.touch_env(0)
     assert heard is not None
     assert heard.config.min_batch_allocation is None
 
@@ -200,8 +200,8 @@ async def test_status_counts_formed_batches_without_reading_them(broker: Broker)
 
 
 async def test_odd_groups_are_counted_until_they_make_up_the_size(broker: Broker) -> None:
-    await broker.parties.register_env(EnvConfig(64, "sums", 1.0, 4), "one")
-    env = await broker.parties.env(0)
+    await broker.registry.register_env(EnvConfig(64, "sums", 1.0, 4), "one")
+    env = await broker.registry.env(0)
     assert env is not None
     for number, (size, waiting) in enumerate([(4, 0), (3, 3), (2, 5), (2, 3), (1, 0), (5, 5)]):
         await put(broker, range(number, number + 1), size)

@@ -36,23 +36,23 @@ def test_the_page_lists_exactly_the_names_in_the_code() -> None:
 
 @pytest.mark.anyio
 async def test_a_run_makes_only_listed_keys_of_the_listed_types(broker: Broker) -> None:
-    queue, parties = broker.queue, broker.parties
-    await parties.register_trainer(TrainerConfig("g", "p", 2, 16, "", 1, 0, 1))
-    await parties.start()
-    await parties.register_env(EnvConfig(16, "sums", 1.0, 2), "nonce")
-    await parties.report(ServerStatus("s", "main", "http://s", "ready", 0, -1, 0.0))
-    assert await broker.pools.steer("main", PoolRule("pin", 1), (await broker.pools.rule("main"))[0])
+    queue, registry = broker.queue, broker.registry
+    await registry.register_trainer(TrainerConfig("g", "p", 2, 16, "", 1, 0, 1))
+    await registry.start()
+    await registry.register_env(EnvConfig(16, "sums", 1.0, 2), "nonce")
+    await registry.report(ServerStatus("s", "main", "http://s", "ready", 0, -1, 0.0))
+    assert await broker.pools.set_rule("main", PoolRule("pin", 1), (await broker.pools.rule("main"))[0])
     assert await broker.pools.take_turn("main", "s", 1, 60)
     for max_bytes in (1 << 20, 1):  # the second makes the first old
         await broker.lineage.record([(tokens_digest([1, 2]), Lineage(0, 0, ((0, 0, 1),)))], max_bytes=max_bytes)
     await broker.weights.publish("main", WeightsEntry(0, 0, "file:///v0", "0", 1, "BF16", -1))
     await broker.journal.metric("step", {"reward": 0.5})
     await broker.journal.control("register", "test")
-    await parties.writer("main", ttl_s=60).acquire()
+    await registry.writer("main", ttl_s=60).acquire()
     await broker.tokens.create("admin")
     await broker.checkpoints.add("main", "0" * 64, 1)
     await queue.retention.keep(1 << 20)
-    await queue.bury("bad", b"{}", "invalid", "test")
+    await queue.keep_refused("bad", b"{}", "invalid", "test")
     for number in range(6):
         await queue.put(f"g{number}", group(number), v_min=0, v_max=0)
     await queue.subscribe("main")

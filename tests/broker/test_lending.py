@@ -225,7 +225,7 @@ async def test_a_batch_nobody_holds_is_gone(broker: Broker) -> None:
 async def test_a_writer_that_lost_its_lock_is_fenced(broker: Broker) -> None:
     await put(broker, 1, 2)
     held = await lease(broker)
-    earlier, later = broker.parties.writer("main", ttl_s=60), broker.parties.writer("main", ttl_s=60)
+    earlier, later = broker.registry.writer("main", ttl_s=60), broker.registry.writer("main", ttl_s=60)
     assert await earlier.acquire(blocking=False)
     assert not await later.acquire(blocking=False)
     old = earlier.local.token.decode()

@@ -19,7 +19,7 @@ from lachesis.broker.records.groups import Limits, Lineage
 from lachesis.broker.records.registrations import EnvConfig, TrainerConfig
 from lachesis.broker.records.steps import Lease, Membership
 from lachesis.broker.records.versions import PoolRule, ServerStatus, WeightsEntry
-from lachesis.broker.replicas.members import Claimed, Meeting
+from lachesis.broker.replicas.members import Claimed, Rendezvous
 from lachesis.broker.retention.shadows import Rule
 from lachesis.broker.store.scripts import FILES
 
@@ -71,21 +71,21 @@ async def run(shared_redis: EmbeddedRedis, run_name: str) -> AsyncIterator[Run]:
     await direct.aclose()
 
 
-async def arrive(run: Run) -> None:
-    await run.direct.parties.register_trainer(CONFIG)
-    run.lose("arrive")
+async def read_arrival(run: Run) -> None:
+    await run.direct.registry.register_trainer(CONFIG)
+    run.lose("read_arrival")
     keys = run.broker.keys
-    reply = await run.broker.scripts.arrive(
+    reply = await run.broker.scripts.read_arrival(
         keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage, keys.served], args=["d"]
     )
     assert reply == [msgspec.json.encode(CONFIG), [], [], 0, [None], -1]
 
 
-async def record(run: Run) -> None:
+async def record_lineage(run: Run) -> None:
     lineage, digest = Lineage(0, 1, ((0, 0, 1), (1, 1, 2)), b"12345678"), tokens_digest([1, 2])
     await run.direct.lineage.record([("other", lineage)])
     once = int(await run.direct.redis.hget(run.direct.keys.lineage, "bytes"))
-    run.lose("record")
+    run.lose("record_lineage")
     assert await run.broker.lineage.record([(digest, lineage)]) == 0
     assert await run.direct.lineage.look_up([digest]) == [lineage]
     held = int(await run.direct.redis.hget(run.direct.keys.lineage, "bytes"))
@@ -127,11 +127,11 @@ async def lease(run: Run) -> None:
     assert (await run.direct.queue.status()).delivered == 1
 
 
-async def deliver(run: Run) -> None:
+async def mark_delivered(run: Run) -> None:
     await run.filled()
     await run.direct.queue.form(4)
     await run.direct.queue.form(4)
-    run.lose("deliver")
+    run.lose("mark_delivered")
     await run.broker.queue.deliver(1)
     status = await run.direct.queue.status()
     assert (status.delivered, status.sequences) == (1, 4)
@@ -161,9 +161,9 @@ async def retire(run: Run) -> None:
     assert await run.direct.redis.exists(run.direct.keys.blob("g0"), run.direct.keys.blob("g3")) == 1
 
 
-async def bury(run: Run) -> None:
-    run.lose("bury")
-    await run.broker.queue.bury("refused-bad", b"{}", "invalid", "test")
+async def keep_refused(run: Run) -> None:
+    run.lose("keep_refused")
+    await run.broker.queue.keep_refused("refused-bad", b"{}", "invalid", "test")
     assert await run.length(run.direct.keys.refused) == 1
 
 
@@ -200,17 +200,17 @@ async def purge(run: Run) -> None:
     assert (status.dead, status.purged) == (0, 1)
 
 
-async def adopt(run: Run) -> None:
-    run.lose("adopt")
-    await run.broker.parties.adopt(b"", CONFIG, step_offset=3)
-    assert await run.direct.parties.trainer_config() == CONFIG
+async def replace_registration(run: Run) -> None:
+    run.lose("replace_registration")
+    await run.broker.registry.adopt(b"", CONFIG, step_offset=3)
+    assert await run.direct.registry.trainer_config() == CONFIG
     assert await run.direct.redis.hget(run.direct.keys.trainers, "step_offset") == b"3"
 
 
 async def refit(run: Run) -> None:
     await run.filled()
     assert await run.direct.queue.form(4) == 1
-    await run.direct.parties.register_trainer(structs.replace(CONFIG, batch_size=2))
+    await run.direct.registry.register_trainer(structs.replace(CONFIG, batch_size=2))
     run.lose("refit")
     await run.broker.queue.refit.if_due("main")
     assert await run.length(run.direct.keys.batches) == 0
@@ -218,10 +218,10 @@ async def refit(run: Run) -> None:
     assert (await audit(run.direct)).findings == []
 
 
-async def cover(run: Run) -> None:
+async def advance_checkpoint(run: Run) -> None:
     await run.filled()
-    run.lose("cover")
-    assert await run.broker.queue.retention.cover("main", 3)
+    run.lose("advance_checkpoint")
+    assert await run.broker.queue.retention.advance_checkpoint("main", 3)
     assert await run.direct.queue.retention.readers() == {"main": 3}
 
 
@@ -246,62 +246,62 @@ async def subscribe(run: Run) -> None:
     assert await run.direct.queue.shadows.rules() == {"main": Rule("lossy", 2)}
 
 
-async def enlist(run: Run) -> None:
-    run.lose("enlist")
+async def list_run(run: Run) -> None:
+    run.lose("list_run")
     await run.broker.enlist(10_000)
     assert run.direct.keys.run in await run.direct.runs()
 
 
-async def visit(run: Run) -> None:
-    run.lose("visit")
+async def note_trainer_call(run: Run) -> None:
+    run.lose("note_trainer_call")
     keys = [run.direct.keys.trainers, run.direct.keys.batches]
-    assert await run.broker.scripts.visit(keys=keys, args=["http:t", "1.0", "main", 1, 600]) == 1
+    assert await run.broker.scripts.note_trainer_call(keys=keys, args=["http:t", "1.0", "main", 1, 600]) == 1
     assert await run.direct.redis.hgetall(run.direct.keys.trainers) == {b"http:t": b"1.0"}
 
 
 async def register_env(run: Run) -> None:
     run.lose("register_env")
-    record = await run.broker.parties.register_env(ENV, "nonce")
-    assert await run.direct.parties.envs() == [record]
-    assert (await run.direct.parties.register_env(ENV, "other")).env_id == 1
+    record = await run.broker.registry.register_env(ENV, "nonce")
+    assert await run.direct.registry.envs() == [record]
+    assert (await run.direct.registry.register_env(ENV, "other")).env_id == 1
 
 
 async def update_env(run: Run) -> None:
-    record = structs.replace(await run.direct.parties.register_env(ENV, "nonce"), connected=False)
+    record = structs.replace(await run.direct.registry.register_env(ENV, "nonce"), connected=False)
     run.lose("update_env")
-    await run.broker.parties.update_env(record)
+    await run.broker.registry.update_env(record)
     assert await run.direct.redis.hget(run.direct.keys.envs, "changes") == b"1"
-    assert await run.direct.parties.envs() == [
-        structs.replace(record, heard_at=(await run.direct.parties.envs())[0].heard_at)
+    assert await run.direct.registry.envs() == [
+        structs.replace(record, heard_at=(await run.direct.registry.envs())[0].heard_at)
     ]
 
 
-async def hear(run: Run) -> None:
-    await run.direct.parties.register_env(ENV, "nonce")
-    run.lose("hear")
-    heard = await run.broker.parties.hear(0)
+async def touch_env(run: Run) -> None:
+    await run.direct.registry.register_env(ENV, "nonce")
+    run.lose("touch_env")
+    heard = await run.broker.registry.touch_env(0)
     assert heard is not None
     assert await run.direct.redis.zcard(run.direct.keys.heard) == 1
 
 
-async def acquire(run: Run) -> None:
-    run.lose("acquire")
-    assert await run.broker.parties.writer("main", ttl_s=60).acquire(blocking=False)
-    assert not await run.direct.parties.writer("main", ttl_s=60).acquire(blocking=False)
+async def take_writer_lock(run: Run) -> None:
+    run.lose("take_writer_lock")
+    assert await run.broker.registry.writer("main", ttl_s=60).acquire(blocking=False)
+    assert not await run.direct.registry.writer("main", ttl_s=60).acquire(blocking=False)
 
 
-async def report(run: Run) -> None:
-    run.lose("report")
-    await run.broker.parties.report(STATUS)
-    assert await run.direct.parties.servers() == [STATUS]
+async def server_heartbeat(run: Run) -> None:
+    run.lose("server_heartbeat")
+    await run.broker.registry.report(STATUS)
+    assert await run.direct.registry.servers() == [STATUS]
     assert await run.direct.redis.zrange(run.direct.keys.served, 0, -1) == [b"0"]
 
 
-async def hold(run: Run) -> None:
-    lock = run.broker.parties.writer("main", ttl_s=60)
+async def keep_writer_lock(run: Run) -> None:
+    lock = run.broker.registry.writer("main", ttl_s=60)
     assert await lock.acquire(blocking=False)
     await run.direct.redis.delete(lock.name)
-    run.lose("hold")
+    run.lose("keep_writer_lock")
     assert await lock.extend(60, replace_ttl=True)
     assert await lock.owned()
 
@@ -312,40 +312,40 @@ async def publish(run: Run) -> None:
     assert await run.length(run.direct.keys.weights("main")) == 1
 
 
-async def steer(run: Run) -> None:
-    run.lose("steer")
-    assert await run.broker.pools.steer("main", PoolRule("pin", 3), "0-0")
+async def set_pool_rule(run: Run) -> None:
+    run.lose("set_pool_rule")
+    assert await run.broker.pools.set_rule("main", PoolRule("pin", 3), "0-0")
     assert await run.length(run.direct.keys.rule("main")) == 1
-    assert not await run.direct.pools.steer("main", PoolRule("pin", 4), "0-0")
+    assert not await run.direct.pools.set_rule("main", PoolRule("pin", 4), "0-0")
 
 
-async def take_turn(run: Run) -> None:
-    run.lose("take_turn")
+async def take_update_slot(run: Run) -> None:
+    run.lose("take_update_slot")
     assert await run.broker.pools.take_turn("main", "s", 1, 60)
     assert not await run.direct.pools.take_turn("main", "other", 1, 60)
 
 
-async def append(run: Run) -> None:
-    run.lose("append")
+async def append_capped(run: Run) -> None:
+    run.lose("append_capped")
     await run.broker.journal.metric("step", {"reward": 0.5})
     assert await run.length(run.direct.keys.metrics) == 1
 
 
-async def note(run: Run) -> None:
-    run.lose("note")
-    await run.broker.parties.start()
-    assert await run.direct.parties.started()
+async def set_fields(run: Run) -> None:
+    run.lose("set_fields")
+    await run.broker.registry.start()
+    assert await run.direct.registry.started()
 
 
-async def note_new(run: Run) -> None:
-    run.lose("note_new")
+async def set_fields_if_new(run: Run) -> None:
+    run.lose("set_fields_if_new")
     _, record = await run.broker.tokens.create("admin", "a")
     assert await run.direct.tokens.all() == [record]
 
 
-async def found(run: Run) -> None:
+async def start_generation(run: Run) -> None:
     await run.filled()
-    run.lose("found")
+    run.lose("start_generation")
     me = await founded(run.broker)
     assert me == Membership("main", "a", 1, 1)
     assert [member.id for member in await run.direct.members.members("main")] == ["a"]
@@ -359,10 +359,10 @@ async def join(run: Run) -> None:
     assert [member.id for member in await run.direct.members.members("main")] == ["a", "b"]
 
 
-async def beat(run: Run) -> None:
+async def replica_heartbeat(run: Run) -> None:
     await run.filled()
     await founded(run.direct)
-    run.lose("beat")
+    run.lose("replica_heartbeat")
     assert await run.broker.members.beat("main", "a", hold_s=60)
 
 
@@ -371,41 +371,41 @@ async def evict(run: Run) -> None:
     run.dropper.lost = 0
     run.lose("evict")
     assert await run.broker.members.evict("main", silent_s=60, limits={"b": 0}) == 0  # of the call that was answered
-    standing = await run.direct.members.standing("main")
-    assert standing is not None
-    assert standing.epoch == 3
+    epoch_state = await run.direct.members.epoch_state("main")
+    assert epoch_state is not None
+    assert epoch_state.epoch == 3
 
 
-async def meet(run: Run) -> None:
+async def rendezvous(run: Run) -> None:
     await run.filled()
     me = await founded(run.direct)
-    run.lose("meet")
-    assert await run.broker.members.meet(me) == Meeting(0, {"a": 0})
+    run.lose("rendezvous")
+    assert await run.broker.members.rendezvous(me) == Rendezvous(0, {"a": 0})
 
 
-async def heal(run: Run) -> None:
+async def mark_current(run: Run) -> None:
     await run.filled()
     await founded(run.direct)
     me = await run.direct.members.join("main", "b", generation=1, step=-1)
     assert me is not None
-    run.lose("heal")
-    await run.broker.members.heal(me, 0)
+    run.lose("mark_current")
+    await run.broker.members.mark_current(me, 0)
     assert [member.step for member in await run.direct.members.members("main")] == [0, 0]
 
 
-async def open(run: Run) -> None:
+async def open_step(run: Run) -> None:
     await run.filled()
     me = await founded(run.direct)
     step = await lent(run.direct)
-    run.lose("open")
-    assert await run.broker.members.open(me, step)
+    run.lose("open_step")
+    assert await run.broker.members.open_step(me, step)
     assert await run.length(run.direct.keys.work("main")) == 2
 
 
-async def claim(run: Run) -> None:
+async def claim_groups(run: Run) -> None:
     await run.filled()
     me = await opened(run.direct)
-    run.lose("claim")
+    run.lose("claim_groups")
     assert await run.broker.members.claim(me, 1, count=1, held=0) == Claimed(((0, "g0"),), left=1)
     assert [member.holds for member in await run.direct.members.members("main")] == [1]
 
@@ -423,22 +423,22 @@ async def vote(run: Run) -> None:
     assert [member.trained for member in await run.direct.members.members("main")] == [2]
 
 
-async def close(run: Run) -> None:
+async def close_step(run: Run) -> None:
     await run.filled()
     me = await opened(run.direct)
-    run.lose("close")
+    run.lose("close_step")
     with pytest.raises(Moved):  # the call that was answered finds the epoch over
         await run.broker.members.close(me, 1, why="it can't be trained")
-    standing = await run.direct.members.standing("main")
-    assert standing is not None
-    assert (standing.epoch, standing.open) == (2, 0)
+    epoch_state = await run.direct.members.epoch_state("main")
+    assert epoch_state is not None
+    assert (epoch_state.epoch, epoch_state.open) == (2, 0)
 
 
 SCRIPTS = {case.__name__: case for case in (
-    arrive, put, lengths, record, bury, form, drop, lease, deliver, renew, commit, retire, cover, leave, requeue, refit, purge, reset, subscribe, acquire,
-    hold, adopt, enlist, visit, register_env, update_env, hear,
-    report, publish, steer, take_turn, append, note, note_new, found, join, beat, evict, meet, heal, open, claim, vote,
-    close,
+    read_arrival, put, lengths, record_lineage, keep_refused, form, drop, lease, mark_delivered, renew, commit, retire, advance_checkpoint, leave, requeue, refit, purge, reset, subscribe, take_writer_lock,
+    keep_writer_lock, replace_registration, list_run, note_trainer_call, register_env, update_env, touch_env,
+    server_heartbeat, publish, set_pool_rule, take_update_slot, append_capped, set_fields, set_fields_if_new, start_generation, join, replica_heartbeat, evict, rendezvous, mark_current, open_step, claim_groups, vote,
+    close_step,
 )}  # fmt: skip
 
 
@@ -455,25 +455,25 @@ async def test_a_script_whose_reply_is_lost_counts_once(run: Run, case: Callable
 
 async def test_registrations_are_what_was_set_last(run: Run) -> None:
     for operation in (
-        lambda: run.broker.parties.register_trainer(CONFIG),
-        lambda: run.broker.parties.start(),
-        lambda: run.broker.parties.withdraw("s"),
+        lambda: run.broker.registry.register_trainer(CONFIG),
+        lambda: run.broker.registry.start(),
+        lambda: run.broker.registry.withdraw("s"),
     ):
         run.dropper.lose(f"lachesis:{{{run.direct.keys.run}}}")
         await operation()
     assert run.dropper.lost == 3
-    assert await run.direct.parties.trainer_config() == CONFIG
-    assert await run.direct.parties.started()
+    assert await run.direct.registry.trainer_config() == CONFIG
+    assert await run.direct.registry.started()
 
 
 async def test_the_writer_lock_is_extended_and_released(run: Run) -> None:
-    lock = run.broker.parties.writer("main", ttl_s=60)
+    lock = run.broker.registry.writer("main", ttl_s=60)
     assert await lock.acquire(blocking=False)
     for operation in (lambda: lock.extend(60, replace_ttl=True), lock.release):
         run.dropper.lose(run.direct.keys.writer("main"))
         await operation()
     assert run.dropper.lost == 2
-    assert await run.direct.parties.writer("main", ttl_s=60).acquire(blocking=False)
+    assert await run.direct.registry.writer("main", ttl_s=60).acquire(blocking=False)
 
 
 async def test_scripts_survive_that_the_server_forgets_them(run: Run) -> None:

@@ -11,7 +11,7 @@ from lachesis.broker import Broker, Conflict, LeaseLost
 from lachesis.broker.audit import audit
 from lachesis.broker.errors import Diverged, Moved
 from lachesis.broker.records.steps import LedgerEntry, Membership
-from lachesis.broker.replicas.members import CONSUMER, NO_WEIGHTS, Claimed, Meeting, new_id
+from lachesis.broker.replicas.members import CONSUMER, NO_WEIGHTS, Claimed, Rendezvous, new_id
 from lachesis.broker.retention.dead_letters import untrainable
 
 pytestmark = pytest.mark.anyio
@@ -42,7 +42,7 @@ async def two_at_work(broker: Broker) -> tuple[Membership, Membership]:
     await founded(broker)
     b = await join(broker, "b", step=0)
     a = Membership("main", "a", 1, 2)
-    assert await broker.members.open(a, await lent(broker))
+    assert await broker.members.open_step(a, await lent(broker))
     for me in (a, b):
         assert await broker.members.claim(me, 1, count=1, held=0) is not None
     return a, b
@@ -52,21 +52,23 @@ async def two_at_work(broker: Broker) -> tuple[Membership, Membership]:
 
 
 async def test_the_founder_needs_the_writer_lock_and_gives_it_to_its_generation(broker: Broker) -> None:
-    lock = broker.parties.writer("main", ttl_s=60)
+    lock = broker.registry.writer("main", ttl_s=60)
     assert await lock.acquire(blocking=False)
-    assert await broker.members.found("main", "a", token="another", step=0, hold_s=60) is None
+    assert await broker.members.start_generation("main", "a", token="another", step=0, hold_s=60) is None
     token = lock.local.token.decode()
-    assert await broker.members.found("main", "a", token=token, step=0, hold_s=60) == Membership("main", "a", 1, 1)
+    assert await broker.members.start_generation("main", "a", token=token, step=0, hold_s=60) == Membership(
+        "main", "a", 1, 1
+    )
     assert await broker.redis.get(broker.keys.writer("main")) == b"replicas-1"
-    assert not await broker.parties.writer("main", ttl_s=60).acquire(blocking=False)
+    assert not await broker.registry.writer("main", ttl_s=60).acquire(blocking=False)
 
 
 async def test_a_founder_that_is_not_at_the_end_of_the_ledger_is_refused(broker: Broker) -> None:
-    lock = broker.parties.writer("main", ttl_s=60)
+    lock = broker.registry.writer("main", ttl_s=60)
     await lock.acquire(blocking=False)
     with pytest.raises(Conflict, match="its ledger ends at another"):
-        await broker.members.found("main", "a", token=lock.local.token.decode(), step=3, hold_s=60)
-    assert await broker.members.standing("main") is None
+        await broker.members.start_generation("main", "a", token=lock.local.token.decode(), step=3, hold_s=60)
+    assert await broker.members.epoch_state("main") is None
 
 
 async def test_a_new_generation_has_none_of_the_old_members(broker: Broker) -> None:
@@ -100,9 +102,9 @@ async def test_the_silent_are_evicted_and_those_with_a_limit_of_their_own_sooner
     assert await broker.members.evict("main", silent_s=60, limits={"b": 0.04, "c": 0, "x": 0}) == 2
     assert [member.id for member in await broker.members.members("main")] == ["a", "d"]
     assert await broker.members.evict("main", silent_s=0.04, limits={"a": 60}) == 1
-    standing = await broker.members.standing("main")
-    assert standing is not None
-    assert (standing.generation, standing.epoch) == (1, 6)
+    epoch_state = await broker.members.epoch_state("main")
+    assert epoch_state is not None
+    assert (epoch_state.generation, epoch_state.epoch) == (1, 6)
 
 
 async def test_the_lock_is_free_once_the_last_went_for_good(broker: Broker) -> None:
@@ -149,23 +151,27 @@ async def test_all_meet_before_any_goes_on(broker: Broker) -> None:
     a = await founded(broker)
     b = await join(broker, "b")
     with pytest.raises(Moved):
-        await broker.members.meet(a)
+        await broker.members.rendezvous(a)
     a = Membership("main", "a", 1, 2)
-    assert await broker.members.meet(a) is None
-    assert await broker.members.meet(b) == await broker.members.meet(a) == Meeting(0, {"a": 0, "b": NO_WEIGHTS})
+    assert await broker.members.rendezvous(a) is None
+    assert (
+        await broker.members.rendezvous(b)
+        == await broker.members.rendezvous(a)
+        == Rendezvous(0, {"a": 0, "b": NO_WEIGHTS})
+    )
 
 
 async def test_a_step_is_opened_once_and_only_while_the_replicas_have_its_batch(filled: Broker) -> None:
     me = await founded(filled)
     await filled.queue.subscribe("main")
-    assert not await filled.members.open(me, 1)
+    assert not await filled.members.open_step(me, 1)
     assert await lent(filled) == 1
-    assert await filled.members.open(me, 1)
+    assert await filled.members.open_step(me, 1)
     assert await filled.members.claim(me, 1, count=1, held=0) == Claimed(((0, "g0"),), left=1)
-    assert await filled.members.open(me, 1)
+    assert await filled.members.open_step(me, 1)
     assert await filled.members.claim(me, 1, count=5, held=1) == Claimed(((1, "g1"),), left=0)
     assert await filled.members.vote(me, 1, "d", await entry_of(filled, 1))
-    assert not await filled.members.open(me, 1)
+    assert not await filled.members.open_step(me, 1)
 
 
 async def test_every_group_is_claimed_once_and_orphans_by_those_that_are_left(filled: Broker) -> None:
@@ -235,7 +241,7 @@ async def test_no_commit_with_unclaimed_groups_or_without_the_newest_weights(fil
     await filled.members.claim(b, 1, count=1, held=0)
     with pytest.raises(LeaseLost, match="unclaimed"):
         await filled.members.vote(b, 1, "d", await entry_of(filled, 1))
-    await filled.members.heal(b, 0)
+    await filled.members.mark_current(b, 0)
     assert not await filled.members.vote(b, 1, "d", await entry_of(filled, 1))
 
 
@@ -255,7 +261,7 @@ async def test_one_may_heal_without_the_lock_which_only_a_commit_needs(filled: B
     assert not await filled.members.is_ousted("main", b.generation)
     await filled.redis.set(filled.keys.writer("main"), "a founder")
     assert await filled.members.is_ousted("main", b.generation)
-    await filled.members.heal(b, 0)
+    await filled.members.mark_current(b, 0)
     entry = await entry_of(filled, 1)
     assert not await filled.members.vote(Membership("main", "a", a.generation, b.epoch), 1, "d", entry)
     assert not await filled.members.vote(b, 1, "d", entry)
@@ -272,7 +278,7 @@ async def test_a_zombie_from_before_a_rollback_commits_nothing(filled: Broker) -
     zombie = await opened(filled)
     await filled.members.claim(zombie, 1, count=2, held=0)
     me = await founded(filled, "b")
-    assert await filled.members.open(me, await lent(filled))
+    assert await filled.members.open_step(me, await lent(filled))
     for epoch in (zombie.epoch, me.epoch):
         with pytest.raises(Moved):
             await filled.members.vote(Membership("main", "a", 1, epoch), 1, "d", await entry_of(filled, 1))
@@ -289,7 +295,7 @@ async def test_what_was_given_up_under_the_replicas_is_not_committed(filled: Bro
     assert lease.batch.step == 2
     with pytest.raises(LeaseLost, match="gone"):
         await filled.members.vote(me, 1, "d", entry)
-    assert await filled.members.open(me, await lent(filled))
+    assert await filled.members.open_step(me, await lent(filled))
     with pytest.raises(LeaseLost, match="not open any more"):
         await filled.members.claim(me, 1, count=1, held=2)
     assert await filled.members.claim(me, 2, count=2, held=0) == Claimed(((0, "g2"), (1, "g3")), left=0)
@@ -307,16 +313,16 @@ async def test_a_closed_step_is_void_and_all_meet_anew_for_another(filled: Broke
             await filled.members.vote(me, 1, "d", await entry_of(filled, 1))
         with pytest.raises(Moved):
             await filled.members.close(me, 1, why="it does not know yet")
-    standing = await filled.members.standing("main")
-    assert standing is not None
-    assert (standing.epoch, standing.open) == (3, 0)
+    epoch_state = await filled.members.epoch_state("main")
+    assert epoch_state is not None
+    assert (epoch_state.epoch, epoch_state.open) == (3, 0)
     assert await filled.redis.exists(filled.keys.work("main")) == 0
     _, told = (await filled.redis.xrevrange(filled.keys.control, count=1))[0]
     assert told == {b"event": b"closed", b"who": b"b", b"detail": b"step 1, epoch 3: group g1 has no blob"}
 
     a, b = Membership("main", "a", 1, 3), Membership("main", "b", 1, 3)
     assert (await filled.queue.refit("main", apart=[1])).dead == 1
-    assert await filled.members.open(a, await lent(filled))
+    assert await filled.members.open_step(a, await lent(filled))
     assert await filled.members.claim(a, 2, count=2, held=0) == Claimed(((0, "g0"), (1, "g2")), left=0)
     assert not await filled.members.vote(b, 2, "d", await entry_of(filled, 2))
     assert await filled.members.vote(a, 2, "d", await entry_of(filled, 2))
@@ -332,7 +338,7 @@ async def test_only_the_step_that_is_open_is_closed(filled: Broker) -> None:
 async def test_a_reset_forgets_the_replicas(filled: Broker) -> None:
     me = await opened(filled)
     await filled.reset()
-    assert await filled.members.standing("main") is None
+    assert await filled.members.epoch_state("main") is None
     assert await filled.members.members("main") == []
     with pytest.raises(Moved):
         await filled.members.claim(me, 1, count=1, held=0)

@@ -23,7 +23,7 @@ from lachesis.broker import EmbeddedRedis, LeaseLost, connect_blocking
 from lachesis.broker.audit import audit
 from lachesis.broker.errors import Moved
 from lachesis.broker.records.steps import Membership
-from lachesis.broker.replicas.members import CONSUMER, NO_WEIGHTS, Meeting
+from lachesis.broker.replicas.members import CONSUMER, NO_WEIGHTS, Rendezvous
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ class Simulated:
     def __init__(self) -> None:
         self.id = f"r{next(lives)}"
         self.me: Membership | None = None
-        self.meeting: Meeting | None = None
+        self.rendezvous: Rendezvous | None = None
         self.weights: list[Update] | None = None
         self.generation = 0
         self.step = NO_WEIGHTS
@@ -125,12 +125,12 @@ class Replicas(RuleBasedStateMachine):
         try:
             if replica.me is None:
                 self.enter(replica, twice)
-            elif replica.meeting is None:
+            elif replica.rendezvous is None:
                 self.meet(replica, replica.me, twice)
             elif replica.buffer is not None:
                 self.vote(replica, replica.me, twice)
             else:
-                self.work(replica, replica.me, replica.meeting, twice)
+                self.work(replica, replica.me, replica.rendezvous, twice)
         except Moved:
             self.look_around(replica)
         except LeaseLost:
@@ -138,54 +138,54 @@ class Replicas(RuleBasedStateMachine):
 
     def enter(self, replica: Simulated, twice: bool) -> None:
         if replica.buffer is not None:  # it was evicted while it waited for the others' votes
-            standing = self.call(False, self.members.standing, "main")
-            if standing and (standing.generation, standing.step) == (replica.generation, replica.working):
+            epoch_state = self.call(False, self.members.epoch_state, "main")
+            if epoch_state and (epoch_state.generation, epoch_state.step) == (replica.generation, replica.working):
                 replica.apply()
         replica.drop_work()
         replica.id = f"r{next(lives)}"
         join = self.members.join
         replica.me = self.call(twice, join, "main", replica.id, generation=replica.generation, step=replica.step)
         if replica.me is None and not self.call(False, self.members.is_held, "main"):
-            lock = self.broker.parties.writer("main", ttl_s=600)
+            lock = self.broker.registry.writer("main", ttl_s=600)
             assert self.call(False, lock.acquire, blocking=False)
             lineage = self.ledger()
             replica.weights, replica.step = [gids for _, gids in lineage], lineage[-1][0] if lineage else 0
             token = lock.local.token.decode()
-            found = self.members.found
+            found = self.members.start_generation
             replica.me = self.call(twice, found, "main", replica.id, token=token, step=replica.step, hold_s=600)
             assert replica.me is not None
         if replica.me is not None:
             replica.generation = replica.me.generation
 
     def meet(self, replica: Simulated, me: Membership, twice: bool) -> None:
-        meeting = self.call(twice, self.members.meet, me)
-        if meeting is None:
+        rendezvous = self.call(twice, self.members.rendezvous, me)
+        if rendezvous is None:
             return
-        current = [id_ for id_, step in meeting.steps.items() if step == meeting.step]
+        current = [id_ for id_, step in rendezvous.steps.items() if step == rendezvous.step]
         if not current:
             return  # only time helps: they don't keep the lock
-        if meeting.steps[replica.id] != meeting.step:
+        if rendezvous.steps[replica.id] != rendezvous.step:
             donor = next((other for other in self.replicas if other.id == current[0]), None)
             if donor is None or donor.me is None or donor.me.epoch != me.epoch:
                 return  # it does not answer
-            assert donor.step == meeting.step
+            assert donor.step == rendezvous.step
             assert donor.weights is not None
             replica.weights, replica.step = list(donor.weights), donor.step
             replica.drop_work()
-            self.call(twice, self.members.heal, me, replica.step)
-        replica.meeting = meeting
+            self.call(twice, self.members.mark_current, me, replica.step)
+        replica.rendezvous = rendezvous
 
-    def work(self, replica: Simulated, me: Membership, meeting: Meeting, twice: bool) -> None:
-        standing = self.call(False, self.members.standing, "main")
-        assert standing is not None
-        if not standing.open:
-            if next(iter(meeting.steps)) == me.id:
+    def work(self, replica: Simulated, me: Membership, rendezvous: Rendezvous, twice: bool) -> None:
+        epoch_state = self.call(False, self.members.epoch_state, "main")
+        assert epoch_state is not None
+        if not epoch_state.open:
+            if next(iter(rendezvous.steps)) == me.id:
                 lease = self.call(twice, self.queue.lease_or_form, "main", CONSUMER, BATCH, lapse_s=0, max_deliveries=0)
                 if lease is not None:
-                    self.call(twice, self.members.open, me, lease.batch.step)
+                    self.call(twice, self.members.open_step, me, lease.batch.step)
             return
-        if replica.working != standing.open:
-            replica.drop_work(standing.open)
+        if replica.working != epoch_state.open:
+            replica.drop_work(epoch_state.open)
         claimed = self.call(twice, self.members.claim, me, replica.working, count=1, held=len(replica.held))
         replica.done = claimed is None
         replica.held.update(claimed.groups if claimed else ())
@@ -194,7 +194,7 @@ class Replicas(RuleBasedStateMachine):
     def close(self, place: int, twice: bool) -> None:
         """The step that it works on turns out to be of no use."""
         replica = self.replicas[place]
-        if replica.me is None or replica.meeting is None or not replica.working or replica.done:
+        if replica.me is None or replica.rendezvous is None or not replica.working or replica.done:
             return
         try:
             self.call(twice, self.members.close, replica.me, replica.working, why="a test")
@@ -207,15 +207,15 @@ class Replicas(RuleBasedStateMachine):
     def reduce(self) -> None:
         """All members of an epoch are done, and can reach each other: each gets what they hold together."""
         for replica in self.replicas:
-            if replica.me is None or replica.meeting is None or not replica.done:
+            if replica.me is None or replica.rendezvous is None or not replica.done:
                 continue
-            peers = [other for other in self.replicas if other.id in replica.meeting.steps]
+            peers = [other for other in self.replicas if other.id in replica.rendezvous.steps]
             alike = all(
-                other.done and other.working == replica.working and other.meeting and other.me
+                other.done and other.working == replica.working and other.rendezvous and other.me
                 and other.me.epoch == replica.me.epoch
                 for other in peers
             )  # fmt: skip
-            if alike and len(peers) == len(replica.meeting.steps):
+            if alike and len(peers) == len(replica.rendezvous.steps):
                 gids = tuple(sorted(gid for other in peers for gid in other.held.values()))
                 for other in peers:
                     other.buffer = gids
@@ -230,19 +230,19 @@ class Replicas(RuleBasedStateMachine):
 
     def look_around(self, replica: Simulated) -> None:
         """Its epoch is over."""
-        standing = self.call(False, self.members.standing, "main")
+        epoch_state = self.call(False, self.members.epoch_state, "main")
         found = [member.id for member in self.call(False, self.members.members, "main")]
-        replica.meeting = None
-        if standing is None or replica.id not in found or standing.generation != replica.generation:
+        replica.rendezvous = None
+        if epoch_state is None or replica.id not in found or epoch_state.generation != replica.generation:
             replica.me = None
             return
         assert replica.me is not None
-        if replica.buffer and standing.step == replica.working and standing.won == replica.me.epoch:
+        if replica.buffer and epoch_state.step == replica.working and epoch_state.won == replica.me.epoch:
             replica.apply()
         replica.buffer, replica.done = None, False
-        if replica.working != standing.open:
+        if replica.working != epoch_state.open:
             replica.drop_work()
-        replica.me = Membership("main", replica.id, standing.generation, standing.epoch)
+        replica.me = Membership("main", replica.id, epoch_state.generation, epoch_state.epoch)
 
     # -- what must hold -------------------------------------------------------------------------------------------
 
@@ -258,17 +258,17 @@ class Replicas(RuleBasedStateMachine):
         assert [step for step, _ in ledger] == list(range(1, len(ledger) + 1))
         for step, update in self.updates.items():
             assert ledger[step - 1] == (step, update)
-        standing = self.call(False, self.members.standing, "main")
+        epoch_state = self.call(False, self.members.epoch_state, "main")
         members = {member.id: member for member in self.call(False, self.members.members, "main")}
         for replica in self.replicas:
             member = members.get(replica.id)
-            if not member or not standing or member.step != standing.step:
+            if not member or not epoch_state or member.step != epoch_state.step:
                 continue
             weights = replica.weights or []
-            if replica.step != standing.step:  # the last vote was another's, and it does not know yet
+            if replica.step != epoch_state.step:  # the last vote was another's, and it does not know yet
                 assert replica.me is not None
                 assert replica.buffer is not None
-                assert (replica.working, replica.me.epoch) == (standing.step, standing.won)
+                assert (replica.working, replica.me.epoch) == (epoch_state.step, epoch_state.won)
                 weights = [*weights, replica.buffer]
             assert weights == [update for _, update in ledger]
 
@@ -279,9 +279,9 @@ class Replicas(RuleBasedStateMachine):
             self.evict_the_dead()
             if not self.call(False, self.members.members, "main"):
                 self.all_fall_silent()
-            standing = self.call(False, self.members.standing, "main")
+            epoch_state = self.call(False, self.members.epoch_state, "main")
             found = self.call(False, self.members.members, "main")
-            if standing and all(member.step != standing.step for member in found):
+            if epoch_state and all(member.step != epoch_state.step for member in found):
                 self.all_fall_silent()
                 self.call(False, self.members.evict, "main", silent_s=0)
             if len(self.ledger()) == GROUPS * 2 // BATCH:

@@ -188,7 +188,7 @@ async def test_unreadable_records_fail_no_reader(broker: Broker) -> None:
     assert lease is not None
     await broker.queue.commit("main", lease, trained(lease.batch))
     await broker.weights.publish("main", WeightsEntry(1, 1, "file:///v", "0", 1, "BF16", 0))
-    await broker.pools.steer("p", PoolRule("pin", 1), "0-0")
+    await broker.pools.set_rule("p", PoolRule("pin", 1), "0-0")
     for stream in (
         keys.dead,
         keys.refused,
@@ -216,10 +216,10 @@ async def test_unreadable_records_fail_no_reader(broker: Broker) -> None:
     await broker.pools.wait_for_orders("p", "main", orders, 0.01)
     assert await broker.weights.wait_newer("main", 1, 0.01) is None
     assert await broker.dead.all() == []
-    assert await broker.parties.trainer_config() is None
-    assert await broker.parties.envs() == []
-    assert await broker.parties.env(7) is None
-    assert await broker.parties.servers() == []
+    assert await broker.registry.trainer_config() is None
+    assert await broker.registry.envs() == []
+    assert await broker.registry.env(7) is None
+    assert await broker.registry.servers() == []
     assert [token.revoked_at for token in await broker.tokens.all()] == [0.0]  # the run does not become open
     assert await broker.queue.retention.archiver() is None
     assert await broker.queue.retention.readers() == {"main": 0}
@@ -249,11 +249,11 @@ async def test_a_trained_step_without_its_groups_is_told_by_its_batch(broker: Br
 @pytest.mark.anyio
 async def test_a_servers_report_of_another_version_beside_ours(broker: Broker) -> None:
     status = ServerStatus("s", "p", "http://s", "ready", 3, -1, 0.0)
-    await broker.parties.report(status)
+    await broker.registry.report(status)
     await broker.redis.hset(
         broker.keys.pools, "newer", msgspec.json.encode({**msgspec.to_builtins(status), "gpu": "H300"})
     )
-    assert await broker.parties.servers() == [status, status]
+    assert await broker.registry.servers() == [status, status]
 
 
 @pytest.mark.anyio

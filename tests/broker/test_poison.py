@@ -74,7 +74,7 @@ async def test_a_decision_killed_halfway_can_be_made_again(broker: Broker, actio
     posts = 300
     for number in range(posts):
         body = b'{"tokens":[[1,%d]],"masks":[[1,%d]],"scores":[0.0]}' % (number, number)
-        await broker.queue.bury(f"refused-p{number}", body, "invalid", "masks: a rule of an earlier trainer")
+        await broker.queue.keep_refused(f"refused-p{number}", body, "invalid", "masks: a rule of an earlier trainer")
         await broker.queue.put(f"g{number}", group(number), v_min=0, v_max=0, limits=Limits(max_lag=1))
     await broker.weights.publish("main", WeightsEntry(8, 8, "file:///v", "0", 1, "BF16", -1))
     assert await broker.queue.form(BATCH) is None

@@ -45,13 +45,13 @@ async def test_other_rules_have_no_canaries() -> None:
 async def test_a_rule_is_made_once_and_only_in_the_place_of_the_one_judged(broker: Broker) -> None:
     assert await broker.pools.rule("main") == (NONE, NEWEST)
     pin, canary = PoolRule("pin", 7), PoolRule("canary", 8, 7, 0.25)
-    assert await broker.pools.steer("main", pin, NONE)
-    assert await broker.pools.steer("main", pin, NONE)  # sent again
+    assert await broker.pools.set_rule("main", pin, NONE)
+    assert await broker.pools.set_rule("main", pin, NONE)  # sent again
     assert await broker.redis.xlen(broker.keys.rule("main")) == 1
-    assert not await broker.pools.steer("main", canary, NONE)
+    assert not await broker.pools.set_rule("main", canary, NONE)
     judged, rule = await broker.pools.rule("main")
     assert rule == pin
-    assert await broker.pools.steer("main", canary, judged)
+    assert await broker.pools.set_rule("main", canary, judged)
     assert (await broker.pools.rule("main"))[1] == canary
     assert (await broker.pools.rule("other"))[1] == NEWEST
 
@@ -59,7 +59,7 @@ async def test_a_rule_is_made_once_and_only_in_the_place_of_the_one_judged(broke
 async def test_a_follower_wakes_up_for_a_rule_and_for_a_version(broker: Broker) -> None:
     known = await broker.pools.orders("main", "main")
     waiting = asyncio.create_task(broker.pools.wait_for_orders("main", "main", known, 60))
-    await broker.pools.steer("main", PoolRule("pin", 3), NONE)
+    await broker.pools.set_rule("main", PoolRule("pin", 3), NONE)
     with anyio.fail_after(20):
         await waiting
 

@@ -43,14 +43,14 @@ async def test_heartbeats_go_through_when_commands_wait(starved: Broker, shared_
     direct = await Broker.connect(shared_redis.url, starved.keys.run)
     lease = await direct.queue.lease_or_form("main", "r", 4, lapse_s=600)
     assert lease is not None
-    lock = starved.parties.writer("main", ttl_s=60)
+    lock = starved.registry.writer("main", ttl_s=60)
     async with asyncio.timeout(SOON_S):
         assert await lock.acquire(blocking=False)
         assert await starved.queue.renew("main", lease)
         assert await lock.extend(60, replace_ttl=True)
-        await starved.parties.report(STATUS)
+        await starved.registry.report(STATUS)
         await lock.release()
-    assert await direct.parties.servers() == [STATUS]
+    assert await direct.registry.servers() == [STATUS]
     await direct.aclose()
 
 
@@ -59,7 +59,7 @@ async def test_heartbeats_load_their_scripts_themselves(starved: Broker, shared_
     await redis.script_flush()
     await redis.aclose()
     async with asyncio.timeout(SOON_S):
-        await starved.parties.report(STATUS)
+        await starved.registry.report(STATUS)
 
 
 async def test_blocking_readers_leave_commands_and_heartbeats_alone(broker: Broker) -> None:
@@ -68,7 +68,7 @@ async def test_blocking_readers_leave_commands_and_heartbeats_alone(broker: Brok
     async with asyncio.timeout(SOON_S):
         while pool.can_get_connection():  # noqa: ASYNC110 — redis-py tells nobody when its pool is empty
             await asyncio.sleep(0.01)
-        await broker.parties.report(STATUS)
+        await broker.registry.report(STATUS)
         assert await broker.queue.put("g1", group(1), v_min=0, v_max=0) == "stored"
         await asyncio.gather(*readers)
 
@@ -95,7 +95,7 @@ async def test_a_wait_longer_than_the_sockets_timeout_ends_on_time(
 async def test_a_blocking_read_goes_on_after_a_restart(redis_server: EmbeddedRedis) -> None:
     broker = await Broker.connect(redis_server.url)
     waiting = asyncio.create_task(broker.queue.wait_for_group(600, after="0-0"))
-    await broker.parties.report(STATUS)
+    await broker.registry.report(STATUS)
     assert redis_server.pid is not None
     os.kill(redis_server.pid, signal.SIGKILL)
     redis_server.stop()

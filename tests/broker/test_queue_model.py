@@ -27,7 +27,7 @@ from scored import group, trained
 
 from lachesis.broker import EmbeddedRedis, LeaseLost, connect_blocking
 from lachesis.broker.audit import audit
-from lachesis.broker.queue.selection import next_batch
+from lachesis.broker.queue.selection import select_batch
 from lachesis.broker.records.groups import Limits
 from lachesis.broker.records.registrations import TrainerConfig
 from lachesis.broker.records.steps import Lease
@@ -83,7 +83,7 @@ class QueueModel(RuleBasedStateMachine):
         self.readers = {"main": Reader(), "shadow": Reader()}
         for policy in self.readers:
             self.call(self.broker.queue.subscribe, policy)
-        self.call(self.broker.parties.register_trainer, TrainerConfig("g", "p", BATCH, 16, "", 1, 0, 1))
+        self.call(self.broker.registry.register_trainer, TrainerConfig("g", "p", BATCH, 16, "", 1, 0, 1))
         for size in sizes:
             self.put_one(size, None, Limits())
 
@@ -196,7 +196,7 @@ class QueueModel(RuleBasedStateMachine):
 
     def choose(self) -> list[int] | None:
         sizes, envs = [self.size[gid] for gid in self.waiting], [self.env_name(gid) for gid in self.waiting]
-        return next_batch(sizes, envs, BATCH, {}, self.counted(), self.formed + 1)
+        return select_batch(sizes, envs, BATCH, {}, self.counted(), self.formed + 1)
 
     def env_name(self, gid: str) -> str:
         return "-" if self.env[gid] is None else str(self.env[gid])

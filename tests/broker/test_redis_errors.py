@@ -18,7 +18,7 @@ from lachesis.broker.store.connection import hide_password, open_redis, patience
 from lachesis.broker.store.redis_errors import Trouble, describe, trouble
 from lachesis.service.http.access import Access, Denied
 from lachesis.trainer.elastic.heartbeat import is_stopped
-from lachesis.trainer.writer_lock import Tenure
+from lachesis.trainer.writer_lock import WriterLease
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
@@ -79,7 +79,7 @@ async def test_commands_wait_for_a_server_that_refuses_them(tmp_path: Path, code
                 await broker.redis.set("a", "1")
             over_pool, over_wire = (
                 asyncio.create_task(call)
-                for call in (broker.redis.set("a", "1"), broker.connections.wire.call(("SET", "b", "1")))
+                for call in (broker.redis.set("a", "1"), broker.connections.multiplexed.call(("SET", "b", "1")))
             )
             done, _ = await asyncio.wait([over_pool, over_wire], timeout=0.2)
             assert not done
@@ -109,10 +109,10 @@ async def test_every_pool_leaves_a_server_that_was_demoted(tmp_path: Path) -> No
         clients = (broker.redis, broker.connections.blocking, broker.connections.heartbeats)
         for client in clients:
             await client.set("a", "old")
-        await broker.connections.wire.call(("GET", "a"))
+        await broker.connections.multiplexed.call(("GET", "a"))
         await both.demote()
         both.switch()
-        assert await broker.connections.wire.call(("SET", "a", "new")) == [b"OK"]  # the first to hear of it
+        assert await broker.connections.multiplexed.call(("SET", "a", "new")) == [b"OK"]  # the first to hear of it
         ports = {(await client.info("server"))["tcp_port"] for client in clients}
         assert ports == {(await both.clients[1].info("server"))["tcp_port"]}
         assert await both.clients[1].get("a") == b"new"
@@ -139,7 +139,7 @@ async def test_nobody_takes_a_refusal_for_an_empty_answer(tmp_path: Path) -> Non
 
 
 async def test_a_lock_that_lapsed_while_nobody_could_take_it_is_kept(broker: Broker) -> None:
-    lock, other = (broker.parties.writer("main", ttl_s=60) for _ in range(2))
+    lock, other = (broker.registry.writer("main", ttl_s=60) for _ in range(2))
     assert await lock.acquire(blocking=False)
     await broker.redis.delete(lock.name)  # as its term's end does
     assert await lock.extend(60, replace_ttl=True)
@@ -147,7 +147,7 @@ async def test_a_lock_that_lapsed_while_nobody_could_take_it_is_kept(broker: Bro
 
 
 async def test_a_lock_that_another_had_meanwhile_is_lost(broker: Broker) -> None:
-    lock, other = (broker.parties.writer("main", ttl_s=60) for _ in range(2))
+    lock, other = (broker.registry.writer("main", ttl_s=60) for _ in range(2))
     assert await lock.acquire(blocking=False)
     await broker.redis.delete(lock.name)
     assert await other.acquire(blocking=False)
@@ -160,7 +160,7 @@ async def test_a_lock_that_another_had_meanwhile_is_lost(broker: Broker) -> None
 async def test_a_lock_that_replicas_had_meanwhile_is_lost(broker: Broker) -> None:
     await founded(broker, "a")
     await broker.redis.delete(broker.keys.writer("main"))
-    lock = broker.parties.writer("main", ttl_s=60)
+    lock = broker.registry.writer("main", ttl_s=60)
     assert await lock.acquire(blocking=False)
     await broker.redis.delete(lock.name)
     assert await broker.members.beat("main", "a", hold_s=60)
@@ -183,16 +183,16 @@ def test_a_trainer_outlives_refusals_that_are_longer_than_its_lock(tmp_path: Pat
 
     with EmbeddedRedis(tmp_path) as server, connect_blocking(server.url) as blocking:
         key = blocking.broker.keys.writer("main")
-        with Tenure(blocking, "main", ttl_s=1.0) as tenure:
-            assert tenure.wait(unless=lambda: False, on_standby=lambda: None)
+        with WriterLease(blocking, "main", ttl_s=1.0) as writer_lease:
+            assert writer_lease.wait(unless=lambda: False, on_standby=lambda: None)
             asyncio.run(refuse_for_longer(server.url))
 
             async def held() -> bool:
-                tenure.check()
+                writer_lease.check()
                 return bool(await asyncio.to_thread(blocking.call, blocking.broker.members.is_held, "main"))
 
             asyncio.run(until(held))
-            tenure.check()
+            writer_lease.check()
 
 
 # -- a full server ------------------------------------------------------------------------------------------------
@@ -208,8 +208,8 @@ async def test_a_full_server_lets_tokens_and_meetings_through(redis_server: Embe
     await broker.tokens.create("trainer", "made")
     assert (await broker.tokens.revoke(kept.name)).revoked_at is not None
     assert [record.revoked_at is None for record in await broker.tokens.all()] == [False, True]
-    await broker.members.leave_word(me, "0:1", b"here")
-    assert await broker.members.word(me, "0:1") == b"here"
+    await broker.members.put_address(me, "0:1", b"here")
+    assert await broker.members.get_address(me, "0:1") == b"here"
     await broker.aclose()
 
 

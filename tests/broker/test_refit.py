@@ -30,7 +30,7 @@ def config(batch_size: int, max_token_len: int = 100) -> TrainerConfig:
 
 
 async def registered(broker: Broker, batch_size: int, max_token_len: int = 100) -> None:
-    await broker.parties.register_trainer(config(batch_size, max_token_len))
+    await broker.registry.register_trainer(config(batch_size, max_token_len))
     await broker.queue.refit.if_due("main")
 
 
@@ -223,7 +223,7 @@ async def test_who_is_killed_around_it_leaves_all_or_nothing_to_the_next(
     await put(broker, 1, 2, 3)
     await put(broker, 4, size=3)
     assert await broker.queue.form(4) == 1
-    await broker.parties.register_trainer(config(2))
+    await broker.registry.register_trainer(config(2))
     command = [sys.executable, "-c", FITTER, shared_redis.url, run_name]
     process = await asyncio.create_subprocess_exec(*command, env={**os.environ, "LACHESIS_CRASH_AT": f"{point}:0"})
     assert await process.wait() == -signal.SIGKILL

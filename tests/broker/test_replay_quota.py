@@ -33,7 +33,7 @@ async def replay(broker: Broker, done: Replayed, *parts: Part, quota: int = QUOT
 
 
 async def register(broker: Broker, batch_size: int) -> None:
-    await broker.parties.register_trainer(TrainerConfig("g", "p", batch_size, 16, "", 1, 0, 1))
+    await broker.registry.register_trainer(TrainerConfig("g", "p", batch_size, 16, "", 1, 0, 1))
 
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(8, (1, 2, 3, 4)), (16, tuple(range(1, 9)))])

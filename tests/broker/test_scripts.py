@@ -107,7 +107,7 @@ async def test_a_group_waits_while_max_lag_batches_are_queued_or_undelivered(bro
         return await broker.queue.put(f"g{number}", group(number), v_min=0, v_max=0, limits=limits)
 
     assert [await reply(number) for number in range(3)] == ["stored"] * 3  # nobody has registered: no batch size
-    await broker.parties.register_trainer(TrainerConfig("g", "p", 4, 16, "", 1, 0, 1))
+    await broker.registry.register_trainer(TrainerConfig("g", "p", 4, 16, "", 1, 0, 1))
     assert await reply(3) == "late"
     assert await broker.queue.form(4) == 1
     assert await reply(3) == "late"  # 2 sequences are queued, and 4 in a batch that nobody has
@@ -245,7 +245,7 @@ async def test_whatever_writes_to_the_log_of_events_keeps_as_many(broker: Broker
 
 async def test_a_refused_post_is_kept_once_and_never_counted(broker: Broker) -> None:
     for _ in range(2):
-        await broker.queue.bury("refused-x", b"body", "invalid", "why")
+        await broker.queue.keep_refused("refused-x", b"body", "invalid", "why")
     (letter,) = await broker.dead.all()
     assert (letter.accepted, letter.entry.detail, await broker.dead.body(letter)) == (False, "why", b"body")
     assert 0 < await broker.redis.ttl(broker.keys.blob("refused-x")) <= 7 * 24 * 3600
@@ -275,7 +275,7 @@ async def test_a_batch_is_freed_when_every_policy_covers_it(broker: Broker) -> N
 
 async def test_reset_forgets_dead_letters_of_accepted_groups(broker: Broker) -> None:
     await a_dead_letter(broker)
-    await broker.queue.bury("refused-x", b"body", "invalid", "why")
+    await broker.queue.keep_refused("refused-x", b"body", "invalid", "why")
     await broker.reset()
     assert [letter.entry.gid for letter in await broker.dead.all()] == ["refused-x"]
     await put(broker, 1, 2)
@@ -317,17 +317,17 @@ async def test_reset_forgets_the_queue_and_lets_posts_be_repeated(broker: Broker
 
 
 async def test_an_environment_is_registered_once_per_nonce(broker: Broker) -> None:
-    first = await broker.parties.register_env(ENV, "one")
-    assert (await broker.parties.register_env(ENV, "one")) == first
-    second = await broker.parties.register_env(ENV, "two")
+    first = await broker.registry.register_env(ENV, "one")
+    assert (await broker.registry.register_env(ENV, "one")) == first
+    second = await broker.registry.register_env(ENV, "two")
     assert [(env.env_id, env.name) for env in (first, second)] == [(0, "sums_0"), (1, "sums_1")]
-    assert await broker.parties.envs() == [first, second]
+    assert await broker.registry.envs() == [first, second]
 
 
 async def test_a_note_is_set_even_when_redis_is_full(broker: Broker) -> None:
     for new in (1, 0):
-        assert await broker.scripts.note(keys=[broker.keys.trainers], args=["started", "1"]) == new
-    assert await broker.parties.started()
+        assert await broker.scripts.set_fields(keys=[broker.keys.trainers], args=["started", "1"]) == new
+    assert await broker.registry.started()
 
 
 async def test_a_group_accepted_while_nobody_looked_ends_the_wait_at_once(broker: Broker) -> None:

@@ -81,7 +81,7 @@ async def test_a_step_of_many_groups_is_trained_by_replicas(broker: Broker) -> N
     await fill(broker)
     me = await founded(broker)
     step = await lent(broker, MANY)
-    assert await broker.members.open(me, step)
+    assert await broker.members.open_step(me, step)
     for _ in range(2):  # the second as if the first one's reply was lost
         claimed = await broker.members.claim(me, step, count=MANY, held=0)
         assert claimed is not None
@@ -128,7 +128,7 @@ async def test_scripts_take_long_lists_of_anything(broker: Broker) -> None:
     keys, scripts = broker.keys, broker.scripts
     pairs = [text for number in range(MANY) for text in (f"f{number}", "1")]
     for new in (MANY, 0):
-        assert await scripts.note(keys=[keys.state], args=pairs) == new
+        assert await scripts.set_fields(keys=[keys.state], args=pairs) == new
     await broker.queue.subscribe("reader")
     assert await broker.queue.retention.leave("reader", *pairs[::2])
     assert await broker.redis.hlen(keys.state) == 0
@@ -137,7 +137,7 @@ async def test_scripts_take_long_lists_of_anything(broker: Broker) -> None:
     digests = [f"{number:032}" for number in range(MANY)]
     await broker.lineage.record([(digest, lineage) for digest in digests])
     named = [keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage, keys.served]
-    *_, recorded, found, _ = await scripts.arrive(keys=named, args=[*digests, "none"])
+    *_, recorded, found, _ = await scripts.read_arrival(keys=named, args=[*digests, "none"])
     assert recorded == 1
     assert found[-1] is None
     assert {from_record(raw) for raw in found[:-1]} == {lineage}
@@ -193,5 +193,5 @@ async def test_many_small_blobs_are_read_in_order(broker: Broker) -> None:
 async def test_covered_never_goes_back(broker: Broker) -> None:
     await broker.queue.subscribe("main")
     for step, covered in ((7, 7), (5, 7), (9, 9), (10, 10), (9, 10)):
-        assert await broker.queue.retention.cover("main", step)
+        assert await broker.queue.retention.advance_checkpoint("main", step)
         assert await broker.queue.retention.readers() == {"main": covered}

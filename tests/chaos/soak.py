@@ -57,7 +57,18 @@ POINTS = (
     *("joined", "met", "healed", "leased", "claimed", "accumulated", "reducing", "reduced", "voted", "committed"),
     *("applied", "published", "saving", "saved", "replayed"),
 )
-SCRIPTS = ("found", "join", "evict", "meet", "heal", "open", "claim", "vote", "lease", "deliver")
+SCRIPTS = (
+    "start_generation",
+    "join",
+    "evict",
+    "rendezvous",
+    "mark_current",
+    "open_step",
+    "claim_groups",
+    "vote",
+    "lease",
+    "mark_delivered",
+)
 
 
 class Soak:
@@ -216,8 +227,8 @@ class Soak:
             await asyncio.sleep(0.05)
 
     async def _generation(self) -> int:
-        standing = await self.broker.members.standing("main")
-        return standing.generation if standing else 0
+        epoch_state = await self.broker.members.epoch_state("main")
+        return epoch_state.generation if epoch_state else 0
 
     # -- the end --------------------------------------------------------------------------------------------------
 

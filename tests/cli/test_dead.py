@@ -32,7 +32,7 @@ async def where(broker: Broker) -> tuple[str, ...]:
     await broker.queue.subscribe("main")
     for _ in range(2):
         await broker.queue.lease_or_form("main", "t", 4, lapse_s=0, max_deliveries=1)
-    await broker.queue.bury("refused-p", BODY, "invalid", "tokens[0] = '3 tokens': must not exceed 2")
+    await broker.queue.keep_refused("refused-p", BODY, "invalid", "tokens[0] = '3 tokens': must not exceed 2")
     return ("--redis-url", broker.url, "--run", broker.keys.run)
 
 
@@ -62,14 +62,14 @@ async def test_they_are_put_back_unless_that_would_be_in_vain(broker: Broker, wh
     assert (done.returncode, done.stdout) == (0, "g2: requeued\ng3: requeued\n")
     assert [entry.gid for _, entry in await broker.queue.queued()] == ["g2", "g3"]
 
-    await broker.parties.register_trainer(TrainerConfig("g", "p", 4, 2, "", 1, 0, 1))
+    await broker.registry.register_trainer(TrainerConfig("g", "p", 4, 2, "", 1, 0, 1))
     done = lachesis("dead", "requeue", "--all", *where)
     assert done.returncode == 1
     stale, _, refused = done.stdout.splitlines()
     assert stale.startswith("g0: not requeued: version 0 is 9 behind, and max_lag is 5")
     assert refused.startswith("refused-p: not requeued: still refused: tokens[0] = '3 tokens': must not exceed")
 
-    await broker.parties.register_trainer(TrainerConfig("g", "p", 4, 3, "", 1, 0, 1))
+    await broker.registry.register_trainer(TrainerConfig("g", "p", 4, 3, "", 1, 0, 1))
     for _ in range(2):
         done = lachesis("dead", "requeue", "--all", "--reason", "invalid", *where)
         assert done.returncode == 0
@@ -112,7 +112,7 @@ async def test_one_whose_data_is_gone_is_shown_as_that_and_does_not_keep_others(
     assert lease is not None
     await broker.redis.delete(*map(broker.keys.blob, ("g1", "g4", "refused-p")))
     await broker.redis.set(broker.keys.blob("g0"), b"spoilt")
-    await broker.parties.register_trainer(TrainerConfig("g", "p", 4, 3, "", 1, 0, 1))
+    await broker.registry.register_trainer(TrainerConfig("g", "p", 4, 3, "", 1, 0, 1))
     await broker.queue.refit("main", apart=[lease.batch.step])
     deleted = "it was deleted by hand"
     expired = "refused posts are kept for a week"

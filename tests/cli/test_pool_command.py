@@ -22,7 +22,7 @@ async def where(broker: Broker) -> tuple[str, ...]:
     """A run with versions 3, 4 and 5, and a server."""
     for version in (3, 4, 5):
         await broker.weights.publish("main", WeightsEntry(version, version, "/v", "0", 1, "BF16", version - 1))
-    await broker.parties.report(ServerStatus("s0", "main", "http://s0", "ready", 5, -1, 0.0, checksum="abcdef"))
+    await broker.registry.report(ServerStatus("s0", "main", "http://s0", "ready", 5, -1, 0.0, checksum="abcdef"))
     return ("--redis-url", broker.url, "--run", broker.keys.run)
 
 
@@ -89,7 +89,7 @@ async def test_a_version_whose_files_are_gone_is_refused_and_those_there_are_nam
 ) -> None:
     if action[0] in ("rollback", "promote"):  # they went while the canary was out
         version, rest = (4, 8) if action[0] == "promote" else (8, 4)
-        assert await broker.pools.steer("main", PoolRule("canary", version, rest, 0.5), NONE)
+        assert await broker.pools.set_rule("main", PoolRule("canary", version, rest, 0.5), NONE)
     before = await broker.pools.rule("main")
     assert await anyio.to_thread.run_sync(main, ["pool", *action, *kept]) == 2
     told = capsys.readouterr().err

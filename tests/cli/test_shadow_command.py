@@ -90,7 +90,7 @@ async def test_one_that_is_gone_is_removed(broker: Broker, where: tuple[str, ...
     for name, said in (("main", "not a shadow; one of gone"), ("other", "not a shadow; one of gone")):
         refused = lachesis("shadow", "--remove", name, *where)
         assert (refused.returncode, refused.stderr) == (2, f"lachesis shadow: remove = {name!r}: {said}\n")
-    lock = broker.parties.writer("gone", ttl_s=60)
+    lock = broker.registry.writer("gone", ttl_s=60)
     assert await lock.acquire(blocking=False)
     assert "its trainer is at work; end it first" in lachesis("shadow", "--remove", "gone", *where).stderr
     await lock.release()

@@ -23,10 +23,10 @@ ENV = EnvConfig(max_token_length=16, desired_name="sums", weight=1.0, group_size
 @pytest.fixture
 async def alive(broker: Broker) -> Broker:
     """A run whose trainer holds the policy, with a ready server and an environment that just called."""
-    await broker.parties.register_trainer(CONFIG)
-    assert await broker.parties.writer("main", ttl_s=600).acquire(blocking=False)
-    await broker.parties.report(ServerStatus("s0", "main", "http://s0", "ready", 3, -1, time.time()))
-    await broker.parties.register_env(ENV, "nonce")
+    await broker.registry.register_trainer(CONFIG)
+    assert await broker.registry.writer("main", ttl_s=600).acquire(blocking=False)
+    await broker.registry.report(ServerStatus("s0", "main", "http://s0", "ready", 3, -1, time.time()))
+    await broker.registry.register_env(ENV, "nonce")
     return broker
 
 
@@ -49,7 +49,7 @@ async def test_who_is_gone_is_named_with_the_time_and_the_exit_code_is_1(
     alive: Broker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await alive.redis.delete(alive.keys.writer("main"))
-    await alive.parties.report(ServerStatus("s0", "main", "http://s0", "ready", 3, -1, time.time() - 300))
+    await alive.registry.report(ServerStatus("s0", "main", "http://s0", "ready", 3, -1, time.time() - 300))
     await alive.redis.zadd(alive.keys.heard, {"0": 1000 * (time.time() - 7300)})
     code, said = await status(alive, capsys)
     assert code == 1
@@ -68,7 +68,7 @@ async def test_one_kind_of_part_that_is_missing_is_enough(
     if lost == "trainer":
         await alive.redis.delete(alive.keys.writer("main"))
     elif lost == "server":
-        await alive.parties.report(ServerStatus("s0", "main", "http://s0", "failed", -1, -1, time.time()))
+        await alive.registry.report(ServerStatus("s0", "main", "http://s0", "failed", -1, -1, time.time()))
     else:
         await alive.redis.zadd(alive.keys.heard, {"0": 1000 * (time.time() - 61)})
     code, said = await status(alive, capsys)
@@ -92,7 +92,7 @@ async def test_an_http_trainer_and_a_replica_count_as_trainers(
 async def test_a_finished_run_is_finished_however_quiet_it_is(
     broker: Broker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    await broker.parties.register_trainer(CONFIG)
+    await broker.registry.register_trainer(CONFIG)
     entry = LedgerEntry(2, ("g",), 4, 9, 1, 2, 0, 1, "me", 0.5, 0.1, 1.0, time.time())
     fields = {name: str(getattr(entry, name)) for name in entry.__struct_fields__} | {"gids": "g"}
     await broker.redis.xadd(broker.keys.ledger("main"), fields, "2-0")

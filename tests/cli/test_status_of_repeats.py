@@ -19,7 +19,7 @@ def test_posts_dropped_as_repeats_are_told_by_environment(
     where = ("--redis-url", shared_redis.url, "--run", run_name)
     with connect_blocking(shared_redis.url, run_name) as blocking:
         for nonce in ("one", "two"):
-            blocking.call(blocking.broker.parties.register_env, EnvConfig(16, "sums", 1.0, 2), nonce)
+            blocking.call(blocking.broker.registry.register_env, EnvConfig(16, "sums", 1.0, 2), nonce)
         for number in (1, 2, 2, 2):
             blocking.call(blocking.broker.queue.put, f"g{number}", group(number, env_id=number % 2), v_min=0, v_max=0)
     assert main(where) == 1  # nobody trains

@@ -35,7 +35,7 @@ async def test_a_run_that_nobody_trains(broker: Broker, where: tuple[str, ...]) 
 
 
 async def test_one_trainer_that_is_no_replica(broker: Broker, where: tuple[str, ...]) -> None:
-    lock = broker.parties.writer("main", ttl_s=60)
+    lock = broker.registry.writer("main", ttl_s=60)
     assert await lock.acquire(blocking=False)
     shown = lachesis("trainers", "--policy", "main", *where).stdout
     assert shown == "policy main: one trainer, no step committed yet\n"
@@ -86,7 +86,7 @@ async def test_the_open_step_and_who_has_voted_for_it(broker: Broker, where: tup
     me = await broker.members.join("main", "b:2", generation=1, step=0)
     assert me is not None
     step = await lent(broker)
-    assert await broker.members.open(me, step)
+    assert await broker.members.open_step(me, step)
     await broker.members.claim(me, step, count=2, held=0)
     batch = await broker.queue.batch(step)
     assert batch is not None

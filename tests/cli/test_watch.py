@@ -44,9 +44,9 @@ async def test_it_warns_while_a_pool_is_pinned_or_a_server_cannot_load(
     view, _ = watched
     await broker.weights.publish("main", WeightsEntry(5, 5, "/v", "0", 1, "BF16", 4))
     stuck = ServerStatus("s0", "main", "http://s0", "ready", 4, -1, time.time() + 60, last_error="version 5 is torn")
-    await broker.parties.report(stuck)
+    await broker.registry.report(stuck)
     await until(lambda: view.warnings == ["s0 (ready, version 4): version 5 is torn"])
-    assert await broker.pools.steer("main", PoolRule("pin", 4), NONE)
+    assert await broker.pools.set_rule("main", PoolRule("pin", 4), NONE)
     await until(lambda: len(view.warnings) == 2)
     assert view.warnings[0].startswith("pool main: pinned to version 4")
 
@@ -62,5 +62,5 @@ async def test_a_committed_step_and_a_ready_server_are_what_parts_are_for(
     await until(lambda: view.step == 1 and supervisor.parts["trainer"].useful)
     assert (view.held_out, view.scores) == ([(0, 0.25)], {"sums": 0.5})
     assert not supervisor.parts["s0"].useful
-    await broker.parties.report(ServerStatus("s0", "main", "http://s0", "ready", 1, -1, time.time() + 60))
+    await broker.registry.report(ServerStatus("s0", "main", "http://s0", "ready", 1, -1, time.time() + 60))
     await until(lambda: supervisor.parts["s0"].useful)

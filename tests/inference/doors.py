@@ -65,7 +65,7 @@ class Upstream:
         return await behave(request, body)
 
     async def report(self, state: str = "ready") -> None:
-        await self.broker.parties.report(
+        await self.broker.registry.report(
             ServerStatus(
                 server=self.name,
                 pool="main",

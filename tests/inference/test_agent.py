@@ -114,7 +114,7 @@ async def status_where(broker: Broker, timeout_s: float = 120.0, **fields: Any) 
     found = None
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        servers = await broker.parties.servers("main")
+        servers = await broker.registry.servers("main")
         found = servers[0] if servers else None
         if found is not None and all(getattr(found, name) == value for name, value in fields.items()):
             return found
@@ -351,5 +351,5 @@ async def test_sigterm_drains_and_leaves_the_pool(bench: Bench, broker: Broker, 
 
     assert code == 0
     assert [status for status, _ in await asyncio.gather(*running)] == [200] * 4
-    assert await broker.parties.servers("main") == []
+    assert await broker.registry.servers("main") == []
     assert not any(map(roles.alive, children))

@@ -13,7 +13,7 @@ from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
 from lachesis.inference.gateway.protocols.sglang import BadRequest, read_request
-from lachesis.inference.gateway.request_check import Check, check_vocabulary
+from lachesis.inference.gateway.request_check import RequestCheck, check_vocabulary
 from lachesis.inference.gateway.request_fields import MOST_OUTPUTS, UNUSED
 
 VOCAB = 320
@@ -24,10 +24,10 @@ LEAST: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "a"},
     CHAT: {"messages": MESSAGES},
 }
-check = Check()
+check = RequestCheck()
 
 
-def field_of(path: str, body: dict[str, Any], check: Check = check) -> str:
+def field_of(path: str, body: dict[str, Any], check: RequestCheck = check) -> str:
     """The field that is refused."""
     with pytest.raises(BadRequest) as refused:
         check(path, body)
@@ -95,7 +95,7 @@ def test_other_fields_are_refused_and_can_be_passed(path: str, name: str) -> Non
     inside = {"input_ids": [1], "sampling_params": {name: [[1] * 5000]}}
     assert field_of(GENERATE, inside).startswith(f"sampling_params.{name[:50]}")
     if name.isidentifier():
-        lenient = Check([name])
+        lenient = RequestCheck([name])
         assert lenient(path, LEAST[path] | {name: 1}) == LEAST[path] | {name: 1}
         assert lenient(GENERATE, inside) == inside
 
@@ -169,7 +169,7 @@ def test_a_value_that_is_not_of_its_kind_is_refused(path: str, body: dict[str, A
 
 def test_a_kind_of_media_passes_where_it_is_named() -> None:
     body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}
-    assert Check(["image_url"])(CHAT, body) == body
+    assert RequestCheck(["image_url"])(CHAT, body) == body
 
 
 def test_an_error_shows_as_much_of_a_value_as_fits_into_a_line() -> None:

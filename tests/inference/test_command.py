@@ -117,4 +117,4 @@ def test_an_sglang_that_never_starts_is_given_up(
     with pytest.raises(ServerFailed, match="failed 3 times and was never ready: ImportError: no torch here"):
         agent.run(settings(shared_redis, tmp_path, model=str(base), sglang_python=str(broken)))
     with connect_blocking(shared_redis.url, "command") as blocking:
-        assert blocking.call(blocking.broker.parties.servers) == []
+        assert blocking.call(blocking.broker.registry.servers) == []

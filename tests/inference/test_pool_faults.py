@@ -124,7 +124,7 @@ async def fault(rig: Rig, broker: Broker, name: str) -> AsyncIterator[Load]:
         await clients.more()
         yield clients
         await clients.more()
-    checksums = {status.checksum for status in await broker.parties.servers()}
+    checksums = {status.checksum for status in await broker.registry.servers()}
     tokens, largest = rig.reference.difference(clients.done) if not clients.failures() else (0, float("nan"))
     versions = " ".join(sorted(clients.by_version(), key=int))
     alike = "equal" if len(checksums) == 1 and all(checksums) else "DIFFER"
@@ -139,7 +139,7 @@ async def fault(rig: Rig, broker: Broker, name: str) -> AsyncIterator[Load]:
 
 async def served_as_published(rig: Rig, broker: Broker) -> None:
     """Each server itself gives Hugging Face's log-probs of the version it reports."""
-    for status in await broker.parties.servers():
+    for status in await broker.registry.servers():
         async with aiohttp.ClientSession(status.url) as direct:
             body = request(16)
             body["sampling_params"]["temperature"] = 0
@@ -156,7 +156,7 @@ async def until(broker: Broker, timeout_s: float = 120.0, servers: tuple[str, ..
     try:
         with anyio.fail_after(timeout_s):
             while True:
-                found = {status.server: status for status in await broker.parties.servers()}
+                found = {status.server: status for status in await broker.registry.servers()}
                 if all(
                     name in found and all(getattr(found[name], field) == value for field, value in fields.items())
                     for name in servers

@@ -147,7 +147,7 @@ async def test_no_answer_goes_on_from_a_prefix_of_other_weights(
 
     async def serve(version: int) -> None:
         with anyio.fail_after(120):
-            while [(s.version, s.state) for s in await broker.parties.servers()] != [(version, "ready")]:  # noqa: ASYNC110
+            while [(s.version, s.state) for s in await broker.registry.servers()] != [(version, "ready")]:  # noqa: ASYNC110
                 await anyio.sleep(0.02)
 
     async def answered_from_cache(version: int) -> None:
@@ -158,7 +158,7 @@ async def test_no_answer_goes_on_from_a_prefix_of_other_weights(
 
     async def rule(wanted: PoolRule) -> None:
         judged, _ = await broker.pools.rule("main")
-        assert await broker.pools.steer("main", wanted, judged)
+        assert await broker.pools.set_rule("main", wanted, judged)
 
     async def pin(version: int) -> None:
         await rule(PoolRule("pin", version))
@@ -166,7 +166,7 @@ async def test_no_answer_goes_on_from_a_prefix_of_other_weights(
         await answered_from_cache(version)
 
     async def straight(prompt: list[int], **key: str) -> tuple[dict[str, Any], int, Any]:
-        [status] = await broker.parties.servers()
+        [status] = await broker.registry.servers()
         body = {"input_ids": prompt, "sampling_params": SAMPLING, "return_logprob": True, **key}
         async with aiohttp.ClientSession(status.url) as direct:
             return body, *await generate(direct, body)
@@ -180,7 +180,7 @@ async def test_no_answer_goes_on_from_a_prefix_of_other_weights(
             await serve(version)
             await answered_from_cache(version)
         await pin(6)
-        [status] = await broker.parties.servers()
+        [status] = await broker.registry.servers()
         missed = {"extra_key": status.prefix_key}  # what a front door sends that hears of no update from now on
         await pin(7)
         await straight(another, **missed)

@@ -11,7 +11,7 @@ from doors import Upstream, door
 
 from lachesis.broker import Broker
 from lachesis.broker.records.entries import tokens_digest
-from lachesis.inference.gateway.protocols.fan_out import MOST, merge, singles
+from lachesis.inference.gateway.protocols.fan_out import MOST_OUTPUTS, merge, singles
 
 PATH = "/v1/completions"
 
@@ -72,7 +72,7 @@ async def test_one_that_is_refused_refuses_all(broker: Broker) -> None:
 @pytest.mark.parametrize(
     "body",
     [{"prompt": "a"}, {"prompt": [1, 2]}, {"prompt": ["a"]}, {"prompt": [[1]], "n": 1}, {"prompt": "a", "n": "two"},
-     {"prompt": "a", "n": MOST + 1}, {}, {"prompt": [], "n": 0}],
+     {"prompt": "a", "n": MOST_OUTPUTS + 1}, {}, {"prompt": [], "n": 0}],
 )  # fmt: skip
 def test_what_has_one_output_or_too_many_is_left_as_it_is(body: dict[str, Any]) -> None:
     assert singles(PATH, body) == ([], 1)

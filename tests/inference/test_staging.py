@@ -26,9 +26,9 @@ from lachesis.broker.weights.manifest import MANIFEST
 from lachesis.inference.versions.download import Abandoned
 from lachesis.inference.versions.model_folder import read_model_folder
 from lachesis.inference.versions.staging import Staging
-from lachesis.inference.versions.verification_cache import Verified
+from lachesis.inference.versions.verification_cache import VerificationCache
 from lachesis.inference.versions.verify import VersionGone, verify
-from lachesis.inference.versions.watcher import VersionFeed
+from lachesis.inference.versions.watcher import VersionWatcher
 
 pytestmark = pytest.mark.anyio
 WEIGHTS = "model.safetensors"
@@ -248,23 +248,23 @@ async def test_who_waits_for_another_agent_can_be_stopped(store: Store, tmp_path
 async def test_a_server_is_fed_from_a_url(broker: Broker, store: Store, tmp_path: Path) -> None:
     """As from a folder: the newest good one, staged, verified, and named while it is on its way."""
     heartbeat = heartbeat_of(broker)
-    feed = VersionFeed(
+    watcher = VersionWatcher(
         broker,
         "main",
         store.base,
         Staging(tmp_path / "staged", keep=2),
-        Verified(tmp_path / "verified"),
+        VerificationCache(tmp_path / "verified"),
         heartbeat,
         LOG,
     )
     await broker.weights.publish("main", store.publish(1))
     await broker.weights.publish("main", store.publish(2, weights=random_weights(1) | NAN))
 
-    found = await feed.first()
+    found = await watcher.first()
 
     assert (found.version, found.model.folder) == (1, tmp_path / "staged" / "v000001")
     assert found.passed_over.startswith("version 2 refused: model.norm.weight")
-    assert [status.loading for status in await broker.parties.servers()] == [1]
+    assert [status.loading for status in await broker.registry.servers()] == [1]
     manifest = (found.model.folder / MANIFEST).read_bytes()
     assert hashlib.sha256(manifest).hexdigest() == store_hash(store, 1)
 

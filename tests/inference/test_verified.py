@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lachesis.broker import WeightsRefused
-from lachesis.inference.versions.verification_cache import KEEP, TICK_S, Verified
+from lachesis.inference.versions.verification_cache import KEEP_RECORDS, TICK_S, VerificationCache
 
 SPAWN = multiprocessing.get_context("spawn")  # the forkserver has imported verl, or will
 
@@ -29,7 +29,7 @@ def files(tmp_path: Path) -> list[Path]:
 class Checks:
     """Counts them."""
 
-    def __init__(self, verified: Verified, files: list[Path]) -> None:
+    def __init__(self, verified: VerificationCache, files: list[Path]) -> None:
         self.verified, self.files, self.count = verified, files, 0
 
     def __call__(self, manifest_sha256: str = "m") -> int:
@@ -65,21 +65,21 @@ def tear(path: Path) -> None:
 def test_files_are_read_again_once_they_are_not_the_same(
     files: list[Path], tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
-    checks = Checks(Verified(tmp_path / "verified"), files)
+    checks = Checks(VerificationCache(tmp_path / "verified"), files)
     assert [checks(), checks(), checks("another manifest"), checks()] == [1, 0, 1, 0]
-    assert Checks(Verified(tmp_path / "verified"), files)() == 0  # another agent
+    assert Checks(VerificationCache(tmp_path / "verified"), files)() == 0  # another agent
     change(files[1])
     assert checks() == 1
 
 
 def test_what_was_written_a_moment_ago_is_not_recorded(files: list[Path], tmp_path: Path) -> None:
-    checks = Checks(Verified(tmp_path / "verified"), files)
+    checks = Checks(VerificationCache(tmp_path / "verified"), files)
     files[0].touch()
     assert [checks(), checks()] == [1, 1]
 
 
 def test_a_refusal_and_a_change_meanwhile_are_not_recorded(files: list[Path], tmp_path: Path) -> None:
-    verified = Verified(tmp_path / "verified")
+    verified = VerificationCache(tmp_path / "verified")
 
     def refuse() -> None:
         raise WeightsRefused("not finite")
@@ -92,13 +92,13 @@ def test_a_refusal_and_a_change_meanwhile_are_not_recorded(files: list[Path], tm
 
 
 def test_a_torn_record_counts_for_nothing_and_old_ones_go(files: list[Path], tmp_path: Path) -> None:
-    checks = Checks(Verified(tmp_path / "verified"), files)
+    checks = Checks(VerificationCache(tmp_path / "verified"), files)
     assert checks() == 1
     os.truncate(tmp_path / "verified" / "m", 10)
     assert [checks(), checks()] == [1, 0]
-    for number in range(KEEP + 3):
+    for number in range(KEEP_RECORDS + 3):
         checks(f"m{number}")
-    assert len(list((tmp_path / "verified").iterdir())) == KEEP
+    assert len(list((tmp_path / "verified").iterdir())) == KEEP_RECORDS
 
 
 def check_slowly(folder: Path, files: list[Path], read: Path, for_s: float) -> None:
@@ -106,7 +106,7 @@ def check_slowly(folder: Path, files: list[Path], read: Path, for_s: float) -> N
         (read / str(os.getpid())).touch()
         time.sleep(for_s)
 
-    Verified(folder).check_once("m", files, check)
+    VerificationCache(folder).check_once("m", files, check)
 
 
 def started(tmp_path: Path, files: list[Path], count: int, for_s: float) -> list[multiprocessing.process.BaseProcess]:
@@ -147,5 +147,5 @@ def test_one_that_is_stopped_holds_nobody_up(files: list[Path], tmp_path: Path) 
     (first,) = started(tmp_path, files, 1, for_s=600)
     while readers(tmp_path) != [first.pid]:
         time.sleep(0.01)
-    assert Checks(Verified(tmp_path / "verified", patience_s=0.1), files)() == 1
+    assert Checks(VerificationCache(tmp_path / "verified", patience_s=0.1), files)() == 1
     first.kill()

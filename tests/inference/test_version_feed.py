@@ -16,7 +16,7 @@ from lachesis.broker.weights.pools import canaries
 from lachesis.inference.heartbeat import Heartbeat
 from lachesis.inference.versions.model_folder import read_model_folder
 from lachesis.inference.versions.staging import Staging
-from lachesis.inference.versions.watcher import VersionFeed
+from lachesis.inference.versions.watcher import VersionWatcher
 from lachesis.service.logs import configure_logging
 
 pytestmark = pytest.mark.anyio
@@ -34,12 +34,12 @@ def heartbeat_of(broker: Broker, name: str = "s") -> Heartbeat:
     status = ServerStatus(
         server=name, pool="main", url="http://s", state="starting", version=-1, loading=-1, heartbeat=0.0
     )
-    return Heartbeat(broker.parties, status, LOG)
+    return Heartbeat(broker.registry, status, LOG)
 
 
-def feed_of(broker: Broker, base: Path | None, heartbeat: Heartbeat | None = None) -> VersionFeed:
+def feed_of(broker: Broker, base: Path | None, heartbeat: Heartbeat | None = None) -> VersionWatcher:
     staging = Staging(Path("/nowhere"), keep=1)  # folders are served where they lie
-    return VersionFeed(broker, "main", base, staging, None, heartbeat or heartbeat_of(broker), LOG)
+    return VersionWatcher(broker, "main", base, staging, None, heartbeat or heartbeat_of(broker), LOG)
 
 
 async def test_it_starts_from_the_newest_and_announces_it_first(broker: Broker, base: Path, tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ async def test_it_starts_from_the_newest_and_announces_it_first(broker: Broker, 
     found = await feed_of(broker, base).first()
 
     assert (found.version, found.model.folder) == (2, tmp_path / "v000002")
-    assert [status.loading for status in await broker.parties.servers()] == [2]
+    assert [status.loading for status in await broker.registry.servers()] == [2]
 
 
 async def test_a_bad_newest_version_gives_way_to_its_parents(broker: Broker, base: Path, tmp_path: Path) -> None:
@@ -57,11 +57,11 @@ async def test_a_bad_newest_version_gives_way_to_its_parents(broker: Broker, bas
     await publish(broker, base, tmp_path, 2)
     shutil.rmtree(tmp_path / "v000002")
     await broker.weights.publish("main", write_version(base, tmp_path, 3, weights=random_weights(1) | NAN))
-    feed = feed_of(broker, base)
+    watcher = feed_of(broker, base)
 
-    assert (await feed.first()).version == 1
+    assert (await watcher.first()).version == 1
     shutil.rmtree(tmp_path / "v000001")
-    assert (await feed.first()).version == 0
+    assert (await watcher.first()).version == 0
 
 
 async def test_it_waits_for_a_base_model_in_the_making(broker: Broker, base: Path, tmp_path: Path) -> None:
@@ -99,12 +99,12 @@ async def test_a_version_sglang_can_not_start_from_is_refused_the_second_time(
 ) -> None:
     for version in (1, 2):
         await publish(broker, base, tmp_path, version)
-    feed = feed_of(broker, base)
+    watcher = feed_of(broker, base)
 
     for expected in (2, 2, 1):
-        found = await feed.first()
+        found = await watcher.first()
         assert found.version == expected
-        feed.did_not_start(found)
+        watcher.did_not_start(found)
 
 
 async def test_version_0_is_the_base_model_where_its_published_files_are_gone(
@@ -113,7 +113,7 @@ async def test_version_0_is_the_base_model_where_its_published_files_are_gone(
     for version in (0, 1):
         await publish(broker, base, tmp_path, version)
     shutil.rmtree(tmp_path / "v000000")
-    assert await broker.pools.steer("main", PoolRule("pin", 0), "0-0")
+    assert await broker.pools.set_rule("main", PoolRule("pin", 0), "0-0")
     serving = read_model_folder(tmp_path / "v000001")
 
     fresh = await feed_of(broker, base).first()
@@ -129,15 +129,15 @@ async def test_version_0_is_the_base_model_where_its_published_files_are_gone(
 
 async def test_a_refused_version_is_not_looked_at_again(broker: Broker, base: Path, tmp_path: Path) -> None:
     await publish(broker, base, tmp_path, 1)
-    feed, model = feed_of(broker, base), read_model_folder(base)
+    watcher, model = feed_of(broker, base), read_model_folder(base)
     await broker.weights.publish("main", write_version(base, tmp_path, 2, weights=random_weights(1) | NAN))
 
-    assert await feed.next(1, model, 0.1) is None
+    assert await watcher.next(1, model, 0.1) is None
     shutil.rmtree(tmp_path / "v000002")
     shutil.copytree(tmp_path / "v000001", tmp_path / "v000002")
-    assert await feed.next(1, model, 0.1) is None
+    assert await watcher.next(1, model, 0.1) is None
     await publish(broker, base, tmp_path, 3)
-    newest = await feed.next(1, model, 5)
+    newest = await watcher.next(1, model, 5)
     assert newest is not None
     assert newest.version == 3
 
@@ -146,41 +146,41 @@ async def test_a_folder_that_appears_late_is_loaded_then(broker: Broker, base: P
     entry = write_version(base, tmp_path, 1)
     Path(entry.uri).rename(tmp_path / "not-visible-yet")
     await broker.weights.publish("main", entry)
-    feed, model = feed_of(broker, base), read_model_folder(base)
+    watcher, model = feed_of(broker, base), read_model_folder(base)
 
-    assert await feed.next(0, model, 0.1) is None
+    assert await watcher.next(0, model, 0.1) is None
     (tmp_path / "not-visible-yet").rename(entry.uri)
-    found = await feed.next(0, model, 0.1)
+    found = await watcher.next(0, model, 0.1)
     assert found is not None
     assert found.version == 1
 
 
 async def steer(broker: Broker, rule: PoolRule) -> None:
     judged, _ = await broker.pools.rule("main")
-    assert await broker.pools.steer("main", rule, judged)
+    assert await broker.pools.set_rule("main", rule, judged)
 
 
 async def test_a_rule_is_followed_at_once_and_back_again(broker: Broker, base: Path, tmp_path: Path) -> None:
     for version in (1, 2, 3):
         await publish(broker, base, tmp_path, version)
-    feed, model = feed_of(broker, base), read_model_folder(base)
+    watcher, model = feed_of(broker, base), read_model_folder(base)
     for rule, serving, wanted in (
         (PoolRule("pin", 1), 3, 1),
         (PoolRule("pin", 0), 1, 0),
         (PoolRule("newest"), 0, 3),
     ):
         await steer(broker, rule)
-        found = await feed.next(serving, model, 0)
+        found = await watcher.next(serving, model, 0)
         assert found is not None
         assert found.version == wanted
-        assert await feed.next(wanted, model, 0) is None
+        assert await watcher.next(wanted, model, 0) is None
     await steer(broker, PoolRule("pin", 3))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(steer, broker, PoolRule("pin", 2))
         with anyio.fail_after(60):
-            assert (await feed.next(3, model, 60)).version == 2  # type: ignore[union-attr]
+            assert (await watcher.next(3, model, 60)).version == 2  # type: ignore[union-attr]
     await publish(broker, base, tmp_path, 4)
-    assert await feed.next(2, model, 0.1) is None
+    assert await watcher.next(2, model, 0.1) is None
     assert (await feed_of(broker, base).first()).version == 2
 
 
@@ -194,12 +194,12 @@ async def test_a_share_of_the_servers_are_canaries(broker: Broker, base: Path, t
         await heartbeat.announce(state="ready")
         feeds[name] = (feed_of(broker, base, heartbeat), heartbeat)
 
-    served = {name: (await feed.first()).version for name, (feed, _) in feeds.items()}
+    served = {name: (await watcher.first()).version for name, (watcher, _) in feeds.items()}
 
     (canary,) = canaries(rule, feeds)
     assert served == {name: 2 if name == canary else 1 for name in feeds}
     assert {heartbeat.status.rule for _, heartbeat in feeds.values()} == {"canary", "rest"}
-    await broker.parties.withdraw(canary)
+    await broker.registry.withdraw(canary)
     (successor,) = canaries(rule, feeds.keys() - {canary})
     with anyio.fail_after(60):
         found = await feeds[successor][0].next(1, read_model_folder(base), 5)
@@ -246,7 +246,7 @@ async def test_the_heartbeat_goes_on_when_redis_comes_back(tmp_path: Path) -> No
             heartbeat.change(state="ready", version=7)
             redis.start()
             with anyio.fail_after(60):
-                while [status.version for status in await broker.parties.servers()] != [7]:  # noqa: ASYNC110
+                while [status.version for status in await broker.registry.servers()] != [7]:  # noqa: ASYNC110
                     await anyio.sleep(0.05)
             tasks.cancel_scope.cancel()
         await broker.aclose()

@@ -89,12 +89,12 @@ async def full(redis_server: EmbeddedRedis) -> AsyncIterator[Broker]:
 async def test_a_full_server_lets_a_trainer_come_and_drain_it(full: Broker) -> None:
     with pytest.raises(OutOfMemoryError):
         await full.queue.put("more", scored(9), v_min=0, v_max=0)
-    lock = full.parties.writer("main", ttl_s=30)
+    lock = full.registry.writer("main", ttl_s=30)
     assert await lock.acquire(blocking=False)
-    await full.parties.register_trainer(TrainerConfig("g", "p", 4, 16, "", 1, 0, 1))
-    await full.parties.start()
-    await full.parties.report(ServerStatus("s", "main", "http://s", "ready", 0, -1, 0.0))
-    await full.parties.register_env(EnvConfig(16, "sums", 1.0, 2), "nonce")
+    await full.registry.register_trainer(TrainerConfig("g", "p", 4, 16, "", 1, 0, 1))
+    await full.registry.start()
+    await full.registry.report(ServerStatus("s", "main", "http://s", "ready", 0, -1, 0.0))
+    await full.registry.register_env(EnvConfig(16, "sums", 1.0, 2), "nonce")
     await full.queue.subscribe("main")
     for step in (1, 2):
         lease = await full.queue.lease_or_form("main", "r", 4, lapse_s=60)

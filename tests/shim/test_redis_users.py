@@ -77,8 +77,8 @@ async def test_every_user_can_do_its_part(server: EmbeddedRedis, roles: dict[str
     operator = roles["operator"]
     first, second = group(1, 4), group(2, 4)
 
-    await inference.parties.report(ServerStatus("s", "main", "http://s", "starting", -1, 0, 0.0))
-    assert await door.parties.servers() == await inference.parties.servers()
+    await inference.registry.report(ServerStatus("s", "main", "http://s", "starting", -1, 0, 0.0))
+    assert await door.registry.servers() == await inference.registry.servers()
     assert await inference.weights.wait_newer("main", -1, 0.01) is None
     await door.lineage.record([(tokens_digest(tokens), Lineage(0, 0, ((0, 0, 2),))) for tokens in first["tokens"]])
 
@@ -100,7 +100,7 @@ async def test_every_user_can_do_its_part(server: EmbeddedRedis, roles: dict[str
         assert (await client.post("/scored_data", json={**group(4), "scores": [1.0]})).status_code == 422  # buried
         assert (await client.get("/healthz")).json()["lineage"]["joined"] >= 4
 
-        lock = trainer.parties.writer("main", ttl_s=60)
+        lock = trainer.registry.writer("main", ttl_s=60)
         assert await lock.acquire()
         await trainer.queue.subscribe("main")
         lease = await trainer.queue.lease_or_form("main", "t", 4, lapse_s=60)
@@ -118,16 +118,16 @@ async def test_every_user_can_do_its_part(server: EmbeddedRedis, roles: dict[str
         assert await trainer.checkpoints.known("main") == {"digest": 1}
         await trainer.checkpoints.remove("main", before=2)
         await trainer.journal.metric("step", {"step": 1, "reward": 0.5})
-        await trainer.parties.keep_configuration(
+        await trainer.registry.keep_configuration(
             "main", KeptConfiguration(("lachesis.seed=1",), "/state", "lachesis: …")
         )
-        assert (await trainer.parties.configurations())["main"].overrides == ("lachesis.seed=1",)
-        assert len(await trainer.parties.envs()) == 1
+        assert (await trainer.registry.configurations())["main"].overrides == ("lachesis.seed=1",)
+        assert len(await trainer.registry.envs()) == 1
         await trainer.journal.control("training", "t")
         assert [done.step async for done in trainer.queue.ledger("main")] == [1]
         await trainer.queue.wait_for_group(0.01, after=await trainer.queue.newest_group())
         assert (await trainer.queue.status()).groups == 2
-        assert [status.server for status in await trainer.parties.servers()] == ["s"]
+        assert [status.server for status in await trainer.registry.servers()] == ["s"]
         await lock.release()
 
         newest = await inference.weights.wait_newer("main", 0, 5)
@@ -135,13 +135,13 @@ async def test_every_user_can_do_its_part(server: EmbeddedRedis, roles: dict[str
         assert await door.weights.newest("main") == newest == await inference.weights.get("main", 1)
         orders = await inference.pools.orders("main", "main")
         assert (orders.rule.mode, orders.newest) == ("newest", newest)
-        assert await operator.pools.steer("main", PoolRule("pin", 1), orders.rule_id)
+        assert await operator.pools.set_rule("main", PoolRule("pin", 1), orders.rule_id)
         await inference.pools.wait_for_orders("main", "main", orders, 5)
         assert (await trainer.pools.rule("main"))[1] == PoolRule("pin", 1)
         assert await inference.pools.take_turn("main", "s", 1, 60)
         await inference.pools.end_turn("main", "s")
         await inference.journal.metric("update", {"version": 1})
-        await inference.parties.withdraw("s")
+        await inference.registry.withdraw("s")
 
         batch = (await client.get("/batch")).json()["batch"]  # an HTTP trainer goes on where the native one ended
         assert [number_of(item) for item in batch] == [2]

@@ -99,7 +99,7 @@ async def test_without_a_token_only_health_is_told(url: str, broker: Broker) -> 
         assert (await client.get("/nothing")).status_code == 404
         assert (await client.post("/batch")).status_code == 405
     assert (await broker.queue.status()).accepted == 0
-    assert await broker.parties.trainer_config() is None
+    assert await broker.registry.trainer_config() is None
 
 
 async def test_a_token_of_one_run_is_nothing_in_another(url: str, tokens: dict[str, str], broker: Broker) -> None:

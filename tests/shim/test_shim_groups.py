@@ -265,7 +265,7 @@ async def test_versions_are_joined_from_lineage_or_bounded(registered: httpx.Asy
 
     now = time.time()
     for name, version in (("a", 7), ("b", 5), ("new", -1)):
-        await broker.parties.report(ServerStatus(name, "main", "http://s", "ready", version, -1, now))
+        await broker.registry.report(ServerStatus(name, "main", "http://s", "ready", version, -1, now))
     gone = ServerStatus("gone", "main", "http://s", "ready", 1, -1, now - 3600)  # reported then
     await broker.redis.hset(broker.keys.pools, "gone", msgspec.json.encode(gone))
     await registered.post("/scored_data", json=group(3))
@@ -283,7 +283,7 @@ async def test_versions_are_joined_from_lineage_or_bounded(registered: httpx.Asy
 async def test_while_nobody_serves_the_run_is_asked_once_and_still_believed_only_while_it_is_true(
     registered: httpx.AsyncClient, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, arrive = [], broker.scripts.arrive
+    asked, arrive = [], broker.scripts.read_arrival
 
     async def counted(**of: Any) -> Any:
         asked.append(of)
@@ -294,12 +294,12 @@ async def test_while_nobody_serves_the_run_is_asked_once_and_still_believed_only
         response = await registered.post("/scored_data", json=group(number, **of))
         return response.status_code, len(asked) - before
 
-    monkeypatch.setattr(broker.scripts, "arrive", counted)
+    monkeypatch.setattr(broker.scripts, "read_arrival", counted)
     assert [await post(number) for number in (1, 2, 3)] == [(200, 1), (200, 0), (200, 0)]
-    await broker.parties.register_trainer(TrainerConfig(**{**TRAINER, "max_token_len": 8}))
+    await broker.registry.register_trainer(TrainerConfig(**{**TRAINER, "max_token_len": 8}))
     assert await post(4) == (200, 1)
     assert await post(5, length=9) == (422, 1)
-    await broker.parties.register_trainer(TrainerConfig(**{**TRAINER, "max_token_len": 9}))
+    await broker.registry.register_trainer(TrainerConfig(**{**TRAINER, "max_token_len": 9}))
     assert await post(6, length=9) == (200, 1)
     await broker.weights.publish("main", WeightsEntry(7, 7, "file:///v", "0", 1, "BF16", 6))
     assert [await post(number) for number in (7, 8)] == [(200, 1), (200, 0)]

@@ -68,7 +68,7 @@ async def test_settings_that_can_not_be_read_are_not_taken_from_a_trainer_at_wor
     client: httpx.AsyncClient, broker: Broker
 ) -> None:
     await broker.redis.hset(broker.keys.trainers, "config", b"{}")
-    async with broker.parties.writer("main", ttl_s=60):
+    async with broker.registry.writer("main", ttl_s=60):
         response = await client.post("/register", json=TRAINER)
     assert response.status_code == 409
     assert "settings that can't be read" in response.json()["detail"]
@@ -99,9 +99,9 @@ async def test_who_died_between_registration_and_refitting_is_made_up_for(
         await registered.post("/scored_data", json=group(number, 2))
     await broker.queue.subscribe("main")
     assert await broker.queue.form(4) == 1
-    config = await broker.parties.trainer_config()
+    config = await broker.registry.trainer_config()
     assert config is not None
-    await broker.parties.register_trainer(type(config)(**{**TRAINER, "batch_size": 2}))
+    await broker.registry.register_trainer(type(config)(**{**TRAINER, "batch_size": 2}))
     assert len((await registered.get("/batch")).json()["batch"]) == 1
 
 
@@ -158,13 +158,13 @@ async def test_the_bounds_of_what_nobody_watched_are_those_of_who_did(
 ) -> None:
     for version in (4, 5, 6):
         await broker.weights.publish("main", WeightsEntry(version, version, "file:///v", "0", 1, "BF16", version - 1))
-    await broker.parties.report(server(4))
+    await broker.registry.report(server(4))
     assert await bounds(broker, registered, 1) == (4, 6)
-    await broker.parties.report(server(6))
+    await broker.registry.report(server(6))
     assert await bounds(broker, registered, 2) == (4, 6)
     async with another(broker) as fresh:
         assert await bounds(broker, fresh, 3) == (4, 6)
-        await broker.parties.withdraw("s")
+        await broker.registry.withdraw("s")
         assert await bounds(broker, fresh, 4) == (4, 6)
 
 
@@ -172,10 +172,10 @@ async def test_a_version_is_forgotten_when_no_generation_can_have_begun_on_it(
     registered: httpx.AsyncClient, broker: Broker
 ) -> None:
     await broker.weights.publish("main", WeightsEntry(6, 6, "file:///v", "0", 1, "BF16", 5))
-    await broker.parties.report(server(4))
+    await broker.registry.report(server(4))
     await broker.redis.delete(broker.keys.pools)  # else it was served until the next report
     await broker.redis.zincrby(broker.keys.served, -301_000, "4")
-    await broker.parties.report(server(6))
+    await broker.registry.report(server(6))
     assert await bounds(broker, registered, 1) == (6, 6)
 
 
@@ -220,9 +220,9 @@ async def test_status_env_costs_the_same_however_many_environments_registered(
 ) -> None:
     await registered.post("/register-env", json=ENV)
     one = await cost(broker, registered)
-    config = (await broker.parties.envs())[0].config
+    config = (await broker.registry.envs())[0].config
     for number in range(1, 300):
-        await broker.parties.register_env(config, f"n{number}")
+        await broker.registry.register_env(config, f"n{number}")
     if not alive:
         await broker.redis.zadd(broker.keys.heard, {str(number): 1 for number in range(1, 300)})
         await silence(broker, 1)

@@ -25,7 +25,7 @@ from lachesis.broker.records.registrations import TrainerConfig
 from lachesis.broker.records.steps import LedgerEntry
 from lachesis.broker.records.versions import WeightsEntry
 from lachesis.shim.app import build_app
-from lachesis.shim.intake.backpressure import LOOK_EVERY_S, WHY, Hold, Pressure, Size
+from lachesis.shim.intake.backpressure import LOOK_EVERY_S, WHY, Backpressure, Hold, Size
 from lachesis.shim.settings import ShimSettings
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
@@ -120,20 +120,20 @@ async def test_held_posts_look_together_and_go_on_as_far_as_there_is_room(broker
 
 async def test_a_cancelled_post_leaves_nothing_behind(broker: Broker) -> None:
     await broker.queue.put("g", SCORED, v_min=0, v_max=0)
-    pressure = Pressure(broker, Limits(sequences=1))
+    backpressure = Backpressure(broker, Limits(sequences=1))
     others = asyncio.all_tasks()
-    held_up = [asyncio.create_task(Hold(pressure).room()) for _ in range(3)]
+    held_up = [asyncio.create_task(Hold(backpressure).room()) for _ in range(3)]
 
     async def full(_: Limits) -> str:
         return "full"
 
-    held_up.append(asyncio.create_task(Hold(pressure).store(full)))  # type: ignore[arg-type]
-    while len(pressure) < 4:  # noqa: ASYNC110
+    held_up.append(asyncio.create_task(Hold(backpressure).store(full)))  # type: ignore[arg-type]
+    while len(backpressure) < 4:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     for task in held_up:
         task.cancel()
     await asyncio.wait(held_up)
-    assert len(pressure) == 0
+    assert len(backpressure) == 0
     while asyncio.all_tasks() - others:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
@@ -153,7 +153,7 @@ async def test_who_finds_no_room_tries_no_more_often_than_it_looks(broker: Broke
         return "full"
 
     since = time.monotonic()
-    assert await Hold(Pressure(broker, Limits())).store(put) == "stored"
+    assert await Hold(Backpressure(broker, Limits())).store(put) == "stored"
     assert tries - 1 <= (time.monotonic() - since) / LOOK_EVERY_S
 
 
@@ -162,14 +162,14 @@ async def test_who_finds_no_room_tries_no_more_often_than_it_looks(broker: Broke
     [Limits(bytes=600), Limits(sequences=9), Limits(env_bytes=400), Limits(env_sequences=6), Limits(max_lag=2)],
 )
 async def test_who_is_let_go_is_who_put_would_store(broker: Broker, limits: Limits) -> None:
-    rng, replies, pressure = random.Random(1), set(), Pressure(broker, limits)
-    await broker.parties.register_trainer(TrainerConfig("g", "p", 4, 16, "", 1, 0, 1))
+    rng, replies, backpressure = random.Random(1), set(), Backpressure(broker, limits)
+    await broker.registry.register_trainer(TrainerConfig("g", "p", 4, 16, "", 1, 0, 1))
     await broker.queue.subscribe("main")
     for number in range(60):
         size, env = rng.choice((1, 2, 4)), rng.choice((None, 0, 1))
         arrays = to_arrays(scored(number, size, env))
         stored = len(to_blob(pack(arrays), f"g{number}", v_min=0, v_max=0))
-        room = await pressure.look()
+        room = await backpressure.look()
         expected = room.refusal(Size("-" if env is None else str(env), size, stored))
         reply = await broker.queue.put(f"g{number}", arrays, v_min=0, v_max=0, limits=limits)
         assert WHY.get(reply, "") == expected
@@ -292,7 +292,7 @@ async def http_trainer(client: httpx.AsyncClient, trained: list[int], over: asyn
 async def native_trainer(broker: Broker, trained: list[int], over: asyncio.Event) -> None:
     """What trainer/ does with the broker: the lock, leases, commits, versions, logs, and freeing what is covered."""
     queue = broker.queue
-    lock = broker.parties.writer("main", ttl_s=60)
+    lock = broker.registry.writer("main", ttl_s=60)
     assert await lock.acquire(blocking=False)
     await queue.subscribe("main")
     while not over.is_set():

@@ -209,7 +209,7 @@ async def test_other_settings_are_refused_while_a_trainer_is_active(
     await broker.redis.hset(broker.keys.trainers, "http:127.0.0.1", "0")  # a minute and more passes
     assert (await registered.post("/register", json=other)).status_code == 200
     await broker.redis.hset(broker.keys.trainers, "http:127.0.0.1", "0")
-    async with broker.parties.writer("main", ttl_s=60):
+    async with broker.registry.writer("main", ttl_s=60):
         response = await registered.post("/register", json=TRAINER)
     assert "a trainer holds policy 'main'" in response.json()["detail"]
 

@@ -85,10 +85,10 @@ async def test_the_list_of_runs(shim: httpx.AsyncClient, own: Broker) -> None:
     assert (await shim.post("/runs/b/register-env", json=ENV)).json() == {"status": "wait for trainer to start"}
     await shim.post("/runs/b/register", json=TRAINER)
     native = own.for_run("a")  # registered by a trainer that does not use the shim
-    config = await own.for_run("b").parties.trainer_config()
+    config = await own.for_run("b").registry.trainer_config()
     assert config is not None
-    await native.parties.register_trainer(config)
-    await native.parties.start()
+    await native.registry.register_trainer(config)
+    await native.registry.start()
     assert (await shim.post("/runs/a/register-env", json=ENV)).json()["status"] == "success"
     listed = (await shim.get("/runs")).json()["runs"]
     assert [run["run"] for run in listed] == ["b", "a"]

@@ -61,7 +61,7 @@ class Sick:
 async def sick(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Sick]:
     """With the server in which the parameter `code` of the test can happen."""
     code = request.node.callspec.params.get("code", "") if hasattr(request.node, "callspec") else ""
-    monkeypatch.setattr(status, "LOOK_S", 0.05)
+    monkeypatch.setattr(status, "STATUS_PATIENCE_S", 0.05)
     async with sick_redis(tmp_path, user=code == "NOPERM", cluster=code == "CLUSTERDOWN") as (url, make):
         broker = await Broker.connect(url)
         app = build_app(broker, ShimSettings())
@@ -252,7 +252,7 @@ async def test_tokens_known_count_on_while_redis_is_in_trouble(sick: Sick, monke
     access = Access(sick.broker, required=False)
     await access.check(f"Bearer {token}", ("admin",))
     monkeypatch.setattr("lachesis.service.http.access.REMEMBERED_S", 0.0)
-    monkeypatch.setattr("lachesis.service.http.access.LOOK_S", 0.0)
+    monkeypatch.setattr("lachesis.service.http.access.TOKENS_PATIENCE_S", 0.0)
     async with sick.make("BUSY"):
         await access.check(f"Bearer {token}", ("admin",))
         with pytest.raises(PermissionError, match="unknown or revoked"):

@@ -21,17 +21,17 @@ from network import enter
 from torch import Tensor
 
 from lachesis.broker import BlockingBroker, connect_blocking
-from lachesis.broker.failpoints import crash_point
+from lachesis.broker.failpoints import failpoint
 from lachesis.broker.records.groups import DeadEntry, Group
 from lachesis.broker.records.steps import BatchEntry, LedgerEntry, Membership
 from lachesis.broker.records.versions import WeightsEntry
-from lachesis.broker.replicas.members import Meeting
+from lachesis.broker.replicas.members import Rendezvous
 from lachesis.broker.retention.dead_letters import untrainable
-from lachesis.trainer.elastic.accumulator import LocalCompute
-from lachesis.trainer.elastic.collectives.reproducible_sum import ExactSum, total
-from lachesis.trainer.elastic.config import Team, Trained
+from lachesis.trainer.elastic.accumulator import LocalAccumulator
+from lachesis.trainer.elastic.collectives.reproducible_sum import ReproducibleSum, total
+from lachesis.trainer.elastic.config import ElasticConfig, StepRecord
 from lachesis.trainer.elastic.replica import ElasticReplica
-from lachesis.trainer.writer_lock import Tenure
+from lachesis.trainer.writer_lock import WriterLease
 
 WORDS, WIDTH, EVERY = 64, 8, 3  # tokens, size of the hidden layer, steps between checkpoints
 
@@ -51,7 +51,7 @@ class Settings(msgspec.Struct, frozen=True):
     stop_at: str = ""  # a crash point, to wait at for SIGCONT
 
 
-class TinyCompute(LocalCompute):
+class TinyCompute(LocalAccumulator):
     """Next-token log-probs of an embedding and a linear layer, weighted by scores; Adam by hand."""
 
     def __init__(self, compute_s: float = 0.0) -> None:
@@ -88,7 +88,7 @@ class TinyCompute(LocalCompute):
         return [self._sum.parts.clone()]
 
     def clear(self) -> None:
-        self._sum = ExactSum(len(self.theta) + 2)
+        self._sum = ReproducibleSum(len(self.theta) + 2)
 
     def apply(self, batch: BatchEntry, sums: Sequence[Tensor], told: Sequence[bytes]) -> None:
         assert [gid.decode() for gid in told] == list(batch.gids)
@@ -128,42 +128,42 @@ class TinyCompute(LocalCompute):
 class TinyDuties:
     """Checkpoints as files, versions as nothing but the hash of their weights."""
 
-    def __init__(self, broker: BlockingBroker, compute: TinyCompute, folder: Path) -> None:
-        self._broker, self._compute, self._folder = broker, compute, folder
+    def __init__(self, broker: BlockingBroker, accumulator: TinyCompute, folder: Path) -> None:
+        self._broker, self._accumulator, self._folder = broker, accumulator, folder
 
-    def resume(self, tenure: Tenure) -> int:
+    def resume(self, writer_lease: WriterLease) -> int:
         async def read() -> list[LedgerEntry]:
             return [entry async for entry in self._broker.broker.queue.ledger("main")]
 
         ledger = self._broker.call(read)
         saved = max((int(path.stem) for path in self._folder.glob("*.pt")), default=0)
         if saved:
-            self._compute.load(b"{}", torch.load(self._folder / f"{saved}.pt", weights_only=True))
+            self._accumulator.load(b"{}", torch.load(self._folder / f"{saved}.pt", weights_only=True))
         else:
-            self._compute.begin()
+            self._accumulator.begin()
             self._publish(0)
         for entry in ledger[saved:]:
             groups = self._broker.call(self._broker.broker.queue.fetch, entry.gids)
-            told = self._compute.accumulate(batch_of(entry), list(enumerate(groups)))
-            self._compute.apply(batch_of(entry), self._compute.sums(torch.device("cpu")), told)
-            crash_point("replayed", entry.step)
+            told = self._accumulator.accumulate(batch_of(entry), list(enumerate(groups)))
+            self._accumulator.apply(batch_of(entry), self._accumulator.sums(torch.device("cpu")), told)
+            failpoint("replayed", entry.step)
             self.follow_up(entry.step)
         return len(ledger)
 
     def follow_up(self, step: int) -> None:
         self._publish(step)
-        crash_point("published", step)
+        failpoint("published", step)
         path = self._folder / f"{step}.pt"
         if step and step % EVERY == 0 and not path.exists():
             aside = path.with_suffix(f".{os.getpid()}.tmp")
-            torch.save(self._compute.state()[1], aside)
-            crash_point("saving", step)
+            torch.save(self._accumulator.state()[1], aside)
+            failpoint("saving", step)
             aside.rename(path)
-            crash_point("saved", step)
+            failpoint("saved", step)
             self._broker.call(self._broker.broker.queue.retire, "main", step)
 
-    def met(self, meeting: Meeting, me: Membership) -> None:
-        print("met", meeting, me)
+    def met(self, rendezvous: Rendezvous, me: Membership) -> None:
+        print("met", rendezvous, me)
 
     def opened(self, step: int) -> None:
         self._broker.call(self._broker.broker.queue.deliver, step)
@@ -171,7 +171,7 @@ class TinyDuties:
     def settle(self) -> None:
         """Nothing is under way."""
 
-    def report(self, trained: Trained) -> None:
+    def report(self, trained: StepRecord) -> None:
         """Nobody reads it."""
 
     def finish(self, step: int) -> None:
@@ -184,7 +184,7 @@ class TinyDuties:
         weights = self._broker.broker.weights
         newest = self._broker.call(weights.newest, "main")
         if newest is None or newest.version < step:
-            digest = self._compute.digest()
+            digest = self._accumulator.digest()
             entry = WeightsEntry(step, step, "memory:", digest, 0, "F64", step - 1)
             self._broker.call(weights.publish, "main", entry)
 
@@ -203,15 +203,15 @@ def main(settings: Settings, crash_at: str = "", kind: type[TinyCompute] = TinyC
     torch.set_num_threads(1)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    team = Team(
+    config = ElasticConfig(
         "main", settings.batch_size, settings.steps, settings.silent_s, settings.hold_s, together_s=settings.together_s
     )
-    compute = kind(settings.compute_s)
+    accumulator = kind(settings.compute_s)
     with connect_blocking(settings.url, settings.run) as broker:
         broker.call(broker.broker.queue.subscribe, "main")
-        duties = TinyDuties(broker, compute, Path(settings.folder))
-        with ElasticReplica(broker, team, settings.name, compute, lambda _: duties, stop.is_set) as replica:
+        duties = TinyDuties(broker, accumulator, Path(settings.folder))
+        with ElasticReplica(broker, config, settings.name, accumulator, lambda _: duties, stop.is_set) as replica:
             replica.train()
-            told: dict[str, Any] = {"step": replica.step, "digest": compute.digest()}
+            told: dict[str, Any] = {"step": replica.step, "digest": accumulator.digest()}
             (Path(settings.folder) / f"{settings.name}.json").write_text(json.dumps(told))
-            (Path(settings.folder) / f"took-{settings.name}.json").write_text(json.dumps(compute.took_s))
+            (Path(settings.folder) / f"took-{settings.name}.json").write_text(json.dumps(accumulator.took_s))

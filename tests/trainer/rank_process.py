@@ -57,7 +57,7 @@ def _rank(rank: int, size: int, port: int, model: Path, overrides: list[str], pi
     from functools import partial
 
     from lachesis.trainer.algo.learner import Learner
-    from lachesis.trainer.algo.rank_group import Crew
+    from lachesis.trainer.algo.rank_group import RankGroup
     from lachesis.trainer.config.compose import compose_config
     from lachesis.trainer.data.collate import to_batch
     from lachesis.trainer.engine.verl_engine import build_engine
@@ -65,14 +65,14 @@ def _rank(rank: int, size: int, port: int, model: Path, overrides: list[str], pi
     words = [f"actor_rollout_ref.model.path={model}", "actor_rollout_ref.actor.optim.lr=1e-2", *overrides]
     config = compose_config(words, device="cpu")
     engine = build_engine(config)
-    crew = Crew(engine, Learner(engine, config.algorithm))
+    rank_group = RankGroup(engine, Learner(engine, config.algorithm))
     mapped = partial(to_batch, vocab_size=320, max_tokens=128)
     if rank:
-        return crew.follow(mapped)
-    with crew:
-        with closing(crew.tensors()) as tensors:
+        return rank_group.follow(mapped)
+    with rank_group:
+        with closing(rank_group.tensors()) as tensors:
             next(tensors)  # as where a version is refused for its first tensor: the ranks stay in step
-        metrics = [crew.step(groups, mapped(groups)) for groups in (uneven_groups(1), uneven_groups(2))]
-        weights = {name: tensor.detach().clone().numpy() for name, tensor in crew.tensors()}
+        metrics = [rank_group.step(groups, mapped(groups)) for groups in (uneven_groups(1), uneven_groups(2))]
+        weights = {name: tensor.detach().clone().numpy() for name, tensor in rank_group.tensors()}
     pipe.send((metrics, weights))
     return None

@@ -11,17 +11,17 @@ from trainer_kit import until
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.records.steps import BatchEntry, Membership
-from lachesis.trainer.elastic.claims import Claims, Pace
-from lachesis.trainer.elastic.config import Team
+from lachesis.trainer.elastic.claims import ClaimPolicy, Claims
+from lachesis.trainer.elastic.config import ElasticConfig
 
 GROUPS = 6
-TEAM = Team("main", 2 * GROUPS, 1, silent_s=60, hold_s=60)
+TEAM = ElasticConfig("main", 2 * GROUPS, 1, silent_s=60, hold_s=60)
 BATCH = BatchEntry(1, tuple(f"g{number}" for number in range(GROUPS)), 2 * GROUPS, 0, 0, 0, 0.0)
 FAST, SLOW = 1.0, float(GROUPS)  # groups that another one computes meanwhile
 
 
-def pace(others: float, speed: float = 0.0) -> Pace:
-    found = Pace()
+def claim_policy(others: float, speed: float = 0.0) -> ClaimPolicy:
+    found = ClaimPolicy()
     found.others, found.speed = others, speed
     return found
 
@@ -40,7 +40,7 @@ def holds(broker: BlockingBroker) -> int:
 
 
 def test_all_groups_come_once_with_their_contents(blocking: BlockingBroker, me: Membership) -> None:
-    with Claims(blocking, TEAM, me, BATCH, {}, pace(FAST)) as claims:
+    with Claims(blocking, TEAM, me, BATCH, {}, claim_policy(FAST)) as claims:
         found = [one for groups in iter(claims.next, []) for one in groups]
     assert [(place, told.gid) for place, told in found] == [(number, f"g{number}") for number in range(GROUPS)]
     assert [[row.tolist() for row in told.tokens] for _, told in found] == [
@@ -49,7 +49,7 @@ def test_all_groups_come_once_with_their_contents(blocking: BlockingBroker, me: 
 
 
 def test_the_next_group_is_claimed_while_one_is_computed(blocking: BlockingBroker, me: Membership) -> None:
-    with Claims(blocking, TEAM, me, BATCH, {}, pace(FAST)) as claims:
+    with Claims(blocking, TEAM, me, BATCH, {}, claim_policy(FAST)) as claims:
         claims.next()
         until(lambda: holds(blocking) == 2)
         for _ in range(GROUPS - 1):
@@ -57,8 +57,8 @@ def test_the_next_group_is_claimed_while_one_is_computed(blocking: BlockingBroke
         assert holds(blocking) == GROUPS
 
 
-@pytest.mark.parametrize("known", [Pace(), pace(SLOW)], ids=["unknown", "slow"])
-def test_not_by_one_that_is_slow_or_may_be(blocking: BlockingBroker, me: Membership, known: Pace) -> None:
+@pytest.mark.parametrize("known", [ClaimPolicy(), claim_policy(SLOW)], ids=["unknown", "slow"])
+def test_not_by_one_that_is_slow_or_may_be(blocking: BlockingBroker, me: Membership, known: ClaimPolicy) -> None:
     with Claims(blocking, TEAM, me, BATCH, {}, known) as claims:
         claims.next()
         time.sleep(0.1)
@@ -66,16 +66,16 @@ def test_not_by_one_that_is_slow_or_may_be(blocking: BlockingBroker, me: Members
 
 
 def test_what_was_claimed_and_not_taken_comes_again(blocking: BlockingBroker, me: Membership) -> None:
-    with Claims(blocking, TEAM, me, BATCH, {}, pace(FAST)) as claims:
+    with Claims(blocking, TEAM, me, BATCH, {}, claim_policy(FAST)) as claims:
         [(first, _)] = claims.next()
         until(lambda: holds(blocking) == 2)
-    with Claims(blocking, TEAM, me, BATCH, {first}, pace(FAST)) as claims:
+    with Claims(blocking, TEAM, me, BATCH, {first}, claim_policy(FAST)) as claims:
         places = [place for groups in iter(claims.next, []) for place, _ in groups]
     assert places == [1, 2, 3, 4, 5]
 
 
 def test_nothing_is_asked_when_living_replicas_have_all(blocking: BlockingBroker, me: Membership) -> None:
-    with Claims(blocking, TEAM, me, BATCH, {}, Pace()) as claims:
+    with Claims(blocking, TEAM, me, BATCH, {}, ClaimPolicy()) as claims:
         for _ in range(GROUPS):
             claims.next()
         blocking.call(blocking.broker.members.evict, "main", silent_s=60, limits={me.id: 0})
@@ -85,28 +85,30 @@ def test_nothing_is_asked_when_living_replicas_have_all(blocking: BlockingBroker
 @pytest.mark.parametrize(
     ("known", "sizes"),
     [
-        (pace(0.0, speed=1e6), [6]),
-        (pace(0.0, speed=2 / TEAM.together_s), [2]),
-        (pace(FAST, speed=1e6), [3]),
-        (pace(SLOW, speed=1e6), [1]),
-        (Pace(), [1]),
+        (claim_policy(0.0, speed=1e6), [6]),
+        (claim_policy(0.0, speed=2 / TEAM.together_s), [2]),
+        (claim_policy(FAST, speed=1e6), [3]),
+        (claim_policy(SLOW, speed=1e6), [1]),
+        (ClaimPolicy(), [1]),
     ],
     ids=["alone", "alone_for_so_long", "alike", "slow", "unknown"],
 )
-def test_so_many_are_claimed_at_once(blocking: BlockingBroker, me: Membership, known: Pace, sizes: list[int]) -> None:
+def test_so_many_are_claimed_at_once(
+    blocking: BlockingBroker, me: Membership, known: ClaimPolicy, sizes: list[int]
+) -> None:
     with Claims(blocking, TEAM, me, BATCH, {}, known) as claims:
         assert [len(claims.next()) for _ in sizes] == sizes
 
 
 def test_what_is_held_from_before_is_not_left(blocking: BlockingBroker, me: Membership) -> None:
-    with Claims(blocking, TEAM, me, BATCH, {}, pace(FAST)) as claims:
+    with Claims(blocking, TEAM, me, BATCH, {}, claim_policy(FAST)) as claims:
         held = {place for _ in range(4) for place, _ in claims.next()}
-    with Claims(blocking, TEAM, me, BATCH, held, pace(FAST, speed=1e6)) as claims:
+    with Claims(blocking, TEAM, me, BATCH, held, claim_policy(FAST, speed=1e6)) as claims:
         assert len(claims.next()) == 1  # of two that are left
 
 
 def test_how_fast_it_is_is_measured(blocking: BlockingBroker, me: Membership) -> None:
-    known = pace(FAST)
+    known = claim_policy(FAST)
     with Claims(blocking, TEAM, me, BATCH, {}, known) as claims:
         while claims.next():
             time.sleep(0.02)

@@ -246,7 +246,7 @@ def test_one_more_trainer_is_told_what_the_run_kept(
     overrides += ["lachesis.weights_dir='w,1'", "lachesis.replica=first"]
     first = TrainerSettings(state_dir=tmp_path / "state", run=blocking.broker.keys.run, overrides=overrides)
     kept = kept_configuration(first, compose_config(overrides[:4], device="cpu"))
-    blocking.call(blocking.broker.parties.keep_configuration, "main", kept)
+    blocking.call(blocking.broker.registry.keep_configuration, "main", kept)
     assert OmegaConf.create(kept.resolved).lachesis.seed == 7
 
     monkeypatch.chdir(tmp_path)

@@ -14,9 +14,9 @@ from trainer_kit import stored
 
 from lachesis.broker import BlockingBroker, Conflict
 from lachesis.broker.records.steps import BatchEntry
-from lachesis.trainer.elastic.claims import Pace
+from lachesis.trainer.elastic.claims import ClaimPolicy
 from lachesis.trainer.elastic.collectives.base import Alone
-from lachesis.trainer.elastic.step_sums import SLOT, digest, sum_up
+from lachesis.trainer.elastic.step_sums import SLOT, digest, sum_over_replicas
 
 GIDS = ("g0", "g1", "g2", "g3")
 BATCH = BatchEntry(1, GIDS, 8, 32, 0, 0, 0.0)
@@ -24,9 +24,9 @@ WORDS = [b"", b"\x00\xff" * 5, b"exactly" + bytes(SLOT - 7), b"long" * SLOT]
 
 
 def replica(*places: int) -> TinyCompute:
-    compute = TinyCompute()
-    compute.accumulate(BATCH, [(place, stored(group(place))) for place in places])
-    return compute
+    accumulator = TinyCompute()
+    accumulator.accumulate(BATCH, [(place, stored(group(place))) for place in places])
+    return accumulator
 
 
 def summed(
@@ -35,8 +35,8 @@ def summed(
     reducers = connected(broker, "gloo", len(shares))
     with ThreadPoolExecutor(len(shares)) as pool:
         tasks = [
-            pool.submit(sum_up, reducer, BATCH, compute, held, Pace(), nothing)
-            for reducer, (compute, held) in zip(reducers, shares.items(), strict=True)
+            pool.submit(sum_over_replicas, reducer, BATCH, accumulator, held, ClaimPolicy(), nothing)
+            for reducer, (accumulator, held) in zip(reducers, shares.items(), strict=True)
         ]
         found = [task.result() for task in tasks]
     for one in reducers:
@@ -47,7 +47,7 @@ def summed(
 @pytest.mark.parametrize("shares", [[(0, 3), (1,), (2,)], [(0, 1, 2, 3), ()]], ids=["three", "one_has_none"])
 def test_all_get_the_sums_and_every_word(blocking: BlockingBroker, shares: list[tuple[int, ...]]) -> None:
     found = summed(blocking, {replica(*places): {place: WORDS[place] for place in places} for places in shares})
-    alone = sum_up(Alone(), BATCH, replica(0, 1, 2, 3), dict(enumerate(WORDS)), Pace(), nothing)
+    alone = sum_over_replicas(Alone(), BATCH, replica(0, 1, 2, 3), dict(enumerate(WORDS)), ClaimPolicy(), nothing)
     for sums, words in (*found, alone):
         assert words == WORDS
         assert digest(sums, words) == digest(*alone)

@@ -20,7 +20,7 @@ from lachesis.broker.records.steps import BatchEntry
 from lachesis.trainer.data.collate import to_batch
 
 if TYPE_CHECKING:
-    from lachesis.trainer.elastic.group_accumulator import GroupLearner
+    from lachesis.trainer.elastic.group_accumulator import GroupAccumulator
 
 pytestmark = pytest.mark.verl
 
@@ -53,19 +53,19 @@ def weights(engine: Any) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in published_tensors(engine)}
 
 
-def replica(built: Callable[..., Any], *overrides: str, exact: bool) -> tuple[GroupLearner, Any]:
+def replica(built: Callable[..., Any], *overrides: str, exact: bool) -> tuple[GroupAccumulator, Any]:
     from lachesis.trainer.algo.learner import Learner
     from lachesis.trainer.config.algorithms import SUMMED
-    from lachesis.trainer.elastic.group_accumulator import GroupLearner
+    from lachesis.trainer.elastic.group_accumulator import GroupAccumulator
 
     _, config = built(*overrides)
     mode, divide_by = SUMMED[config.actor_rollout_ref.actor.loss_agg_mode]
     engine, config = built(*overrides, f"{ACTOR}.loss_agg_mode={mode}")
     learner = Learner(engine, config.algorithm)
-    return GroupLearner(engine, learner, Mapping, divide_by=divide_by, exact=exact), engine
+    return GroupAccumulator(engine, learner, Mapping, divide_by=divide_by, exact=exact), engine
 
 
-def together(replicas: Sequence[GroupLearner], step: int, groups: Sequence[Group], at_once: int = 1) -> None:
+def together(replicas: Sequence[GroupAccumulator], step: int, groups: Sequence[Group], at_once: int = 1) -> None:
     """One step: the groups are dealt out in turns, so many at once, sums are added, all apply them."""
     batch, told = entry(step, groups), [b""] * len(groups)
     for number, replica in enumerate(replicas):

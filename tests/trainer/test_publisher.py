@@ -18,7 +18,7 @@ from lachesis.broker import BlockingBroker, LeaseLost, StorageError, WeightsRefu
 from lachesis.broker.records.versions import PoolRule, ServerStatus, WeightsEntry
 from lachesis.trainer.weights.publisher import Publisher
 from lachesis.trainer.weights.versions import VersionStore
-from lachesis.trainer.writer_lock import Tenure
+from lachesis.trainer.writer_lock import WriterLease
 
 
 class SlowStore(VersionStore):
@@ -35,8 +35,8 @@ class SlowStore(VersionStore):
 
 
 @pytest.fixture
-def tenure(blocking: BlockingBroker) -> Iterator[Tenure]:
-    with Tenure(blocking, "main", ttl_s=3) as held:
+def writer_lease(blocking: BlockingBroker) -> Iterator[WriterLease]:
+    with WriterLease(blocking, "main", ttl_s=3) as held:
         assert held.wait(unless=lambda: False, on_standby=lambda: None)
         yield held
 
@@ -47,8 +47,8 @@ def store(tmp_path: Path, tiny_model: Path) -> SlowStore:
 
 
 @pytest.fixture
-def publisher(blocking: BlockingBroker, tenure: Tenure, store: SlowStore) -> Iterator[Publisher]:
-    with Publisher(blocking, "main", store, tenure, keep_versions=2) as made:
+def publisher(blocking: BlockingBroker, writer_lease: WriterLease, store: SlowStore) -> Iterator[Publisher]:
+    with Publisher(blocking, "main", store, writer_lease, keep_versions=2) as made:
         yield made
         store.let_go.set()
 
@@ -101,12 +101,14 @@ def test_a_batch_counts_as_queued_until_the_versions_before_it_are_out(
 def test_in_lockstep_it_counts_as_queued_until_servers_have_the_version(
     publisher: Publisher, store: SlowStore, blocking: BlockingBroker
 ) -> None:
-    queue, parties = blocking.broker.queue, blocking.broker.parties
+    queue, registry = blocking.broker.queue, blocking.broker.registry
     blocking.call(fill, blocking.broker, groups=2)
     assert [blocking.call(queue.form, 4) for _ in range(2)] == [1, 2]
 
     def report(server: str, state: str, version: int, *, heard: float = 0.0) -> None:
-        blocking.call(parties.report, ServerStatus(server, "main", "http://s", state, version, -1, time.time() - heard))
+        blocking.call(
+            registry.report, ServerStatus(server, "main", "http://s", state, version, -1, time.time() - heard)
+        )
 
     def delivered() -> int:
         return blocking.call(queue.status).delivered
@@ -114,7 +116,7 @@ def test_in_lockstep_it_counts_as_queued_until_servers_have_the_version(
     report("dead", "ready", 0, heard=60.0)
     report("failed", "failed", 0)
     refusing = ServerStatus("refusing", "main", "http://s", "ready", 0, -1, time.time(), last_error="version 1 refused")
-    blocking.call(parties.report, refusing)  # it will never have it
+    blocking.call(registry.report, refusing)  # it will never have it
     report("behind", "ready", 0)
     store.let_go.set()
     publisher.publish(1, 0, weights(1.0))
@@ -138,11 +140,11 @@ def test_a_pinned_pool_is_not_waited_for_and_keeps_its_version(
     for version in (1, 2):
         publisher.publish(version, version - 1, weights(float(version)))
     publisher.flush()
-    pools, parties = blocking.broker.pools, blocking.broker.parties
+    pools, registry = blocking.broker.pools, blocking.broker.registry
     judged, _ = blocking.call(pools.rule, "main")
-    assert blocking.call(pools.steer, "main", PoolRule("canary", 2, 1, 0.5), judged)
+    assert blocking.call(pools.set_rule, "main", PoolRule("canary", 2, 1, 0.5), judged)
     pinned = ServerStatus("s", "main", "http://s", "ready", 2, -1, time.time(), rule="canary")
-    blocking.call(parties.report, pinned)  # nobody serves version 1 now, and somebody may have to soon
+    blocking.call(registry.report, pinned)  # nobody serves version 1 now, and somebody may have to soon
     for version in (3, 4):
         publisher.publish(version, version - 1, weights(float(version)))
         publisher.deliver(version, served=True)
@@ -170,12 +172,12 @@ def test_weights_that_are_not_finite_are_refused_at_once(publisher: Publisher, b
 
 
 def test_who_lost_the_lock_while_writing_announces_nothing(
-    publisher: Publisher, store: SlowStore, tenure: Tenure, blocking: BlockingBroker
+    publisher: Publisher, store: SlowStore, writer_lease: WriterLease, blocking: BlockingBroker
 ) -> None:
     publisher.publish(1, 0, weights(1.0))
     assert store.writing.wait(30)
     blocking.call(blocking.broker.redis.set, blocking.broker.keys.writer("main"), "another")
-    until(tenure._lost.is_set)
+    until(writer_lease._lost.is_set)
     store.let_go.set()
     with pytest.raises(LeaseLost, match="right to write policy 'main'"):
         publisher.flush()

@@ -14,11 +14,11 @@ from torch import Tensor
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.records.steps import Membership
-from lachesis.trainer.config.rules import Over
+from lachesis.trainer.config.rules import Backend
 from lachesis.trainer.elastic.collectives import base
 from lachesis.trainer.elastic.collectives.base import Reducer
 from lachesis.trainer.elastic.collectives.rendezvous import address_towards, connect
-from lachesis.trainer.elastic.collectives.reproducible_sum import ExactSum, total
+from lachesis.trainer.elastic.collectives.reproducible_sum import ReproducibleSum, total
 
 
 class Enough(Exception):
@@ -33,7 +33,7 @@ def enough() -> None:
     raise Enough
 
 
-def connected(broker: BlockingBroker, over: Over, world: int, epoch: int = 1) -> list[Reducer]:
+def connected(broker: BlockingBroker, over: Backend, world: int, epoch: int = 1) -> list[Reducer]:
     def one(rank: int) -> Reducer:
         if over == "nccl":
             torch.cuda.set_device(rank)  # of this thread
@@ -62,7 +62,7 @@ WAYS = [
 def test_all_get_the_sum_bit_for_bit(
     shared_redis: EmbeddedRedis,
     run_name: str,
-    over: Over,
+    over: Backend,
     world: int,
     device: str,
     dtype: torch.dtype,
@@ -89,7 +89,7 @@ TWO = [pytest.param("gloo"), pytest.param("nccl", marks=gpus(2))]
 
 
 @pytest.mark.parametrize("over", TWO)
-def test_tensors_are_handed_over(shared_redis: EmbeddedRedis, run_name: str, over: Over) -> None:
+def test_tensors_are_handed_over(shared_redis: EmbeddedRedis, run_name: str, over: Backend) -> None:
     sent, received = [torch.randn(300), torch.randn(4).double()], [torch.zeros(300), torch.zeros(4).double()]
     with connect_blocking(shared_redis.url, run_name) as broker:
         first, second = connected(broker, over, 2)
@@ -103,7 +103,7 @@ def test_tensors_are_handed_over(shared_redis: EmbeddedRedis, run_name: str, ove
 
 
 @pytest.mark.parametrize("over", TWO)
-def test_waiting_ends_when_the_watch_says_so(shared_redis: EmbeddedRedis, run_name: str, over: Over) -> None:
+def test_waiting_ends_when_the_watch_says_so(shared_redis: EmbeddedRedis, run_name: str, over: Backend) -> None:
     with connect_blocking(shared_redis.url, run_name) as broker:
         first, second = connected(broker, over, 2)
         with pytest.raises(Enough):
@@ -117,7 +117,7 @@ def test_waiting_ends_when_the_watch_says_so(shared_redis: EmbeddedRedis, run_na
 def test_replicas_that_sum_in_different_ways_are_told(shared_redis: EmbeddedRedis, run_name: str) -> None:
     with connect_blocking(shared_redis.url, run_name) as broker:
         me = Membership("main", "r1", 1, 1)
-        broker.call(broker.broker.members.leave_word, me, "0:over:0", b"nccl")
+        broker.call(broker.broker.members.put_address, me, "0:over:0", b"nccl")
         with pytest.raises(ConfigurationError, match="'gloo', and of replica 0 it is 'nccl': must be the same"):
             connect("gloo", broker, me, 1, 2, nothing)
 
@@ -128,7 +128,7 @@ def test_replicas_that_share_a_gpu_are_told(shared_redis: EmbeddedRedis, run_nam
         me = Membership("main", "r1", 1, 1)
         uuid = str(torch.cuda.get_device_properties(0).uuid).encode()
         for word, value in (("0:over:0", b"nccl"), ("0:gpu:0", uuid)):
-            broker.call(broker.broker.members.leave_word, me, word, value)
+            broker.call(broker.broker.members.put_address, me, word, value)
         with pytest.raises(ConfigurationError, match="replicas 0 and 1 both have GPU"):
             connect("nccl", broker, me, 1, 2, nothing)
 
@@ -143,7 +143,7 @@ finite = st.floats(-1e6, 1e6, allow_subnormal=False)
 @given(st.lists(st.lists(finite, min_size=3, max_size=3), min_size=1, max_size=20), st.randoms())
 def test_an_exact_sum_does_not_depend_on_order_or_grouping(rows: list[list[float]], rng: random.Random) -> None:
     def summed(order: list[list[float]], groups: int) -> Tensor:
-        parts = [ExactSum(3) for _ in range(groups)]
+        parts = [ReproducibleSum(3) for _ in range(groups)]
         for row in order:
             rng.choice(parts).add(torch.tensor(row, dtype=torch.float64))
         return total(sum((part.parts for part in parts), torch.zeros(2, 3, dtype=torch.float64)))
@@ -158,7 +158,7 @@ def test_an_exact_sum_does_not_depend_on_order_or_grouping(rows: list[list[float
 
 @given(st.lists(st.floats(-1.0, 1.0, width=32), min_size=1, max_size=50))
 def test_sums_of_float32_gradients_are_right_to_the_last_bit_of_float32(values: list[float]) -> None:
-    found = ExactSum(1)
+    found = ReproducibleSum(1)
     for value in values:
         found.add(torch.tensor([value], dtype=torch.float32))
     expected = torch.tensor(values, dtype=torch.float64).sum()
@@ -167,7 +167,7 @@ def test_sums_of_float32_gradients_are_right_to_the_last_bit_of_float32(values: 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_what_is_not_finite_shows(value: float) -> None:
-    found = ExactSum(2)
+    found = ReproducibleSum(2)
     found.add(torch.tensor([value, 1.0]))
     found.add(torch.tensor([2.0]), start=1)
     assert not total(found.parts)[0].isfinite()

@@ -81,7 +81,7 @@ def ftp(tmp_path: Path) -> Iterator[FtpServer]:
     server.kill()
 
 
-class Right:
+class WriteAccess:
     """To write the policy, until it is taken away."""
 
     lost = False
@@ -92,13 +92,13 @@ class Right:
 
 
 @pytest.fixture
-def right() -> Right:
-    return Right()
+def right() -> WriteAccess:
+    return WriteAccess()
 
 
 @pytest.fixture
 def publisher(
-    ftp: FtpServer, blocking: BlockingBroker, right: Right, tmp_path: Path, tiny_model: Path
+    ftp: FtpServer, blocking: BlockingBroker, right: WriteAccess, tmp_path: Path, tiny_model: Path
 ) -> Iterator[Publisher]:
     remote = RemoteVersions(ftp.url, LOG)
     remote.make()
@@ -130,7 +130,7 @@ def test_agents_fetch_what_was_published_and_the_last_ones_and_those_in_use_are_
 ) -> None:
     serving = ServerStatus("s", "main", "http://s", "ready", 2, -1, 0.0)
     for version in range(1, 6):
-        blocking.call(blocking.broker.parties.report, msgspec.structs.replace(serving, heartbeat=2e9))
+        blocking.call(blocking.broker.registry.report, msgspec.structs.replace(serving, heartbeat=2e9))
         publish(publisher, version)
         publisher.flush()
     published = entries(blocking)
@@ -170,7 +170,9 @@ def test_a_store_that_is_away_at_the_end_is_said_and_nothing_is_announced(
     ftp.start()
 
 
-def test_who_lost_the_policy_does_not_wait_for_the_store(publisher: Publisher, ftp: FtpServer, right: Right) -> None:
+def test_who_lost_the_policy_does_not_wait_for_the_store(
+    publisher: Publisher, ftp: FtpServer, right: WriteAccess
+) -> None:
     publish(publisher, 1)
     publisher.flush()
     ftp.kill()
@@ -224,7 +226,7 @@ def test_a_manifest_that_a_kill_tore_stops_nobody_and_takes_no_other_versions_pl
 
 
 def test_a_folder_that_is_gone_is_said_or_means_that_another_took_over(
-    ftp: FtpServer, right: Right, tmp_path: Path, tiny_model: Path
+    ftp: FtpServer, right: WriteAccess, tmp_path: Path, tiny_model: Path
 ) -> None:
     remote = RemoteVersions(ftp.url, LOG)
     remote.bind(rest=lambda _: True, go_on=right.check)

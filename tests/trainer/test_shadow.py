@@ -31,11 +31,11 @@ def a_run(shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path, tiny_model
 def test_a_lossless_shadow_killed_again_and_again_is_waited_for(a_run: Run) -> None:
     """With the same settings it becomes the same policy, bit for bit."""
     with a_run.broker() as blocking:
-        queue, parties = blocking.broker.queue, blocking.broker.parties
+        queue, registry = blocking.broker.queue, blocking.broker.registry
         blocking.call(fill, blocking.broker, groups=STEPS * BATCH // GROUP)
         shadow = a_run.start(*SHADOW, crash_at="trained:1", log="shadow.log")
         until(lambda: blocking.call(queue.readers) == ["shadow"])
-        assert blocking.call(parties.trainer_config) is None
+        assert blocking.call(registry.trainer_config) is None
         assert blocking.call(queue.status).formed == 0  # batches are another policy's to ask for
         main = a_run.start()
         assert a_run.finish(shadow) == -signal.SIGKILL

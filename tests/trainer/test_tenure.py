@@ -9,7 +9,7 @@ import pytest
 from trainer_kit import fill, until
 
 from lachesis.broker import BlockingBroker, LeaseLost
-from lachesis.trainer.writer_lock import Tenure
+from lachesis.trainer.writer_lock import WriterLease
 
 pytestmark = pytest.mark.slow
 
@@ -20,8 +20,8 @@ def never() -> bool:
     return False
 
 
-def held(tenure: Tenure) -> bool:
-    return tenure.wait(unless=never, on_standby=lambda: None)
+def held(writer_lease: WriterLease) -> bool:
+    return writer_lease.wait(unless=never, on_standby=lambda: None)
 
 
 def key(blocking: BlockingBroker) -> str:
@@ -45,24 +45,24 @@ def test_lock_and_lease_outlive_their_terms(blocking: BlockingBroker) -> None:
 
     blocking.call(fill, broker, groups=1)
     blocking.call(broker.queue.subscribe, "main")
-    with Tenure(blocking, "main", ttl_s=TTL_S) as tenure:
-        assert held(tenure)
-        tenure.lease = blocking.call(broker.queue.lease_or_form, "main", "a", 4, lapse_s=0)
+    with WriterLease(blocking, "main", ttl_s=TTL_S) as writer_lease:
+        assert held(writer_lease)
+        writer_lease.lease = blocking.call(broker.queue.lease_or_form, "main", "a", 4, lapse_s=0)
         idle, first_end = 0, ends_at()
         for _ in range(2):  # nothing in this thread calls the tenure meanwhile
             until(lease_begins_anew)
         assert ends_at() > first_end
-        tenure.check()
-        assert blocking.call(broker.redis.get, key(blocking)).decode() == tenure.token
+        writer_lease.check()
+        assert blocking.call(broker.redis.get, key(blocking)).decode() == writer_lease.token
         assert pending()["times_delivered"] == 1
     assert blocking.call(broker.redis.get, key(blocking)) is None
 
 
 def test_the_second_waits_for_the_first(blocking: BlockingBroker) -> None:
     standby = threading.Event()
-    with Tenure(blocking, "main", ttl_s=TTL_S) as first:
+    with WriterLease(blocking, "main", ttl_s=TTL_S) as first:
         assert held(first)  # before the second asks, which may else be faster
-        with Tenure(blocking, "main", ttl_s=TTL_S) as second:
+        with WriterLease(blocking, "main", ttl_s=TTL_S) as second:
             assert second.wait(unless=standby.is_set, on_standby=standby.set) is False
             first.__exit__(None, None, None)
             assert held(second)
@@ -71,13 +71,13 @@ def test_the_second_waits_for_the_first(blocking: BlockingBroker) -> None:
 def test_losing_the_lock_is_noticed_and_leaves_the_other_its_own(blocking: BlockingBroker) -> None:
     def lost() -> bool:
         try:
-            tenure.check()
+            writer_lease.check()
         except LeaseLost as error:
             return "right to write policy 'main'" in str(error)
         return False
 
-    with Tenure(blocking, "main", ttl_s=TTL_S) as tenure:
-        assert held(tenure)
+    with WriterLease(blocking, "main", ttl_s=TTL_S) as writer_lease:
+        assert held(writer_lease)
         blocking.call(blocking.broker.redis.set, key(blocking), "another")
         until(lost)
     assert blocking.call(blocking.broker.redis.get, key(blocking)) == b"another"

@@ -148,7 +148,7 @@ def test_a_step_tells_scores_by_environment_and_the_tracker_of_evaluations_since
     blocking: BlockingBroker, configured: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
     broker, metric = blocking.broker, blocking.broker.journal.metric
-    env = blocking.call(broker.parties.register_env, EnvConfig(16, "sums", 1.0, 4), "nonce")
+    env = blocking.call(broker.registry.register_env, EnvConfig(16, "sums", 1.0, 4), "nonce")
     blocking.call(metric, "eval", {"env": "sums", "version": 2, "accuracy": 0.125, "n": 10})  # told of already
     blocking.call(metric, "step", {"step": 6})
     blocking.call(metric, "eval", {"env": "sums", "version": 6, "accuracy": 0.75, "n": 10})

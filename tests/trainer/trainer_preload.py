@@ -7,13 +7,7 @@ from verl.utils.model import get_hf_auto_model_class
 
 import lachesis.trainer.algo
 import lachesis.trainer.checkpoint
-import lachesis.trainer.feed
-import lachesis.trainer.main
-import lachesis.trainer.publisher
-import lachesis.trainer.replica
-import lachesis.trainer.reporter
-import lachesis.trainer.together
-import lachesis.trainer.upkeep  # noqa: F401
+import lachesis.trainer.lifecycle  # noqa: F401
 from lachesis.trainer.config.compose import compose_config
 
 get_hf_auto_model_class(Qwen2Config(architectures=["Qwen2ForCausalLM"]))  # imports every model that transformers knows

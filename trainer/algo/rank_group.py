@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lachesis.trainer.engine.verl_engine import Engine
 
 
-class Crew:
-    """What the ranks do together: `with Crew(…) as crew` on rank 0, where every method has the others do the same.
+class RankGroup:
+    """What the ranks do together: `with RankGroup(…) as crew` on rank 0, where every method has the others do the same.
 
     They `follow` until the end of that block. If it ends by an error they may be in the midst of something, where no
     order reaches them: then they notice that rank 0 is gone, when its process ends.
@@ -27,7 +27,7 @@ class Crew:
     def __init__(self, engine: Engine, learner: Learner) -> None:
         self._engine, self._learner, self._ranks = engine, learner, engine.ranks
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> RankGroup:
         return self
 
     def __exit__(

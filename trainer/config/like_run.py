@@ -31,7 +31,7 @@ def like_run(settings: TrainerSettings) -> TrainerSettings:
     """
     policy = next((_value(word) for word in settings.overrides if override_name(word) == "lachesis.policy"), "main")
     with settings.redis(existing=True) as url, connect_blocking(url, settings.run) as broker:
-        known = broker.call(broker.broker.parties.configurations)
+        known = broker.call(broker.broker.registry.configurations)
     if policy not in known:
         there = f"it has {', '.join(sorted(known))}" if known else "it has none yet"
         raise ConfigurationError(

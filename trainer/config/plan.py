@@ -15,7 +15,7 @@ from lachesis.broker.retention.shadows import Rule
 from lachesis.service.settings import RedisSettings
 from lachesis.trainer.config.algorithms import check_algorithm, check_elastic, settle_algorithm
 from lachesis.trainer.config.model import find_model, max_positions
-from lachesis.trainer.config.rules import NUMBER, Over, check_rules
+from lachesis.trainer.config.rules import NUMBER, Backend, check_rules
 from lachesis.trainer.config.tracking_backends import check_backends
 
 
@@ -43,7 +43,7 @@ class Plan:
     checkpoint_dir: Path  # of this run and policy
     lease_s: float
     elastic: bool  # whether replicas train each step together
-    elastic_over: Over  # what their sums go over
+    elastic_over: Backend  # what their sums go over
     exact: bool  # whether their sums are the same bit for bit, however many they are
     max_deliveries: int
     temperature: float

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from lachesis.broker.errors import ConfigurationError
 
-Over: TypeAlias = Literal["gloo", "nccl"]
+Backend: TypeAlias = Literal["gloo", "nccl"]
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -53,7 +53,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # of the node `lache
     ),
     "weights_dtype": _one_of(*DTYPES),
     "elastic_dtype": _one_of(*SUM_DTYPES),
-    "elastic_over": _one_of(*get_args(Over)),
+    "elastic_over": _one_of(*get_args(Backend)),
     **dict.fromkeys(("policy", "wandb_project"), TEXT),
     **dict.fromkeys(("replica", "weights_dir", "checkpoint_dir", "wandb_group"), TEXT_OR_NULL),
 }

@@ -14,7 +14,7 @@ from lachesis.broker.records.steps import BatchEntry, LedgerEntry, Membership
 from lachesis.trainer.elastic.collectives.base import Reducer, Watch
 
 
-class Compute(Protocol):
+class GradientAccumulator(Protocol):
     """What one replica computes and shares. Sums are of all that it has accumulated, over all replicas."""
 
     def connect(self, me: Membership, rank: int, world: int) -> None:
@@ -50,8 +50,8 @@ class Compute(Protocol):
         """Take that over from the replica of that rank."""
 
 
-class LocalCompute(ABC):
-    """A Compute of one process: what it shares is a few contiguous tensors."""
+class LocalAccumulator(ABC):
+    """A GradientAccumulator of one process: what it shares is a few contiguous tensors."""
 
     def connect(self, me: Membership, rank: int, world: int) -> None:  # noqa: B027  the caller's reducer is all it needs
         pass

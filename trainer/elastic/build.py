@@ -12,20 +12,20 @@ from structlog.stdlib import BoundLogger
 from lachesis.broker import BlockingBroker
 from lachesis.broker.records.groups import Group
 from lachesis.trainer.algo.learner import Learner
-from lachesis.trainer.algo.rank_group import Crew
+from lachesis.trainer.algo.rank_group import RankGroup
 from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.data.batch import TrainingBatch
-from lachesis.trainer.elastic.config import Team
-from lachesis.trainer.elastic.group_accumulator import GroupLearner
-from lachesis.trainer.elastic.leader import Lead
+from lachesis.trainer.elastic.config import ElasticConfig
+from lachesis.trainer.elastic.group_accumulator import GroupAccumulator
+from lachesis.trainer.elastic.leader import Leader
 from lachesis.trainer.elastic.replica import ElasticReplica
-from lachesis.trainer.elastic.sharded_accumulator import CrewCompute
+from lachesis.trainer.elastic.sharded_accumulator import ShardedAccumulator
 from lachesis.trainer.engine.verl_engine import Engine
-from lachesis.trainer.lifecycle import Upkeep
+from lachesis.trainer.lifecycle import RunLifecycle
 from lachesis.trainer.metrics.reporter import Reporter
 from lachesis.trainer.weights.checkpoint import make_checkpoints
 from lachesis.trainer.weights.publisher import make_publisher
-from lachesis.trainer.writer_lock import Right
+from lachesis.trainer.writer_lock import WriteAccess
 
 PATIENCE = 3  # times the silence after which a replica is taken out: then all are taken to be gone
 
@@ -44,17 +44,19 @@ def train_together(
 ) -> int:
     """Train until the last step, or until `stop` is set. Returns the step of the weights in memory."""
     learner = Learner(engine, algorithm)
-    crew, mapped = Crew(engine, learner), mapping(engine, learner)
-    mine = GroupLearner(engine, learner, mapped, divide_by=divide_by, exact=plan.exact)
+    rank_group, mapped = RankGroup(engine, learner), mapping(engine, learner)
+    mine = GroupAccumulator(engine, learner, mapped, divide_by=divide_by, exact=plan.exact)
     several = engine.ranks.size > 1
-    compute = CrewCompute(mine, engine.ranks, broker.broker.url, plan.run, plan.elastic_over) if several else mine
+    accumulator = (
+        ShardedAccumulator(mine, engine.ranks, broker.broker.url, plan.run, plan.elastic_over) if several else mine
+    )
 
-    def make_upkeep(right: Right, parts: ExitStack) -> Upkeep:
+    def make_lifecycle(right: WriteAccess, parts: ExitStack) -> RunLifecycle:
         publisher = make_publisher(broker, plan, right, log)
-        checkpoints = make_checkpoints(plan, crew, broker)
-        return Upkeep(broker, plan, crew, checkpoints, parts.enter_context(publisher), right, log)
+        checkpoints = make_checkpoints(plan, rank_group, broker)
+        return RunLifecycle(broker, plan, rank_group, checkpoints, parts.enter_context(publisher), right, log)
 
-    team = Team(
+    config = ElasticConfig(
         policy=plan.policy,
         batch_size=plan.batch_size,
         num_steps=plan.num_steps,
@@ -62,11 +64,14 @@ def train_together(
         hold_s=PATIENCE * plan.lease_s,
         max_deliveries=plan.max_deliveries,
         shadow=plan.shadow is not None,
-        over=plan.elastic_over,
+        backend=plan.elastic_over,
         prefetch=plan.prefetch > 0,
     )
-    duties = lambda seat: Lead(broker, plan, compute, mapped, seat, reporter, log, make_upkeep)  # noqa: E731
-    with crew, ElasticReplica(broker, team, plan.replica, compute, duties, stop.is_set) as replica:
+
+    def make_leader(membership: WriteAccess) -> Leader:
+        return Leader(broker, plan, accumulator, mapped, membership, reporter, log, make_lifecycle)
+
+    with rank_group, ElasticReplica(broker, config, plan.replica, accumulator, make_leader, stop.is_set) as replica:
         replica.train()
     return replica.step
 
@@ -82,6 +87,6 @@ def follow_together(
     """A rank of such a replica that is not its first: it does as that one does."""
     learner = Learner(engine, algorithm)
     mapped = mapping(engine, learner)
-    mine = GroupLearner(engine, learner, mapped, divide_by=divide_by, exact=plan.exact)
-    with closing(CrewCompute(mine, engine.ranks, "", plan.run, plan.elastic_over)) as compute:
-        Crew(engine, learner).follow(mapped, compute.orders)
+    mine = GroupAccumulator(engine, learner, mapped, divide_by=divide_by, exact=plan.exact)
+    with closing(ShardedAccumulator(mine, engine.ranks, "", plan.run, plan.elastic_over)) as accumulator:
+        RankGroup(engine, learner).follow(mapped, accumulator.orders)

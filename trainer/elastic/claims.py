@@ -13,17 +13,29 @@ from lachesis.broker import BlockingBroker
 from lachesis.broker.records.groups import Group
 from lachesis.broker.records.steps import BatchEntry, Membership
 from lachesis.broker.replicas.members import Claimed
-from lachesis.trainer.elastic.config import Team
+from lachesis.trainer.elastic.config import ElasticConfig
 
 
 class Claims:
     """`with Claims(…) as claims: while groups := claims.next(): …`."""
 
     def __init__(
-        self, broker: BlockingBroker, team: Team, me: Membership, batch: BatchEntry, held: Collection[int], pace: Pace
+        self,
+        broker: BlockingBroker,
+        config: ElasticConfig,
+        me: Membership,
+        batch: BatchEntry,
+        held: Collection[int],
+        claim_policy: ClaimPolicy,
     ) -> None:
         """`held`: places of the batch's groups that this replica has computed already."""
-        self._broker, self._team, self._me, self._step, self._pace = broker, team, me, batch.step, pace
+        self._broker, self._config, self._me, self._step, self._claim_policy = (
+            broker,
+            config,
+            me,
+            batch.step,
+            claim_policy,
+        )
         self._known = set(held)
         self._coming: Future[tuple[Claimed | None, list[Group]]] | None = None
         self._left = float(len(batch.gids) - len(held))  # groups that nobody has, as far as is known
@@ -47,7 +59,7 @@ class Claims:
 
         Raises Moved; LeaseLost if another step is open; LookupError if groups are gone.
         """
-        meanwhile = self._pace.meanwhile(self._done())
+        meanwhile = self._claim_policy.meanwhile(self._done())
         if self._coming is None:
             if self._all_taken:
                 return []
@@ -59,7 +71,7 @@ class Claims:
             return []
         self._all_taken = not claimed.left
         self._left = claimed.left - meanwhile
-        if self._pace.allows(self._left, len(groups)):
+        if self._claim_policy.allows(self._left, len(groups)):
             self._coming = self._start(busy=len(groups))
         self._computing, self._since = len(groups), time.perf_counter()
         return list(zip([place for place, _ in claimed.groups], groups, strict=True))
@@ -70,11 +82,11 @@ class Claims:
         if done:
             self._computed += done
             self._took_s += time.perf_counter() - self._since
-            self._pace.computed(self._computed, self._took_s)
+            self._claim_policy.computed(self._computed, self._took_s)
         return done
 
     def _start(self, *, busy: int) -> Future[tuple[Claimed | None, list[Group]]]:
-        return self._broker.start(self._claim, self._pace.count(self._left, busy, self._team.together_s))
+        return self._broker.start(self._claim, self._claim_policy.count(self._left, busy, self._config.together_s))
 
     async def _claim(self, count: int) -> tuple[Claimed | None, list[Group]]:
         """New groups with their contents, or those that this replica lost the reply for."""
@@ -92,7 +104,7 @@ class Claims:
 MICRO = 1e-6
 
 
-class Pace:
+class ClaimPolicy:
     """Of one replica; kept from step to step."""
 
     def __init__(self) -> None:

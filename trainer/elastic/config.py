@@ -8,18 +8,18 @@ from typing import Protocol
 
 from lachesis.broker.records.groups import DeadEntry
 from lachesis.broker.records.steps import LedgerEntry, Membership
-from lachesis.broker.replicas.members import Meeting
-from lachesis.trainer.config.rules import Over
-from lachesis.trainer.writer_lock import Tenure
+from lachesis.broker.replicas.members import Rendezvous
+from lachesis.trainer.config.rules import Backend
+from lachesis.trainer.writer_lock import WriterLease
 
 
-class Duties(Protocol):
+class LeaderTasks(Protocol):
     """What only one replica does; each may be repeated by another one that took over in the middle of it."""
 
-    def resume(self, tenure: Tenure) -> int:
+    def resume(self, writer_lease: WriterLease) -> int:
         """Bring the weights in memory from the newest checkpoint to the end of the ledger; the step it ends at."""
 
-    def met(self, meeting: Meeting, me: Membership) -> None:
+    def met(self, rendezvous: Rendezvous, me: Membership) -> None:
         """The replicas of an epoch know each other."""
 
     def follow_up(self, step: int) -> None:
@@ -31,7 +31,7 @@ class Duties(Protocol):
     def settle(self) -> None:
         """Before the next step may be committed: what it makes unrepeatable must be done."""
 
-    def report(self, trained: Trained) -> None:
+    def report(self, trained: StepRecord) -> None:
         """Tell of a step that is committed and applied; called before its `follow_up`, which may free its groups."""
 
     def finish(self, step: int) -> None:
@@ -42,7 +42,7 @@ class Duties(Protocol):
 
 
 @dataclass(frozen=True)
-class Trained:
+class StepRecord:
     """One committed step, as the replica saw it that tells of it."""
 
     entry: LedgerEntry
@@ -57,7 +57,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Team:
+class ElasticConfig:
     """What all replicas of a policy agree on."""
 
     policy: str
@@ -69,4 +69,4 @@ class Team:
     shadow: bool = False  # whether batches are formed by the trainers of another policy
     prefetch: bool = True  # whether a batch is formed before the step before it is committed
     together_s: float = 0.5  # groups are trained several at once where that takes less, else one by one
-    over: Over = "gloo"  # what their sums go over
+    backend: Backend = "gloo"  # what their sums go over

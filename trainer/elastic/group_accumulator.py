@@ -17,16 +17,24 @@ from lachesis.broker.records.groups import DeadEntry, Group
 from lachesis.broker.records.steps import BatchEntry, LedgerEntry
 from lachesis.trainer.algo.learner import Learner
 from lachesis.trainer.data.batch import TrainingBatch
-from lachesis.trainer.elastic.accumulator import LocalCompute
-from lachesis.trainer.elastic.collectives.reproducible_sum import ExactSum, total
-from lachesis.trainer.elastic.group_stats import Told, decode, divisor, encode, ledger_entry, merged, tell
+from lachesis.trainer.elastic.accumulator import LocalAccumulator
+from lachesis.trainer.elastic.collectives.reproducible_sum import ReproducibleSum, total
+from lachesis.trainer.elastic.group_stats import (
+    GroupStats,
+    decode,
+    divisor,
+    encode,
+    ledger_entry,
+    merged,
+    summarize_group,
+)
 from lachesis.trainer.engine import state_transfer
 from lachesis.trainer.engine.state_transfer import local, trained_parameters
 from lachesis.trainer.engine.verl_engine import Engine
 
 
-class GroupLearner(LocalCompute):
-    """The Compute (see accumulator.py) of a replica whose engine sums its loss (algorithms.summed_loss).
+class GroupAccumulator(LocalAccumulator):
+    """The GradientAccumulator (see accumulator.py) of a replica whose engine sums its loss (algorithms.summed_loss).
 
     float32 gradients are added up where verl keeps them. With `exact` each group's are added on the host in a way that
     does not depend on their order: all that follows is the same bit for bit, whoever trained which group.
@@ -44,7 +52,7 @@ class GroupLearner(LocalCompute):
         self._engine, self._learner, self._mapping, self._divide_by = engine.worker.engine, learner, mapping, divide_by
         self._parameters = trained_parameters(self._engine)
         self._sizes = [local(parameter).numel() for parameter in self._parameters]
-        self._exact = ExactSum(sum(self._sizes)) if exact else None
+        self._exact = ReproducibleSum(sum(self._sizes)) if exact else None
         self._used = torch.zeros(len(self._parameters), dtype=torch.int64)
         self.metrics: dict[str, float] = {}  # of the newest step
         self.pristine = True  # whether the weights are those that the engine was built with
@@ -102,7 +110,7 @@ class GroupLearner(LocalCompute):
         self.pristine = False
         state_transfer.take(self._engine, header, tensors)
 
-    def _add(self, groups: Sequence[Group]) -> list[Told]:
+    def _add(self, groups: Sequence[Group]) -> list[GroupStats]:
         batch = self._mapping(groups)
         metrics = self._learner.accumulate(batch, sequences=1)
         if self._exact is not None:
@@ -113,7 +121,7 @@ class GroupLearner(LocalCompute):
                 start += size
             self._count_used()
             self._drop_gradients()
-        return tell(self._learner, batch, [group.gid for group in groups], metrics, self._divide_by)
+        return summarize_group(self._learner, batch, [group.gid for group in groups], metrics, self._divide_by)
 
     def _count_used(self) -> None:
         """Parameters that had a gradient: the others are none of the optimizer's business, as with a single trainer."""

@@ -21,7 +21,7 @@ AS_THE_LOSS = ("loss", "actor/loss", "actor/pg_loss", "actor/kl_loss", "actor/en
 COUNTED = ("filtered_groups", "filtered_sequences", "logp_s", "train_s")
 
 
-class Told(msgspec.Struct, frozen=True, array_like=True):
+class GroupStats(msgspec.Struct, frozen=True, array_like=True):
     """Of one group. Arrays are packed as collate.py makes them: scores float64, advantages float32.
 
     Of groups that were trained at once, the first has the metrics of all, and the other numbers that go with those.
@@ -39,19 +39,19 @@ class Told(msgspec.Struct, frozen=True, array_like=True):
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode: Callable[[bytes], Told] = msgspec.msgpack.Decoder(Told).decode
+decode: Callable[[bytes], GroupStats] = msgspec.msgpack.Decoder(GroupStats).decode
 
 
-def tell(
+def summarize_group(
     learner: Learner, batch: TrainingBatch, gids: Sequence[str], metrics: dict[str, float], divide_by: str
-) -> list[Told]:
+) -> list[GroupStats]:
     """`batch` is those groups, which the learner has just accumulated; `divide_by`: tokens | sequences | nothing."""
     found, dead = learner.estimated, letters(batch)
     kept = int(found.response_mask.sum()) if found else 0
     divisors = {"tokens": kept, "sequences": learner.entered, "nothing": 0}
     of_all = float(divisors[divide_by]), int(batch.response_mask.sum()), kept, metrics
     return [
-        Told(
+        GroupStats(
             *(of_all if number == 0 else (0.0, 0, 0, {})),
             scores=batch.scores.numpy()[batch.uids == gid].tobytes(),
             letters=tuple(letter for letter in dead if letter.gid.rpartition("/")[0] == gid),
@@ -71,7 +71,7 @@ def _trained(found: Estimated | None, gid: str) -> dict[str, Any]:
     }
 
 
-def ledger_entry(batch: BatchEntry, version_before: int, told: Sequence[Told], loss: float) -> LedgerEntry:
+def ledger_entry(batch: BatchEntry, version_before: int, told: Sequence[GroupStats], loss: float) -> LedgerEntry:
     """`lag`, `replica` and `seconds` are the caller's to fill in."""
     scores = np.frombuffer(b"".join(one.scores for one in told))
     return LedgerEntry(
@@ -90,13 +90,13 @@ def ledger_entry(batch: BatchEntry, version_before: int, told: Sequence[Told], l
     )
 
 
-def merged(told: Sequence[Told]) -> dict[str, float]:
+def merged(told: Sequence[GroupStats]) -> dict[str, float]:
     """The step's metrics. The loss and its terms were summed over what `divisor` counts; the rest are means over tokens."""
     names = {name for one in told for name in one.metrics}
     return {name: _merged(name, [one for one in told if name in one.metrics], told) for name in sorted(names)}
 
 
-def _merged(name: str, having: Sequence[Told], told: Sequence[Told]) -> float:
+def _merged(name: str, having: Sequence[GroupStats], told: Sequence[GroupStats]) -> float:
     values = np.array([one.metrics[name] for one in having])
     if name in COUNTED:
         return float(values.sum())
@@ -109,12 +109,12 @@ def _merged(name: str, having: Sequence[Told], told: Sequence[Told]) -> float:
     return float(np.average(values, weights=weights if weights.any() else None))
 
 
-def divisor(told: Sequence[Told]) -> float:
+def divisor(told: Sequence[GroupStats]) -> float:
     """Of the step's sums: as if one trainer had normalised its loss over the whole batch."""
     return sum(one.divisor for one in told) or 1.0
 
 
-def whole(told: Sequence[Told], gids: Sequence[str], batch: TrainingBatch) -> Estimated | None:
+def merge_group_stats(told: Sequence[GroupStats], gids: Sequence[str], batch: TrainingBatch) -> Estimated | None:
     """What the step trained on, as one trainer would have known it. `batch` is mapped from all its groups."""
     rows: list[int] = []
     masks, advantages = torch.zeros_like(batch.response_mask), torch.zeros(batch.response_mask.shape)

@@ -12,62 +12,62 @@ from structlog.stdlib import BoundLogger
 from lachesis.broker import BlockingBroker
 from lachesis.broker.records.groups import Group
 from lachesis.broker.records.steps import BatchEntry, LedgerEntry, Membership
-from lachesis.broker.replicas.members import Meeting
+from lachesis.broker.replicas.members import Rendezvous
 from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.data.batch import TrainingBatch
 from lachesis.trainer.elastic.collectives.base import Alone
-from lachesis.trainer.elastic.config import Trained
-from lachesis.trainer.elastic.group_accumulator import GroupLearner
-from lachesis.trainer.elastic.group_stats import decode, whole
-from lachesis.trainer.elastic.sharded_accumulator import CrewCompute
-from lachesis.trainer.lifecycle import Upkeep
+from lachesis.trainer.elastic.config import StepRecord
+from lachesis.trainer.elastic.group_accumulator import GroupAccumulator
+from lachesis.trainer.elastic.group_stats import decode, merge_group_stats
+from lachesis.trainer.elastic.sharded_accumulator import ShardedAccumulator
+from lachesis.trainer.lifecycle import RunLifecycle
 from lachesis.trainer.metrics.reporter import Reporter, warn_of_untrainable
 from lachesis.trainer.metrics.step import batch_metrics
 from lachesis.trainer.prefetch import fetch
-from lachesis.trainer.writer_lock import Right, Tenure
+from lachesis.trainer.writer_lock import WriteAccess, WriterLease
 
 
-class Lead:
-    """The Duties (see config.py) of a replica with real weights, and its right to do them: `check`."""
+class Leader:
+    """The LeaderTasks (see config.py) of a replica with real weights, and its right to do them: `check`."""
 
     def __init__(
         self,
         broker: BlockingBroker,
         plan: Plan,
-        compute: GroupLearner | CrewCompute,
+        accumulator: GroupAccumulator | ShardedAccumulator,
         mapping: Callable[[Sequence[Group]], TrainingBatch],
-        seat: Right,
+        membership: WriteAccess,
         reporter: Reporter,
         log: BoundLogger,
-        make_upkeep: Callable[[Right, ExitStack], Upkeep],
+        make_lifecycle: Callable[[WriteAccess, ExitStack], RunLifecycle],
     ) -> None:
-        self._broker, self._plan, self._compute, self._mapping = broker, plan, compute, mapping
-        self._reporter, self._log, self._make_upkeep = reporter, log, make_upkeep
-        self._seat, self._tenure = seat, None  # type: Right, Tenure | None
-        self._upkeep: Upkeep | None = None
+        self._broker, self._plan, self._accumulator, self._mapping = broker, plan, accumulator, mapping
+        self._reporter, self._log, self._make_lifecycle = reporter, log, make_lifecycle
+        self._membership, self._writer_lease = membership, None  # type: WriteAccess, WriterLease | None
+        self._lifecycle: RunLifecycle | None = None
         self._parts = ExitStack()
-        self._untold: tuple[dict[str, float], list[Group], TrainingBatch, Trained] | None = None
+        self._untold: tuple[dict[str, float], list[Group], TrainingBatch, StepRecord] | None = None
 
     def check(self) -> None:
         """Raise LeaseLost if another replica has these duties by now."""
-        (self._tenure or self._seat).check()
+        (self._writer_lease or self._membership).check()
 
-    def resume(self, tenure: Tenure) -> int:
+    def resume(self, writer_lease: WriterLease) -> int:
         self.resign()
-        self._tenure = tenure
+        self._writer_lease = writer_lease
         try:
-            upkeep = self._begin()
-            upkeep.check_base(pristine=self._compute.pristine)
-            upkeep.resume(self._replay)
-            upkeep.register()
+            lifecycle = self._begin()
+            lifecycle.check_base(pristine=self._accumulator.pristine)
+            lifecycle.resume(self._replay)
+            lifecycle.register()
         finally:
-            self._tenure = None
-        return upkeep.step
+            self._writer_lease = None
+        return lifecycle.step
 
-    def met(self, meeting: Meeting, me: Membership) -> None:
-        names = [id_.rsplit(":", 1)[0] for id_ in meeting.steps]
+    def met(self, rendezvous: Rendezvous, me: Membership) -> None:
+        names = [id_.rsplit(":", 1)[0] for id_ in rendezvous.steps]
         self._log.info(
-            "training together", step=meeting.step, replicas=len(names), first=names[0], generation=me.generation,
+            "training together", step=rendezvous.step, replicas=len(names), first=names[0], generation=me.generation,
             epoch=me.epoch,
         )  # fmt: skip
 
@@ -76,22 +76,22 @@ class Lead:
             self._taken_over(step - 1).publisher.deliver(step)
 
     def follow_up(self, step: int) -> None:
-        upkeep = self._taken_over(step)
-        upkeep.step = step
+        lifecycle = self._taken_over(step)
+        lifecycle.step = step
         began = time.perf_counter()
-        upkeep.publish_if_due()
+        lifecycle.publish_if_due()
         if self._plan.lockstep:
-            upkeep.publisher.deliver(step, served=True)
+            lifecycle.publisher.deliver(step, served=True)
         published = time.perf_counter()
-        upkeep.save_if_due()
+        lifecycle.save_if_due()
         finished = time.perf_counter()
-        self._tell({"publish_s": published - began, "checkpoint_s": finished - published}, upkeep)
+        self._tell({"publish_s": published - began, "checkpoint_s": finished - published}, lifecycle)
 
     def settle(self) -> None:
-        if self._upkeep is not None:
-            self._upkeep.announced()
+        if self._lifecycle is not None:
+            self._lifecycle.announced()
 
-    def report(self, trained: Trained) -> None:
+    def report(self, trained: StepRecord) -> None:
         began = time.perf_counter()
         try:
             groups = self._broker.call(self._broker.broker.queue.fetch, trained.entry.gids)
@@ -114,43 +114,43 @@ class Lead:
             "replicas": trained.replicas,
             "own_groups": trained.groups,
         }
-        self._untold = self._compute.metrics | seconds, groups, batch, trained
+        self._untold = self._accumulator.metrics | seconds, groups, batch, trained
 
     def finish(self, step: int) -> None:
-        upkeep = self._taken_over(step)
-        upkeep.step = step
-        upkeep.finish()
+        lifecycle = self._taken_over(step)
+        lifecycle.step = step
+        lifecycle.finish()
 
     def resign(self) -> None:
-        self._upkeep, self._untold = None, None
+        self._lifecycle, self._untold = None, None
         self._parts.close()
 
-    def _begin(self) -> Upkeep:
+    def _begin(self) -> RunLifecycle:
         """Only now: what an earlier leader left half done is cleared away with it."""
-        self._upkeep = self._make_upkeep(self, self._parts)
-        return self._upkeep
+        self._lifecycle = self._make_lifecycle(self, self._parts)
+        return self._lifecycle
 
-    def _taken_over(self, step: int) -> Upkeep:
-        if self._upkeep is None:
+    def _taken_over(self, step: int) -> RunLifecycle:
+        if self._lifecycle is None:
             self._log.info("leads: publishes and saves", step=step)
             self._begin().take_over(step)
-        assert self._upkeep is not None
-        return self._upkeep
+        assert self._lifecycle is not None
+        return self._lifecycle
 
     def _replay(self, entry: LedgerEntry) -> None:
         groups = fetch(self._broker, self._plan, entry)
         batch = BatchEntry(entry.step, entry.gids, entry.n, entry.tok, entry.v_min, entry.v_min, 0.0)
-        told = self._compute.accumulate(batch, list(enumerate(groups)))
-        sums = self._compute.reduce(Alone(), torch.zeros(0, dtype=torch.uint8), lambda: None)
-        self._compute.apply(batch, sums, told)
+        told = self._accumulator.accumulate(batch, list(enumerate(groups)))
+        sums = self._accumulator.reduce(Alone(), torch.zeros(0, dtype=torch.uint8), lambda: None)
+        self._accumulator.apply(batch, sums, told)
 
-    def _tell(self, seconds: dict[str, float], upkeep: Upkeep) -> None:
+    def _tell(self, seconds: dict[str, float], lifecycle: RunLifecycle) -> None:
         if self._untold is None:
             return
         learned, groups, batch, trained = self._untold
         self._untold = None
-        estimated = whole([decode(word) for word in trained.told], trained.entry.gids, batch)
+        estimated = merge_group_stats([decode(word) for word in trained.told], trained.entry.gids, batch)
         values = batch_metrics(trained.entry, groups, batch, estimated) | learned | seconds
-        values |= {"write_s": upkeep.publisher.write_s, "version": upkeep.publisher.newest}
+        values |= {"write_s": lifecycle.publisher.write_s, "version": lifecycle.publisher.newest}
         values["step_s"] = time.perf_counter() - trained.since
         self._reporter.report(values, groups, batch, estimated)

@@ -1,4 +1,4 @@
-"""The Compute (see accumulator.py) of a replica that is several ranks: each holds a shard, and sums it with its like.
+"""The GradientAccumulator (see accumulator.py) of a replica that is several ranks: each holds a shard, and sums it with its like.
 
 Rank 0 leads, as in distributed.py: it alone runs the replica's loop (replica.py), and here it has the others do what it does. A
 rank's shard of gradients and weights goes to the same rank of the other replicas, over connections of its own; so all
@@ -20,21 +20,21 @@ from lachesis.broker import BlockingBroker, LachesisError, connect_blocking
 from lachesis.broker.errors import Moved
 from lachesis.broker.records.groups import DeadEntry, Group
 from lachesis.broker.records.steps import BatchEntry, LedgerEntry, Membership
-from lachesis.trainer.config.rules import Over
+from lachesis.trainer.config.rules import Backend
 from lachesis.trainer.elastic.collectives.base import Alone, PeerLost, Reducer, Watch
 from lachesis.trainer.elastic.collectives.rendezvous import connect
-from lachesis.trainer.elastic.group_accumulator import GroupLearner
-from lachesis.trainer.elastic.membership import LOOK_S
+from lachesis.trainer.elastic.group_accumulator import GroupAccumulator
+from lachesis.trainer.elastic.membership import EPOCH_POLL_S
 from lachesis.trainer.engine.distributed import LEADER, Ranks
 
 T = TypeVar("T")
 
 
-class CrewCompute:
-    """On rank 0, whose methods are the Compute's; `orders` are the others' part of each."""
+class ShardedAccumulator:
+    """On rank 0, whose methods are the GradientAccumulator's; `orders` are the others' part of each."""
 
-    def __init__(self, mine: GroupLearner, ranks: Ranks, url: str, run: str, over: Over) -> None:
-        self._mine, self._ranks, self._url, self._run, self._over = mine, ranks, url, run, over
+    def __init__(self, mine: GroupAccumulator, ranks: Ranks, url: str, run: str, backend: Backend) -> None:
+        self._mine, self._ranks, self._url, self._run, self._backend = mine, ranks, url, run, backend
         self.orders: dict[str, Callable[..., Any]] = {
             name: getattr(self, name)
             for name in ("connect", "disconnect", "accumulate", "reduce", "clear", "apply", "give", "get")
@@ -64,7 +64,7 @@ class CrewCompute:
             if self._broker is None:
                 self._broker = self._parts.enter_context(connect_blocking(url, run))
             self._watch = _watching(self._broker, me)
-            self._shard = connect(self._over, self._broker, me, rank, world, self._watch, shard=self._ranks.rank)
+            self._shard = connect(self._backend, self._broker, me, rank, world, self._watch, shard=self._ranks.rank)
 
         self._agree(shard if not self._leads else lambda: None)
 
@@ -134,11 +134,11 @@ def _watching(broker: BlockingBroker, me: Membership) -> Watch:
 
     def watch() -> None:
         nonlocal looked_at
-        if time.monotonic() - looked_at < LOOK_S:
+        if time.monotonic() - looked_at < EPOCH_POLL_S:
             return
         looked_at = time.monotonic()
-        standing = broker.call(broker.broker.members.standing, me.policy)
-        if standing is None or (standing.generation, standing.epoch) != (me.generation, me.epoch):
+        epoch_state = broker.call(broker.broker.members.epoch_state, me.policy)
+        if epoch_state is None or (epoch_state.generation, epoch_state.epoch) != (me.generation, me.epoch):
             raise Moved(f"epoch {me.epoch} of policy {me.policy!r} is over")
 
     return watch

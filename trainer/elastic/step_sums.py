@@ -11,15 +11,20 @@ from torch import Tensor
 
 from lachesis.broker import Conflict
 from lachesis.broker.records.steps import BatchEntry
-from lachesis.trainer.elastic.accumulator import Compute, to_bytes, to_tensor
-from lachesis.trainer.elastic.claims import Pace
+from lachesis.trainer.elastic.accumulator import GradientAccumulator, to_bytes, to_tensor
+from lachesis.trainer.elastic.claims import ClaimPolicy
 from lachesis.trainer.elastic.collectives.base import Reducer, Watch
 
 SLOT = 1024  # bytes for what is told of one group; where that is longer, it takes a sum of its own
 
 
-def sum_up(
-    reducer: Reducer, batch: BatchEntry, compute: Compute, held: Mapping[int, bytes], pace: Pace, watch: Watch
+def sum_over_replicas(
+    reducer: Reducer,
+    batch: BatchEntry,
+    accumulator: GradientAccumulator,
+    held: Mapping[int, bytes],
+    claim_policy: ClaimPolicy,
+    watch: Watch,
 ) -> tuple[list[Tensor], list[bytes]]:
     """The sums of all replicas, and what they tell of each group. `held`: this replica's groups, by their place.
 
@@ -29,13 +34,13 @@ def sum_up(
     everything = np.zeros((len(batch.gids) + 1, 2 + SLOT // 8), np.int64)
     told = everything[:-1]
     words = told[:, 2:].view(np.uint8)
-    everything[-1, :2] = pace.word
+    everything[-1, :2] = claim_policy.word
     for place, word in held.items():
         told[place, :2] = 1, len(word)
         if len(word) <= SLOT:
             words[place, : len(word)] = np.frombuffer(word, np.uint8)
-    sums = compute.reduce(reducer, torch.from_numpy(everything), watch)
-    pace.hear(*everything[-1, :2].tolist())
+    sums = accumulator.reduce(reducer, torch.from_numpy(everything), watch)
+    claim_policy.hear(*everything[-1, :2].tolist())
     if not (told[:, 0] == 1).all():
         raise Conflict(
             f"step {batch.step}: its groups are in the replicas' sums {told[:, 0].tolist()} times; nothing was committed"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     pass
 
 # ranks wait for the leader's next order, and it waits for rollouts; a dead peer shows at once
-IDLE = timedelta(days=30)
+RANK_TIMEOUT = timedelta(days=30)
 LEADER = 0
 
 
@@ -37,7 +37,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._control = dist.new_group(backend="gloo", timeout=IDLE) if self.size > 1 else None
+        self._control = dist.new_group(backend="gloo", timeout=RANK_TIMEOUT) if self.size > 1 else None
 
     def order(self, name: str, *args: Any) -> None:
         """Rank 0 tells the others what comes next."""

@@ -22,7 +22,7 @@ def main(url: str, run: str) -> int:
     """Pass on the newest evaluation, if no step was trained since; with the settings that the trainer was told."""
     with connect_blocking(url, run) as broker:
         _, newest = broker.call(broker.broker.journal.newest, 1, {"step", "eval"})
-        kept = broker.call(broker.broker.parties.configurations).get(POLICY)
+        kept = broker.call(broker.broker.registry.configurations).get(POLICY)
     if kept is None or not newest or "accuracy" not in newest[-1][1]:
         return 0
     if device_name() == "cpu":

@@ -56,7 +56,7 @@ class Reporter:
     def _learn_names(self, groups: Sequence[Group]) -> None:
         unknown = {group.env for group in groups if group.env is not None} - self._env_names.keys()
         if unknown:
-            envs = self._broker.call(self._broker.broker.parties.envs)
+            envs = self._broker.call(self._broker.broker.registry.envs)
             self._env_names = dict.fromkeys(unknown, "") | {env.env_id: env.config.desired_name for env in envs}
 
     def _evaluations(self) -> dict[str, float]:

@@ -17,12 +17,12 @@ from uuid import uuid4
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.errors import CheckpointRefused
-from lachesis.broker.failpoints import crash_point
+from lachesis.broker.failpoints import failpoint
 from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.weights.checkpoint_files import MANIFEST, check_files, read_manifest, write_manifest
-from lachesis.trainer.weights.fsync import rename_durably, sync_tree
+from lachesis.trainer.weights.fsync import fsync_tree, rename_durably
 
-KEEP = 2
+KEEP_CHECKPOINTS = 2
 
 
 class Checkpoints:
@@ -65,13 +65,13 @@ class Checkpoints:
         temporary.mkdir(parents=True, mode=0o700)
         self._worker.save_checkpoint(str(temporary), None, step, None)
         digest = write_manifest(temporary, step)
-        crash_point("checkpoint", step)
-        sync_tree(temporary)
+        failpoint("checkpoint", step)
+        fsync_tree(temporary)
         if step in self.steps():
             shutil.rmtree(temporary)
             return
         self._broker.call(self._digests.add, self._policy, digest, step)
-        crash_point("checkpoint-noted", step)
+        failpoint("checkpoint-noted", step)
         shutil.rmtree(self._path(step), ignore_errors=True)  # half deleted, see remove; or somebody else's
         rename_durably(temporary, self._path(step))
         self._refused.discard(step)
@@ -102,7 +102,7 @@ class Checkpoints:
 
     def _collect(self) -> None:
         """Keep the newest ones, and nothing older, whoever made it."""
-        for oldest in self.steps()[-KEEP:][:1]:
+        for oldest in self.steps()[-KEEP_CHECKPOINTS:][:1]:
             for old in self.found():
                 if old < oldest:
                     self.remove(old)

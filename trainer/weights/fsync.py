@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Flush a file, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -15,14 +15,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     """Flush a folder, everything in it, and their names."""
     for path in folder.rglob("*"):
-        sync(path)
-    sync(folder)
+        fsync(path)
+    fsync(folder)
 
 
 def rename_durably(source: Path, target: Path) -> None:
     """Give a synced folder its final name."""
     source.rename(target)
-    sync(target.parent)
+    fsync(target.parent)

@@ -18,18 +18,18 @@ from structlog.stdlib import BoundLogger
 from torch import Tensor
 
 from lachesis.broker import BlockingBroker
-from lachesis.broker.failpoints import crash_point
+from lachesis.broker.failpoints import failpoint
 from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.weights.remote import RemoteVersions
 from lachesis.trainer.weights.versions import VersionStore
-from lachesis.trainer.writer_lock import Right
+from lachesis.trainer.writer_lock import WriteAccess
 
 SERVER_GONE_S = 600.0  # a server silent for this long no longer holds a version on disk
 SERVER_SILENT_S = 10.0  # and one silent for this long samples nothing
-LOOK_S = 0.02  # between two looks at what the servers serve
+SERVED_POLL_S = 0.02  # between two looks at what the servers serve
 
 
-def make_publisher(broker: BlockingBroker, plan: Plan, right: Right, log: BoundLogger) -> Publisher:
+def make_publisher(broker: BlockingBroker, plan: Plan, right: WriteAccess, log: BoundLogger) -> Publisher:
     """The publisher of the policy that `plan` is about, by who has the `right` to."""
     return Publisher(
         broker,
@@ -50,7 +50,7 @@ class Publisher:
         broker: BlockingBroker,
         policy: str,
         versions: VersionStore,
-        tenure: Right,
+        writer_lease: WriteAccess,
         *,
         keep_versions: int,
         remote: RemoteVersions | None = None,
@@ -61,14 +61,14 @@ class Publisher:
         What a `shadow` trains does not count as delivered: environments make what the other policy's trainer has taken.
         """
         self._shadow = shadow
-        self._broker, self._policy, self._versions, self._tenure = broker, policy, versions, tenure
+        self._broker, self._policy, self._versions, self._writer_lease = broker, policy, versions, writer_lease
         self._keep_versions = keep_versions
         self._worker = ThreadPoolExecutor(1, "publisher")
         self._in_work: deque[Future[None]] = deque()
         self._hurry = threading.Event()
         self._remote = remote
         if remote is not None:
-            remote.bind(rest=self._hurry.wait, go_on=tenure.check)
+            remote.bind(rest=self._hurry.wait, go_on=writer_lease.check)
         self.newest = -1  # version announced
         self.write_s = 0.0  # from its copy to its announcement
 
@@ -119,13 +119,13 @@ class Publisher:
 
     def _deliver(self, step: int, served: bool) -> None:
         while served and not self._hurry.is_set() and self._awaited():
-            self._hurry.wait(LOOK_S)
+            self._hurry.wait(SERVED_POLL_S)
         self._broker.call(self._broker.broker.queue.deliver, step)
 
     def _awaited(self) -> bool:
         """Whether a server at work that follows the newest version, and can, still samples from an older one."""
         alive = time.time() - SERVER_SILENT_S
-        servers = self._broker.call(self._broker.broker.parties.servers)
+        servers = self._broker.call(self._broker.broker.registry.servers)
         at_work = [server for server in servers if server.heartbeat > alive and server.state in ("ready", "updating")]
         return any(
             server.version < self.newest for server in at_work if server.rule == "newest" and not server.last_error
@@ -133,17 +133,17 @@ class Publisher:
 
     def _write(self, version: int, parent: int, copied: list[tuple[str, Tensor]]) -> None:
         began = time.perf_counter()
-        self._tenure.check()
-        entry = self._versions.write(version, version, parent, copied, self._tenure.check)
+        self._writer_lease.check()
+        entry = self._versions.write(version, version, parent, copied, self._writer_lease.check)
         if self._remote is not None:
             entry = self._remote.upload(entry, self._versions.path(version))
-        crash_point("announce", version)
-        self._tenure.check()
+        failpoint("announce", version)
+        self._writer_lease.check()
         self._broker.call(self._broker.broker.weights.publish, self._policy, entry)
         self.newest, self.write_s = version, time.perf_counter() - began
 
         alive = time.time() - SERVER_GONE_S
-        servers = self._broker.call(self._broker.broker.parties.servers)
+        servers = self._broker.call(self._broker.broker.registry.servers)
         in_use = {v for server in servers if server.heartbeat > alive for v in (server.version, server.loading)}
         in_use |= self._broker.call(self._ruled, {"main", *(server.pool for server in servers)})
         if self._remote is None:

@@ -23,12 +23,12 @@ from msgspec import structs
 from structlog.stdlib import BoundLogger
 
 from lachesis.broker.errors import ConfigurationError, StorageError
-from lachesis.broker.failpoints import crash_point
+from lachesis.broker.failpoints import failpoint
 from lachesis.broker.records.versions import Base, Manifest, WeightsEntry
 from lachesis.broker.weights.delta import write_delta
 from lachesis.broker.weights.manifest import MANIFEST
 
-PATIENCE_S = 600.0  # with a store that does not answer
+STORE_RETRY_S = 600.0  # with a store that does not answer
 FIRST_DELAY_S, LAST_DELAY_S = 0.5, 10.0  # between two tries; it doubles
 HASH_DIGITS = 12
 
@@ -64,7 +64,7 @@ class RemoteVersions:
     def upload(self, entry: WeightsEntry, folder: Path) -> WeightsEntry:
         """Copy a version that lies in `folder`; returns its event with the URL.
 
-        Raises StorageError after PATIENCE_S, and at once where the folder's own disk fails.
+        Raises StorageError after STORE_RETRY_S, and at once where the folder's own disk fails.
         """
         try:
             return self._upload(entry, folder)
@@ -82,7 +82,7 @@ class RemoteVersions:
                 size, target = source.stat().st_size, f"{name}/{file}"
                 if self._try(partial(self._size, target)) != size:
                     self._try(partial(self._put, source, target, size))
-                crash_point("uploaded", entry.version)
+                failpoint("uploaded", entry.version)
         sent = structs.replace(sent, uri=f"{self.url}/{name}")
         self._deltas.sent(sent, folder, whole=sent.manifest_sha256 == entry.manifest_sha256)
         return sent
@@ -165,7 +165,7 @@ class RemoteVersions:
             except Exception as error:  # every backend has kinds of its own for a store that does not answer
                 self._opened = None  # its connection may be broken for good
                 self._go_on()
-                if waited >= PATIENCE_S or self._rest(delay):
+                if waited >= STORE_RETRY_S or self._rest(delay):
                     raise StorageError(f"{self._shown} can't be written to: {_text(error)}") from error
                 self._log.warning(
                     "the weights store does not answer, trying again", url=self._shown, error=_text(error)

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lachesis.broker.errors import LeaseLost, StorageError, WeightsRefused
-from lachesis.broker.failpoints import crash_point
+from lachesis.broker.failpoints import failpoint
 from lachesis.broker.records.versions import FileInfo, Manifest, TensorInfo, WeightsEntry
 from lachesis.broker.weights.manifest import MANIFEST, may_be_published
-from lachesis.trainer.weights.fsync import rename_durably, sync
+from lachesis.trainer.weights.fsync import fsync, rename_durably
 
 DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16")}
 SHARD_BYTES = 4 << 30
@@ -123,9 +123,9 @@ class VersionStore:
         files |= self._shared_files
         manifest = msgspec.json.encode(Manifest(version=version, step=step, files=files, tensors=infos))
         (temporary / MANIFEST).write_bytes(manifest)
-        sync(temporary / MANIFEST)
-        sync(temporary)
-        crash_point("publish", version)
+        fsync(temporary / MANIFEST)
+        fsync(temporary)
+        failpoint("publish", version)
         check()
         self.remove(version)
         rename_durably(temporary, self.path(version))
@@ -188,6 +188,6 @@ class VersionStore:
 
 def _settle(path: Path) -> FileInfo:
     """Sync a finished file and say what it holds."""
-    sync(path)
+    fsync(path)
     with path.open("rb") as file:
         return FileInfo(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-MOST = 256  # outputs; more go to a server as they came, and only the first is recorded
+MOST_OUTPUTS = 256  # outputs; more go to a server as they came, and only the first is recorded
 
 
 def singles(path: str, body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
@@ -21,7 +21,7 @@ def singles(path: str, body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], i
     prompt, n = body.get("prompt"), body.get("n")
     prompts = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], list | str) else [prompt]
     n = n if type(n) is int and n > 0 else 1  # SGLang refuses what is no number
-    if not 1 < len(prompts) * n <= MOST:
+    if not 1 < len(prompts) * n <= MOST_OUTPUTS:
         return [], 1
     return [{**body, "prompt": each, "n": 1} for each in prompts for _ in range(n)], n
 

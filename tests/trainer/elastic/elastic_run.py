@@ -87,13 +87,13 @@ def check(run: Run, expected: list[tuple[int, str]], *finished: str) -> None:
 
 def trained_alone(ledger: list[LedgerEntry]) -> list[tuple[int, str]]:
     """(version, hash of the weights) of one that trains those steps' groups in this process."""
-    compute = TinyCompute()
-    found = [(0, compute.digest())]
+    accumulator = TinyCompute()
+    found = [(0, accumulator.digest())]
     for entry in ledger:
         groups = [structs.replace(stored(group(int(gid[1:]) % 64)), gid=gid) for gid in entry.gids]
-        told = compute.accumulate(batch_of(entry), list(enumerate(groups)))
-        compute.apply(batch_of(entry), compute.sums(torch.device("cpu")), told)
-        found.append((entry.step, compute.digest()))
+        told = accumulator.accumulate(batch_of(entry), list(enumerate(groups)))
+        accumulator.apply(batch_of(entry), accumulator.sums(torch.device("cpu")), told)
+        found.append((entry.step, accumulator.digest()))
     return found
 
 

@@ -64,7 +64,7 @@ def test_a_trainer_that_trains_alone_takes_over_from_silent_replicas(
         until(lambda: step_of(broker) >= 4)  # there is a checkpoint
         assert leader.pid is not None
         os.kill(leader.pid, signal.SIGSTOP)
-        lock = broker.broker.parties.writer("main", ttl_s=60)
+        lock = broker.broker.registry.writer("main", ttl_s=60)
         until(lambda: broker.call(lock.acquire, blocking=False))
         before = step_of(broker)
         os.kill(leader.pid, signal.SIGCONT)
@@ -73,9 +73,9 @@ def test_a_trainer_that_trains_alone_takes_over_from_silent_replicas(
         broker.call(lock.release)
         run.queue(STEPS)
         check(run, undisturbed, "leader")
-        standing = broker.call(broker.broker.members.standing, "main")
-        assert standing is not None
-        assert standing.generation == 2
+        epoch_state = broker.call(broker.broker.members.epoch_state, "main")
+        assert epoch_state is not None
+        assert epoch_state.generation == 2
 
 
 def test_replicas_that_come_in_the_middle_get_the_newest_weights(
@@ -131,9 +131,9 @@ def test_replicas_outlive_redis(
         time.sleep(1.5 * SILENT_S)
         until(redis_server.revive)
         check(run, undisturbed, "leader", "other")
-        standing = broker.call(broker.broker.members.standing, "main")
-        assert standing is not None
-        assert standing.generation == 1
+        epoch_state = broker.call(broker.broker.members.epoch_state, "main")
+        assert epoch_state is not None
+        assert epoch_state.generation == 1
 
 
 def test_replicas_outlive_a_redis_that_takes_no_writes(

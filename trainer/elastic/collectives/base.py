@@ -16,9 +16,9 @@ from torch import Tensor
 from lachesis.broker import LachesisError
 
 BUCKET_BYTES = 64 << 20
-LOOK_S = 0.0005  # between two looks at whether an operation is done
-CONNECT = timedelta(seconds=30)
-IDLE = timedelta(days=30)  # replicas that are done wait for those that are not; a dead one shows at once
+OPERATION_POLL_S = 0.0005  # between two looks at whether an operation is done
+CONNECT_TIMEOUT = timedelta(seconds=30)
+REPLICA_TIMEOUT = timedelta(days=30)  # replicas that are done wait for those that are not; a dead one shows at once
 
 Watch = Callable[[], None]  # called while something is waited for; raises what ends the waiting
 
@@ -69,7 +69,7 @@ def buckets(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part for tensor in flat for part in torch.split(tensor, max(1, BUCKET_BYTES // tensor.element_size()))]
 
 
-def watched(operation: Callable[[], None], watch: Callable[[], None]) -> None:
+def call_interruptibly(operation: Callable[[], None], watch: Callable[[], None]) -> None:
     """Run it in a thread, which is left to itself when `watch` raises. What it raises itself is lost: let it keep that."""
     thread = threading.Thread(target=operation, daemon=True)
     thread.start()

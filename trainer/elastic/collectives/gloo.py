@@ -12,7 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions
 
-from lachesis.trainer.elastic.collectives.base import CONNECT, IDLE, LOOK_S, PeerLost, Watch, buckets, watched
+from lachesis.trainer.elastic.collectives.base import (
+    CONNECT_TIMEOUT,
+    OPERATION_POLL_S,
+    REPLICA_TIMEOUT,
+    PeerLost,
+    Watch,
+    buckets,
+    call_interruptibly,
+)
 
 SMALL_BYTES = 64 << 10  # what each gets from each and adds up itself: one turn of the ring less than a sum has
 ALIGNED = 8
@@ -29,16 +37,16 @@ class GlooReducer:
         self._transferring = False
 
     def connect(self, store: dist.Store, rank: int, world: int) -> None:  # type: ignore[name-defined]
-        """Connect with all others. Raises RuntimeError, after CONNECT, where one does not come."""
+        """Connect with all others. Raises RuntimeError, after CONNECT_TIMEOUT, where one does not come."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs forget it
-        options._timeout = CONNECT
+        options._timeout = CONNECT_TIMEOUT
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
         self._group = dist.ProcessGroupGloo(store, rank, world, options)
 
     def sum(self, tensors: Sequence[Tensor], watch: Watch) -> None:
         options, gather = dist.AllreduceOptions(), AllgatherOptions()
-        options.reduceOp, options.timeout = dist.ReduceOp.SUM, IDLE  # type: ignore[assignment]  # nor this
-        gather.timeout = IDLE
+        options.reduceOp, options.timeout = dist.ReduceOp.SUM, REPLICA_TIMEOUT  # type: ignore[assignment]  # nor this
+        gather.timeout = REPLICA_TIMEOUT
         small = [tensor for tensor in tensors if 0 < tensor.nbytes <= SMALL_BYTES]
         large = [tensor for tensor in tensors if tensor.nbytes > SMALL_BYTES]
         mine = _together(small)
@@ -82,7 +90,7 @@ class GlooReducer:
         for work in under_way:
             while not work.is_completed():
                 watch()
-                time.sleep(LOOK_S)
+                time.sleep(OPERATION_POLL_S)
             try:
                 work.wait()
             except RuntimeError as error:
@@ -95,12 +103,12 @@ class GlooReducer:
         def finish() -> None:
             try:
                 for work in under_way:
-                    work.wait(IDLE)
+                    work.wait(REPLICA_TIMEOUT)
             except RuntimeError as error:
                 failed.append(error)
 
         self._transferring = True
-        watched(finish, watch)
+        call_interruptibly(finish, watch)
         self._transferring = False
         if failed:
             raise PeerLost(f"a replica is gone: {failed[0]}") from failed[0]

@@ -20,7 +20,14 @@ from torch import Tensor
 from torch._C._distributed_c10d import ErrorType
 
 from lachesis.broker.errors import ConfigurationError
-from lachesis.trainer.elastic.collectives.base import CONNECT, IDLE, LOOK_S, PeerLost, Watch, buckets
+from lachesis.trainer.elastic.collectives.base import (
+    CONNECT_TIMEOUT,
+    OPERATION_POLL_S,
+    REPLICA_TIMEOUT,
+    PeerLost,
+    Watch,
+    buckets,
+)
 
 CLEAN_UP_ONLY = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_BLOCKING_WAIT": "0"}
 
@@ -31,7 +38,7 @@ class NcclReducer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._group: Any = None
-        os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", f"{CONNECT.total_seconds():.0f}")
+        os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", f"{CONNECT_TIMEOUT.total_seconds():.0f}")
 
     def connect(self, store: dist.Store, rank: int, world: int) -> None:  # type: ignore[name-defined]
         """Connect with all others. Raises ConfigurationError where a lower rank has the same GPU, RuntimeError where it fails."""
@@ -44,7 +51,7 @@ class NcclReducer:
                     "for each (CUDA_VISIBLE_DEVICES says which); use gloo where they share one"
                 )
         options = dist.ProcessGroupNCCL.Options()
-        options.config.blocking, options._timeout = 0, IDLE
+        options.config.blocking, options._timeout = 0, REPLICA_TIMEOUT
         with _environment(CLEAN_UP_ONLY):  # read when a group is made
             self._group = dist.ProcessGroupNCCL(store, rank, world, options)
         self._group.eager_connect_single_device(self.device)
@@ -82,7 +89,7 @@ class NcclReducer:
                 done.record()
                 while not done.query():
                     watch()
-                    time.sleep(LOOK_S)
+                    time.sleep(OPERATION_POLL_S)
                 # after an error the kernel ends when torch aborts it, and the error stands there before that
                 if (found := self._group.get_error()) != ErrorType.SUCCESS:
                     raise PeerLost(f"a replica is gone: NCCL reports {found.name}")

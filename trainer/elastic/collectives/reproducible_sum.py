@@ -14,7 +14,7 @@ from torch import Tensor
 COARSE, FINE = 2.0**20, 2.0**62
 
 
-class ExactSum:
+class ReproducibleSum:
     """Sums of flat tensors of `size` elements: `parts` may be added elementwise to those of others, in any order."""
 
     def __init__(self, size: int) -> None:
@@ -31,5 +31,5 @@ class ExactSum:
 
 
 def total(parts: Tensor) -> Tensor:
-    """float64 (size,) of an ExactSum's parts."""
+    """float64 (size,) of an ReproducibleSum's parts."""
     return parts[0] + parts[1]

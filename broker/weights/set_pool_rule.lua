@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- STEER: make this the pool's rule, if the one that was judged is still the rule.
+-- SET_POOL_RULE: make this the pool's rule, if the one that was judged is still the rule.
 -- KEYS  1 rule:<pool> (stream)
 -- ARGV  1 id of the rule judged ('0-0': there was none)  2 how many rules to keep, about  3… the rule's fields and values
 -- reply id of the rule, which may be in force since the script was first sent | nil (another was made: judge again)

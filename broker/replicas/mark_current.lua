@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- HEAL: a replica has got the newest weights from another one, and counts from now on.
+-- MARK_CURRENT: a replica has got the newest weights from another one, and counts from now on.
 -- KEYS  1 replicas:<policy> (hash)  2 members:<policy> (sorted set)
 -- ARGV  1 id  2 generation  3 epoch  4 step of the weights it got
 -- reply "healed" | "moved" (another epoch, or another step)

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- MEET: be here for this epoch, until all replicas are; then all know each other and the step that each one's weights are at.
+-- RENDEZVOUS: be here for this epoch, until all replicas are; then all know each other and the step that each one's weights are at.
 -- KEYS  1 replicas:<policy> (hash)  2 members:<policy> (sorted set)  3 meeting:<policy> (hash)
 -- ARGV  1 id  2 generation  3 epoch
 -- reply { "met", step, id, at, id, at, … } in the order in which they joined | { "waiting" } | { "moved" } (another epoch)

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- OPEN: lay out the groups of a batch that is lent to a policy's replicas, for each of them to claim.
+-- OPEN_STEP: lay out the groups of a batch that is lent to a policy's replicas, for each of them to claim.
 -- KEYS  1 replicas:<policy> (hash)  2 members:<policy> (sorted set)  3 work:<policy> (stream)  4 batches (stream)
 -- ARGV  1 id  2 generation  3 epoch  4 step  5 policy (consumer group)
 -- reply "opened" | "already" | "moved" (another epoch) | "gone" (the batch is committed, or not lent to the replicas)

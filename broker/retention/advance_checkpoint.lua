@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- COVER: note the newest step that a reader of the batches no longer needs; a late call never takes it back.
+-- ADVANCE_CHECKPOINT: note the newest step that a reader of the batches no longer needs; a late call never takes it back.
 -- KEYS  1 batches (stream)  2 state (hash)
 -- ARGV  1 reader (consumer group)  2 step
 -- reply 1 | 0 (no such reader: it left, or its run was reset, and a mark would free what the next one needs)

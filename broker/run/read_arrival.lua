@@ -1,5 +1,5 @@
 #!lua flags=no-writes
--- ARRIVE: what a run knows when a group arrives, in one trip.
+-- READ_ARRIVAL: what a run knows when a group arrives, in one trip.
 -- KEYS  1 trainers (hash)  2 weights:<policy> (stream)  3 pools (hash)  4 lineage (hash)  5 lineage:old (hash)
 --       6 served (sorted set)
 -- ARGV  digests of where its sequences' generations may end

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- NOTE: set fields of a hash, even when Redis is full, because what frees memory depends on them.
+-- SET_FIELDS: set fields of a hash, even when Redis is full, because what frees memory depends on them.
 -- KEYS  1 any hash
 -- ARGV  field, value, …
 -- reply number of fields that are new

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- DELIVER: batches up to a step count as delivered: what was lent without counting is no longer told as queued.
+-- MARK_DELIVERED: batches up to a step count as delivered: what was lent without counting is no longer told as queued.
 -- KEYS  1 batches (stream)  2 state (hash)
 -- ARGV  1 step
 -- reply 1 | 0 (they did already, or the step was never formed: its run was reset)

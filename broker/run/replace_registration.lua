@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- ADOPT: make these the run's registration, if the one that was judged is still the registration.
+-- REPLACE_REGISTRATION: make these the run's registration, if the one that was judged is still the registration.
 -- KEYS  1 trainers (hash)
 -- ARGV  1 the registration judged (JSON, '' for none)  2 the new one  3 steps its trainer has behind it
 -- reply 1 | 0 (another was registered meanwhile: judge again)

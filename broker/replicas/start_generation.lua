@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- FOUND: begin a policy's replicas anew with one that has brought its weights to the end of the ledger: a new generation.
+-- START_GENERATION: begin a policy's replicas anew with one that has brought its weights to the end of the ledger: a new generation.
 -- KEYS  1 replicas:<policy> (hash)  2 members:<policy> (sorted set)  3 beats:<policy> (sorted set)  4 work:<policy> (stream)
 --       5 meeting:<policy> (hash)  6 writer:<policy> (string)  7 ledger:<policy> (stream)  8 control (stream)
 -- ARGV  1 id  2 token with which it holds the writer lock  3 step of its weights  4 milliseconds to hold the lock for all replicas

@@ -1,5 +1,5 @@
 #!lua
--- BURY: keep a refused post for whoever wants to know why, once, and count it.
+-- KEEP_REFUSED: keep a refused post for whoever wants to know why, once, and count it.
 -- KEYS  1 refused (stream)  2 blob:refused-<gid> (string)  3 state (hash)
 -- ARGV  1 its body, compressed  2 seconds to keep it  3 letters to keep  4 bytes of all bodies to keep
 --       5 share of maxmemory above which none is kept  6… the entry's fields and values

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- CLAIM: take the next groups of the open step, or, once all are taken, those of replicas that are gone.
+-- CLAIM_GROUPS: take the next groups of the open step, or, once all are taken, those of replicas that are gone.
 -- KEYS  1 replicas:<policy> (hash)  2 members:<policy> (sorted set)  3 work:<policy> (stream)
 -- ARGV  1 id  2 generation  3 epoch  4 step  5 how many  6 how many of this step it has already
 -- reply { "claimed", left, place, gid, place, gid, … } (left: groups that no living replica has yet)

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- REPORT: an inference server's heartbeat; and which versions were served of late, for the bounds of what was generated meanwhile.
+-- SERVER_HEARTBEAT: an inference server's heartbeat; and which versions were served of late, for the bounds of what was generated meanwhile.
 -- KEYS  1 pools (hash: server -> status)  2 served (sorted set: version -> when it was served last, milliseconds of Redis's clock)
 -- ARGV  1 server  2 status (JSON)  3 version served now, -1 for none  4 milliseconds to remember one that is served no more
 -- reply 1

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- VISIT: an HTTP trainer called. It is known by then, or there is no room for another.
+-- NOTE_TRAINER_CALL: an HTTP trainer called. It is known by then, or there is no room for another.
 -- KEYS  1 trainers (hash: http:<trainer> -> when it was here last, seconds since 1970)  2 batches (stream)
 -- ARGV  1 http:<trainer>  2 now, seconds since 1970  3 policy (consumer group)  4 trainers that may be known
 --       5 seconds after which the longest silent one is forgotten, where there is no room

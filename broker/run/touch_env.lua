@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- HEAR: an environment called.
+-- TOUCH_ENV: an environment called.
 -- KEYS  1 envs (hash: <id> -> record)  2 heard (sorted set: id -> milliseconds of Redis's clock)
 -- ARGV  1 id  2 name of the token that calls, if that may call for its own environments only; else ''
 -- reply its record | nil (it is not registered). Of another token's nothing is noted

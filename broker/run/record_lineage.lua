@@ -1,5 +1,5 @@
 #!lua
--- RECORD: keep the lineage of finished generations; the oldest make room for the newest.
+-- RECORD_LINEAGE: keep the lineage of finished generations; the oldest make room for the newest.
 -- KEYS  1 lineage (hash)  2 lineage:old (hash)
 -- ARGV  1 bytes that both may hold  2 seconds that a record is kept at most  3… digest and record in turn
 -- reply number of records that had to go before their time

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- ENLIST: put a run on the list of runs, if there is room, even when Redis is full: its trainer may free what fills it.
+-- LIST_RUN: put a run on the list of runs, if there is room, even when Redis is full: its trainer may free what fills it.
 -- KEYS  1 lachesis:runs (hash: run -> when it came)
 -- ARGV  1 run  2 now, seconds since 1970  3 runs that there may be, 0 for any number
 -- reply 1 (it is on the list) | 0 (there is no room)

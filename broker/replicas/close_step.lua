@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- CLOSE: the open step can't be trained as it is: what was computed of it counts for nothing, and all meet anew, in the next epoch.
+-- CLOSE_STEP: the open step can't be trained as it is: what was computed of it counts for nothing, and all meet anew, in the next epoch.
 -- KEYS  1 replicas:<policy> (hash)  2 members:<policy> (sorted set)  3 work:<policy> (stream)  4 control (stream)
 -- ARGV  1 id  2 generation  3 epoch  4 step  5 why
 -- reply "closed" | "moved" (another epoch, also after a call whose reply was lost) | "other" (another step is open, or none)

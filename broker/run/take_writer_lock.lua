@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- ACQUIRE: take a lock that nobody holds, even when Redis is full: a trainer that can't would never free memory.
+-- TAKE_WRITER_LOCK: take a lock that nobody holds, even when Redis is full: a trainer that can't would never free memory.
 -- KEYS  1 writer:<policy> (string)  2 state (hash)
 -- ARGV  1 token  2 milliseconds to hold it  3 the lock's field in `state`, which says who took it last
 -- reply 1 if it is ours now, or was before, else 0

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- HOLD: go on holding a lock, also one that has lapsed, if nobody has held it since.
+-- KEEP_WRITER_LOCK: go on holding a lock, also one that has lapsed, if nobody has held it since.
 -- KEYS  1 writer:<policy> (string)  2 state (hash)
 -- ARGV  1 token  2 milliseconds to hold it  3 the lock's field in `state`
 -- reply 1 | 0 (another has it, or had it)

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- TAKE_TURN: let a server update now, or go on updating, unless enough others of its pool do. What a killed agent holds lapses.
+-- TAKE_UPDATE_SLOT: let a server update now, or go on updating, unless enough others of its pool do. What a killed agent holds lapses.
 -- KEYS  1 updating:<pool> (sorted set: server → when its turn lapses, milliseconds of Redis's clock)
 -- ARGV  1 server  2 how many may update at once  3 milliseconds that the turn lasts unless it is taken again
 -- reply 1 if it is the server's turn, else 0

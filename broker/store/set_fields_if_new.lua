@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- NOTE_NEW: set a field of a hash that has none of that name, even when Redis is full, because what frees memory depends on it.
+-- SET_FIELDS_IF_NEW: set a field of a hash that has none of that name, even when Redis is full, because what frees memory depends on it.
 -- KEYS  1 any hash
 -- ARGV  1 field  2 value
 -- reply 1 | 0 (it has one, perhaps by a call whose reply was lost)

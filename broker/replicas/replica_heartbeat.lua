@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- BEAT: a replica is alive. One that has the newest weights also keeps the writer lock and the open batch's lease.
+-- REPLICA_HEARTBEAT: a replica is alive. One that has the newest weights also keeps the writer lock and the open batch's lease.
 -- KEYS  1 replicas:<policy> (hash)  2 members:<policy> (sorted set)  3 beats:<policy> (sorted set)  4 writer:<policy> (string)
 --       5 batches (stream)  6 state (hash)
 -- ARGV  1 id  2 milliseconds to hold the lock  3 policy (consumer group)
