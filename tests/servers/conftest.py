@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-for _room in ("broker", "cli", "shim"):  # their tests are run here once more, and their kits used
+for _room in (
+    "broker",
+    "broker/queue",
+    "broker/weights",
+    "cli",
+    "shim",
+):  # their tests are run here once more, and their kits used
     sys.path.append(str(Path(__file__).parents[1] / _room))
 
 from redis_servers import FITTING, binary

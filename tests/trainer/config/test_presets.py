@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.verl
 
-FOLDER = Path(__file__).parents[2] / "trainer/config"
+FOLDER = Path(__file__).parents[3] / "trainer/config"
 CORRECTIONS = sorted(path.stem for path in (FOLDER / "correction").glob("*.yaml"))
 Configured = Callable[..., "DictConfig"]
 

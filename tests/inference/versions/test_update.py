@@ -12,7 +12,7 @@ import anyio
 import pytest
 from aiohttp import web
 from published import make_model
-from test_version_feed import LOG, heartbeat_of
+from test_watcher import LOG, heartbeat_of
 
 from lachesis.broker import Broker
 from lachesis.inference.agent.sglang_process import ServerFailed, SGLangServer

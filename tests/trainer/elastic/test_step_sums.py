@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from elastic_process import TinyCompute
 from scored import group
-from test_reducer import connected, nothing
+from test_collectives import connected, nothing
 from torch import Tensor
 from trainer_kit import stored
 

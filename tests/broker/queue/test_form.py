@@ -214,7 +214,7 @@ async def test_odd_groups_are_counted_until_they_make_up_the_size(broker: Broker
 
 
 def start_former(url: str, run: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(Path(__file__).parent / "former.py"), url, run]
+    command = [sys.executable, str(Path(__file__).parents[1] / "former.py"), url, run]
     return subprocess.Popen(command, stdout=subprocess.PIPE)
 
 

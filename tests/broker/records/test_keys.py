@@ -16,7 +16,7 @@ from lachesis.broker.records.keys import RUNS, Keys
 from lachesis.broker.records.registrations import EnvConfig, TrainerConfig
 from lachesis.broker.records.versions import PoolRule, ServerStatus, WeightsEntry
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "keys.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "keys.md"
 ROW = re.compile(r"^\| `…:([^`]+)` \| (\w+)", re.M)
 
 

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from aiohttp import web
 from published import make_model, random_weights, write_version
-from test_version_feed import LOG, NAN, heartbeat_of
+from test_watcher import LOG, NAN, heartbeat_of
 
 from lachesis.broker import Broker, WeightsRefused
 from lachesis.broker.records.versions import Base, Manifest, WeightsEntry
