@@ -428,7 +428,7 @@ async def close_step(run: Run) -> None:
     me = await opened(run.direct)
     run.lose("close_step")
     with pytest.raises(Moved):  # the call that was answered finds the epoch over
-        await run.broker.members.close(me, 1, why="it can't be trained")
+        await run.broker.members.close_step(me, 1, why="it can't be trained")
     epoch_state = await run.direct.members.epoch_state("main")
     assert epoch_state is not None
     assert (epoch_state.epoch, epoch_state.open) == (2, 0)

@@ -255,7 +255,7 @@ class ElasticReplica:
 
     def _close(self, me: Membership, step: int, why: str) -> NoReturn:
         """The step can't be trained as it is. The first replica sees to that when all have met (see next_batch.py)."""
-        self._broker.call(self._members.close, me, step, why=why)
+        self._broker.call(self._members.close_step, me, step, why=why)
         raise Moved(f"step {step} of policy {me.policy!r} was closed: {why}")
 
     def _vote(self, me: Membership, entry: LedgerEntry, letters: Sequence[DeadEntry], digest: str) -> None:

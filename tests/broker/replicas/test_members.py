@@ -307,12 +307,12 @@ async def test_a_closed_step_is_void_and_all_meet_anew_for_another(filled: Broke
     a, b = await two_at_work(filled)
     assert not await filled.members.vote(a, 1, "d", await entry_of(filled, 1))
     await filled.redis.delete(filled.keys.blob("g1"))
-    await filled.members.close(b, 1, why="group g1 has no blob")
+    await filled.members.close_step(b, 1, why="group g1 has no blob")
     for me in (a, b):
         with pytest.raises(Moved):
             await filled.members.vote(me, 1, "d", await entry_of(filled, 1))
         with pytest.raises(Moved):
-            await filled.members.close(me, 1, why="it does not know yet")
+            await filled.members.close_step(me, 1, why="it does not know yet")
     epoch_state = await filled.members.epoch_state("main")
     assert epoch_state is not None
     assert (epoch_state.epoch, epoch_state.open) == (3, 0)
@@ -331,7 +331,7 @@ async def test_a_closed_step_is_void_and_all_meet_anew_for_another(filled: Broke
 async def test_only_the_step_that_is_open_is_closed(filled: Broker) -> None:
     me = await opened(filled)
     with pytest.raises(LeaseLost, match="not open any more"):
-        await filled.members.close(me, 2, why="a mistake")
+        await filled.members.close_step(me, 2, why="a mistake")
     assert await filled.members.claim(me, 1, count=2, held=0) == Claimed(((0, "g0"), (1, "g1")), left=0)
 
 

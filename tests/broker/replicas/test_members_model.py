@@ -197,7 +197,7 @@ class Replicas(RuleBasedStateMachine):
         if replica.me is None or replica.rendezvous is None or not replica.working or replica.done:
             return
         try:
-            self.call(twice, self.members.close, replica.me, replica.working, why="a test")
+            self.call(twice, self.members.close_step, replica.me, replica.working, why="a test")
         except Moved:
             self.look_around(replica)
         except LeaseLost:
