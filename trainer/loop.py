@@ -56,7 +56,8 @@ class Replica:
 
     def _replay(self, entry: LedgerEntry) -> None:
         ready = self._prefetcher.load(entry)
-        self._rank_group.step(ready.groups, ready.batch)
+        self._rank_group.forward_backward(ready.groups, ready.batch)
+        self._rank_group.step()
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -84,7 +85,7 @@ class Replica:
         if not self._plan.lockstep:
             self._publisher.deliver(lease.batch.step)
         warn_of_untrainable(self._log, lease.batch.step, ready.untrainable)
-        learned = self._rank_group.step(ready.groups, ready.batch)
+        learned = self._rank_group.forward_backward(ready.groups, ready.batch) | self._rank_group.step()
         version_before, step = self.step, lease.batch.step
         failpoint("trained", step)
 

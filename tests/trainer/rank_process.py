@@ -72,7 +72,10 @@ def _rank(rank: int, size: int, port: int, model: Path, overrides: list[str], pi
     with rank_group:
         with closing(rank_group.tensors()) as tensors:
             next(tensors)  # as where a version is refused for its first tensor: the ranks stay in step
-        metrics = [rank_group.step(groups, mapped(groups)) for groups in (uneven_groups(1), uneven_groups(2))]
+        metrics = [
+            rank_group.forward_backward(groups, mapped(groups)) | rank_group.step()
+            for groups in (uneven_groups(1), uneven_groups(2))
+        ]
         weights = {name: tensor.detach().clone().numpy() for name, tensor in rank_group.tensors()}
     pipe.send((metrics, weights))
     return None

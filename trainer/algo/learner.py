@@ -45,6 +45,7 @@ class Learner:
 
     estimated: Estimated | None = None  # of the newest batch, if it trained anything
     entered = 0  # how many of its sequences entered the model
+    _train_s = 0.0  # of the newest forward_backward
 
     def __init__(self, engine: Engine, algorithm: DictConfig) -> None:
         self._worker, self._actor, self._reference = engine.worker, engine.actor, engine.reference
@@ -63,12 +64,20 @@ class Learner:
         Where nothing is left to train (no trained token, or all filtered or rejected) the weights stay, the loss is 0,
         and the learning rate's schedule goes on.
         """
+        return self.forward_backward(batch) | self.optimizer_step()
+
+    def forward_backward(self, batch: TrainingBatch) -> dict[str, float]:
+        """The first half of `step`: the gradients of this batch's loss, and no others. Returns its metrics."""
         self._worker.optimizer_zero_grad()
         metrics = self.accumulate(batch)
-        began = time.perf_counter()
-        metrics |= self.update(any_gradient=self.estimated is not None)
-        metrics["train_s"] += time.perf_counter() - began
+        self._train_s = metrics["train_s"]
         return metrics
+
+    def optimizer_step(self) -> dict[str, float]:
+        """The second half of `step`. Returns its metrics, with train_s of both."""
+        began = time.perf_counter()
+        metrics = self.update(any_gradient=self.estimated is not None)
+        return metrics | {"train_s": self._train_s + time.perf_counter() - began}
 
     def accumulate(self, batch: TrainingBatch, *, sequences: int | None = None) -> dict[str, float]:
         """Add the gradients of the batch's loss to those there are. Returns metrics as `step` does.

@@ -43,10 +43,10 @@ class GradientAccumulator(Protocol):
         `replica` and `seconds` are the caller's to fill in.
         """
 
-    def give(self, reducer: Reducer, to: int, watch: Watch) -> None:
+    def send_state(self, reducer: Reducer, to: int, watch: Watch) -> None:
         """Send the replica of that rank all that decides what later steps do: weights, optimizer, schedule."""
 
-    def get(self, reducer: Reducer, source: int, watch: Watch) -> None:
+    def receive_state(self, reducer: Reducer, source: int, watch: Watch) -> None:
         """Take that over from the replica of that rank."""
 
 
@@ -68,7 +68,7 @@ class LocalAccumulator(ABC):
 
     @abstractmethod
     def state(self) -> tuple[bytes, list[Tensor]]:
-        """What `give` gives, and what `blank` needs to know of it."""
+        """What `send_state` sends, and what `blank` needs to know of it."""
 
     @abstractmethod
     def blank(self, header: bytes) -> list[Tensor]:
@@ -83,13 +83,13 @@ class LocalAccumulator(ABC):
         reducer.sum([*sums, told], watch)
         return sums
 
-    def give(self, reducer: Reducer, to: int, watch: Watch) -> None:
+    def send_state(self, reducer: Reducer, to: int, watch: Watch) -> None:
         header, tensors = self.state()
         reducer.send([torch.tensor([len(header)])], to, watch)
         reducer.send([to_tensor(header)], to, watch)
         reducer.send(tensors, to, watch)
 
-    def get(self, reducer: Reducer, source: int, watch: Watch) -> None:
+    def receive_state(self, reducer: Reducer, source: int, watch: Watch) -> None:
         size = torch.zeros(1, dtype=torch.int64)
         reducer.receive([size], source, watch)
         raw = torch.zeros(int(size), dtype=torch.uint8)

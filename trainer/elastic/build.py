@@ -19,7 +19,7 @@ from lachesis.trainer.elastic.config import ElasticConfig
 from lachesis.trainer.elastic.group_accumulator import GroupAccumulator
 from lachesis.trainer.elastic.leader import Leader
 from lachesis.trainer.elastic.replica import ElasticReplica
-from lachesis.trainer.elastic.sharded_accumulator import ShardedAccumulator
+from lachesis.trainer.elastic.sharded_accumulator import ShardedAccumulator, ShardFollower
 from lachesis.trainer.engine.verl_engine import Engine
 from lachesis.trainer.lifecycle import RunLifecycle
 from lachesis.trainer.metrics.reporter import Reporter
@@ -47,9 +47,7 @@ def train_together(
     rank_group, mapped = RankGroup(engine, learner), mapping(engine, learner)
     mine = GroupAccumulator(engine, learner, mapped, divide_by=divide_by, exact=plan.exact)
     several = engine.ranks.size > 1
-    accumulator = (
-        ShardedAccumulator(mine, engine.ranks, broker.broker.url, plan.run, plan.elastic_over) if several else mine
-    )
+    accumulator = ShardedAccumulator(mine, engine.ranks, broker.broker.url, plan.run) if several else mine
 
     def make_lifecycle(right: WriteAccess, parts: ExitStack) -> RunLifecycle:
         publisher = make_publisher(broker, plan, right, log)
@@ -88,5 +86,5 @@ def follow_together(
     learner = Learner(engine, algorithm)
     mapped = mapping(engine, learner)
     mine = GroupAccumulator(engine, learner, mapped, divide_by=divide_by, exact=plan.exact)
-    with closing(ShardedAccumulator(mine, engine.ranks, "", plan.run, plan.elastic_over)) as accumulator:
-        RankGroup(engine, learner).follow(mapped, accumulator.orders)
+    with closing(ShardFollower(mine, engine.ranks, plan.elastic_over)) as follower:
+        RankGroup(engine, learner).follow(mapped, follower.follow)

@@ -149,10 +149,10 @@ class ElasticReplica:
             if step == rendezvous.step:
                 continue
             if rank == current[0]:
-                self._accumulator.give(self._reducer, other, self.membership.watch)
+                self._accumulator.send_state(self._reducer, other, self.membership.watch)
             elif rank == other:
                 self._drop_work()
-                self._accumulator.get(self._reducer, current[0], self.membership.watch)
+                self._accumulator.receive_state(self._reducer, current[0], self.membership.watch)
                 self.step = rendezvous.step
                 self._broker.call(self._members.mark_current, me, self.step)
                 failpoint("healed", self.step)

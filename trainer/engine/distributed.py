@@ -9,14 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from enum import Enum
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 # ranks wait for the leader's next order, and it waits for rollouts; a dead peer shows at once
 RANK_TIMEOUT = timedelta(days=30)
@@ -39,12 +37,12 @@ class Ranks:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._control = dist.new_group(backend="gloo", timeout=RANK_TIMEOUT) if self.size > 1 else None
 
-    def order(self, name: str, *args: Any) -> None:
-        """Rank 0 tells the others what comes next."""
+    def order(self, command: Enum, *args: Any) -> None:
+        """Rank 0 tells the others what comes next. Elsewhere, and of one rank, nothing."""
         if self._control is not None and self.rank == LEADER:
-            dist.broadcast_object_list([name, args], src=LEADER, group=self._control)
+            dist.broadcast_object_list([command, args], src=LEADER, group=self._control)
 
-    def next_order(self) -> tuple[str, tuple[Any, ...]]:
+    def next_order(self) -> tuple[Enum, tuple[Any, ...]]:
         """What rank 0 told; blocks. Raises RuntimeError if it is gone."""
         told: list[Any] = [None, None]
         dist.broadcast_object_list(told, src=LEADER, group=self._control)
