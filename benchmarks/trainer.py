@@ -95,7 +95,7 @@ def plan(folder: Path, steps: int) -> Plan:
 
 
 def one_step(clock: Clock, blocking: BlockingBroker, prefetcher: Prefetcher, publisher: Publisher, step: int) -> None:
-    """What Replica does around verl, part by part."""
+    """What SoloTrainer does around verl, part by part."""
     queue = blocking.broker.queue
     with clock.part("form, lease, fetch, unpack, map"):
         found = prefetcher.next(step - 1, lambda: False)

@@ -1,140 +1,85 @@
-"""The step loop of one trainer process: lease, train, commit, publish, checkpoint; and how it picks up after a crash.
+"""The training loop: next batch, forward and backward, step, commit, publish, save; for one trainer or one of several replicas.
 
-A step's order is what makes every step count once. The update is committed before it is published or checkpointed, so
-whatever exists outside this process is covered by the ledger; and a batch's groups are kept until a checkpoint covers
-them, so a step that was committed and then lost with its process is trained again from the same groups, in the same
-order, and neither committed nor published twice.
+A step's order is what makes every step count once. It is committed before it is published or checkpointed, so whatever
+exists outside this process is covered by the ledger; and a batch's groups are kept until a checkpoint covers them, so a
+step that was committed and then lost with its process is trained again from the same groups, in the same order, and
+neither committed nor published twice.
+
+When the weights change, relative to the commit, is each trainer's own: see `step` of solo.py, `commit` of elastic/replica.py.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
 
-from structlog.stdlib import BoundLogger
+from lachesis.broker.records.steps import LedgerEntry
 
-from lachesis.broker import BlockingBroker
-from lachesis.broker.failpoints import failpoint
-from lachesis.broker.records.steps import Lease, LedgerEntry
-from lachesis.trainer.algo.rank_group import RankGroup
-from lachesis.trainer.config.plan import Plan
-from lachesis.trainer.data.policy_lag import lag_of
-from lachesis.trainer.lifecycle import RunLifecycle
-from lachesis.trainer.metrics.reporter import Reporter, warn_of_untrainable
-from lachesis.trainer.metrics.step import batch_metrics
-from lachesis.trainer.prefetch import Prefetcher, PreparedBatch
-from lachesis.trainer.writer_lock import WriterLease
+Work = TypeVar("Work")  # a step in work: its batch, and what the trainer keeps of it from call to call
 
 
-class Replica:
-    """Everything a step needs, wired together by main.py. Call `resume`, then `train`."""
-
-    def __init__(
-        self,
-        broker: BlockingBroker,
-        plan: Plan,
-        rank_group: RankGroup,
-        lifecycle: RunLifecycle,
-        prefetcher: Prefetcher,
-        writer_lease: WriterLease,
-        reporter: Reporter,
-        log: BoundLogger,
-    ) -> None:
-        self._broker, self._plan, self._rank_group = broker, plan, rank_group
-        self._lifecycle, self._publisher, self._prefetcher = lifecycle, lifecycle.publisher, prefetcher
-        self._writer_lease, self._reporter, self._log = writer_lease, reporter, log
+class Trainer(Protocol[Work]):
+    """What a step needs; build.py makes one."""
 
     @property
-    def step(self) -> int:
-        """Of the weights in memory."""
-        return self._lifecycle.step
+    def weights_step(self) -> int:
+        """The step that the weights in memory are of."""
 
-    def resume(self) -> None:
-        """Bring weights, optimizer and published versions to where the ledger is, and tell environments what is trained."""
-        self._lifecycle.resume(self._replay)
-        self._lifecycle.register()
+    def next_batch(self) -> Work | None:
+        """Wait for the next batch and take it; None after the last step, or when asked to stop."""
 
-    def _replay(self, entry: LedgerEntry) -> None:
-        ready = self._prefetcher.load(entry)
-        self._rank_group.forward_backward(ready.groups, ready.batch)
-        self._rank_group.step()
+    def forward_backward(self, work: Work) -> None:
+        """Compute the gradients of the batch's loss."""
 
-    # -- the loop -------------------------------------------------------------------------------------------------
+    def step(self, work: Work) -> LedgerEntry:
+        """Make the step of them, as far as that can be done before its commit. Returns what the ledger is to say."""
 
-    def train(self, stopping: Callable[[], bool]) -> None:
-        """Train until the last step, or until `stopping`; a step that has begun is finished. Leaves a checkpoint.
+    def commit(self, work: Work, entry: LedgerEntry) -> None:
+        """Write the step to the ledger and acknowledge its batch, at once or not at all. The weights in memory are the step's then.
 
-        Raises LeaseLost if another trainer took over: the update in memory must be thrown away.
+        Raises LeaseLost if another trainer has the batch, or the policy, by now.
         """
 
-        def ending() -> bool:
-            self._publisher.check()  # a disk may be full while no batch comes
-            return stopping()
+    def publish(self) -> None:
+        """Hand the weights in memory over for the inference servers, where that is due."""
 
-        mark = time.perf_counter()
-        while self.step < self._plan.num_steps and not ending():
-            found = self._prefetcher.next(self.step, ending)
-            if found is None:
+    def save(self) -> None:
+        """Save a checkpoint, where that is due, and free the batches that it covers."""
+
+    def report(self, work: Work, entry: LedgerEntry, seconds: dict[str, float]) -> None:
+        """Tell what came of the step. `seconds`: wait_s, publish_s, checkpoint_s, and step_s from the end of the step before."""
+
+    def recovery(self) -> AbstractContextManager[None, bool | None]:
+        """Surrounds a step: what this trainer can go on after, it takes care of, and the loop asks for the next batch."""
+
+    def finish(self) -> None:
+        """Leave what a later process goes on from."""
+
+
+def training_loop(trainer: Trainer[Work]) -> None:
+    """Train until there is no next batch."""
+    ended = time.perf_counter()
+    while True:
+        with trainer.recovery():
+            work = trainer.next_batch()
+            if work is None:
                 break
-            mark = self._one_step(*found, since=mark)
-        self._lifecycle.finish()
-
-    def _one_step(self, lease: Lease, ready: PreparedBatch, *, since: float) -> float:
-        """`since`: when the step before this one ended, and this one's wait began. Returns when this one ended."""
-        leased = time.perf_counter()
-        if not self._plan.lockstep:
-            self._publisher.deliver(lease.batch.step)
-        warn_of_untrainable(self._log, lease.batch.step, ready.untrainable)
-        learned = self._rank_group.forward_backward(ready.groups, ready.batch) | self._rank_group.step()
-        version_before, step = self.step, lease.batch.step
-        failpoint("trained", step)
-
-        entry = LedgerEntry(
-            step=step,
-            gids=lease.batch.gids,
-            n=lease.batch.n,
-            tok=lease.batch.tok,
-            v_before=version_before,
-            v_after=step,
-            v_min=lease.batch.v_min,
-            lag=lag_of(lease.batch, version_before, shadow=self._plan.shadow is not None),
-            replica=self._plan.replica,
-            reward=ready.batch.scores.mean().item() if len(ready.batch.scores) else 0.0,
-            loss=learned["loss"],
-            seconds=time.perf_counter() - leased,
-        )
-        self._writer_lease.check()
-        self._publisher.check()
-        self._broker.call(
-            self._broker.broker.queue.commit,
-            self._plan.policy,
-            lease,
-            entry,
-            token=self._writer_lease.token,
-            untrainable=ready.untrainable,
-        )
-        self._writer_lease.lease = None
-        self._lifecycle.step = step
-        failpoint("committed", step)
-
-        committed = time.perf_counter()
-        self._lifecycle.publish_if_due()
-        if self._plan.lockstep:
-            self._publisher.deliver(step, served=True)
-        published = time.perf_counter()
-        self._lifecycle.save_if_due()
-        finished = time.perf_counter()
-        seconds = {
-            "wait_s": leased - since,
-            "fetch_s": ready.fetch_s,
-            "map_s": ready.map_s,
-            "publish_s": published - committed,
-            "write_s": self._publisher.write_s,
-            "checkpoint_s": finished - published,
-            "step_s": finished - since,
-        }
-        estimated = self._rank_group.estimated
-        values = batch_metrics(entry, ready.groups, ready.batch, estimated) | learned | seconds
-        values["version"] = self._publisher.newest
-        self._reporter.report(values, ready.groups, ready.batch, estimated)
-        return finished
+            began = time.perf_counter()
+            trainer.forward_backward(work)
+            entry = trainer.step(work)
+            trainer.commit(work, entry)
+            committed = time.perf_counter()
+            trainer.publish()
+            published = time.perf_counter()
+            trainer.save()
+            saved = time.perf_counter()
+            seconds = {
+                "wait_s": began - ended,
+                "publish_s": published - committed,
+                "checkpoint_s": saved - published,
+                "step_s": saved - ended,
+            }
+            ended = saved
+            trainer.report(work, entry, seconds)
+    trainer.finish()

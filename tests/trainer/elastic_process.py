@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import torch
@@ -31,7 +31,11 @@ from lachesis.trainer.elastic.accumulator import LocalAccumulator
 from lachesis.trainer.elastic.collectives.reproducible_sum import ReproducibleSum, total
 from lachesis.trainer.elastic.config import ElasticConfig, StepRecord
 from lachesis.trainer.elastic.replica import ElasticReplica
+from lachesis.trainer.loop import training_loop
 from lachesis.trainer.writer_lock import WriterLease
+
+if TYPE_CHECKING:  # it needs verl
+    from lachesis.trainer.elastic.leader import Leader
 
 WORDS, WIDTH, EVERY = 64, 8, 3  # tokens, size of the hidden layer, steps between checkpoints
 
@@ -125,7 +129,7 @@ class TinyCompute(LocalAccumulator):
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in self.state()[1])).hexdigest()
 
 
-class TinyDuties:
+class TinyLeader:
     """Checkpoints as files, versions as nothing but the hash of their weights."""
 
     def __init__(self, broker: BlockingBroker, accumulator: TinyCompute, folder: Path) -> None:
@@ -151,8 +155,14 @@ class TinyDuties:
         return len(ledger)
 
     def follow_up(self, step: int) -> None:
+        self.publish(step)
+        self.save(step)
+
+    def publish(self, step: int) -> None:
         self._publish(step)
         failpoint("published", step)
+
+    def save(self, step: int) -> None:
         path = self._folder / f"{step}.pt"
         if step and step % EVERY == 0 and not path.exists():
             aside = path.with_suffix(f".{os.getpid()}.tmp")
@@ -171,8 +181,11 @@ class TinyDuties:
     def settle(self) -> None:
         """Nothing is under way."""
 
-    def report(self, trained: StepRecord) -> None:
+    def collect(self, record: StepRecord, entry: LedgerEntry) -> None:
         """Nobody reads it."""
+
+    def report(self, record: StepRecord, entry: LedgerEntry, seconds: dict[str, float]) -> None:
+        """Likewise."""
 
     def finish(self, step: int) -> None:
         """The next one replays what it must."""
@@ -209,9 +222,9 @@ def main(settings: Settings, crash_at: str = "", kind: type[TinyCompute] = TinyC
     accumulator = kind(settings.compute_s)
     with connect_blocking(settings.url, settings.run) as broker:
         broker.call(broker.broker.queue.subscribe, "main")
-        duties = TinyDuties(broker, accumulator, Path(settings.folder))
-        with ElasticReplica(broker, config, settings.name, accumulator, lambda _: duties, stop.is_set) as replica:
-            replica.train()
-            told: dict[str, Any] = {"step": replica.step, "digest": accumulator.digest()}
+        leader = cast("Leader", TinyLeader(broker, accumulator, Path(settings.folder)))
+        with ElasticReplica(broker, config, settings.name, accumulator, lambda _: leader, stop.is_set) as replica:
+            training_loop(replica)
+            told: dict[str, Any] = {"step": replica.weights_step, "digest": accumulator.digest()}
             (Path(settings.folder) / f"{settings.name}.json").write_text(json.dumps(told))
             (Path(settings.folder) / f"took-{settings.name}.json").write_text(json.dumps(accumulator.took_s))

@@ -1,4 +1,4 @@
-"""What the loop of one of several replicas (replica.py) needs of those who compute."""
+"""What one of several replicas (replica.py) needs of those who compute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What the first of a policy's replicas does beside training: versions, checkpoints, what environments and people see."""
+"""What the first of a policy's replicas does beside training: versions, checkpoints, what environments and people see.
+
+Each may be done again by another replica that took over in the middle of it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from lachesis.trainer.writer_lock import WriteAccess, WriterLease
 
 
 class Leader:
-    """The LeaderTasks (see config.py) of a replica with real weights, and its right to do them: `check`."""
+    """Every replica has one; only the first one's publishes, saves and reports."""
 
     def __init__(
         self,
@@ -46,13 +49,14 @@ class Leader:
         self._membership, self._writer_lease = membership, None  # type: WriteAccess, WriterLease | None
         self._lifecycle: RunLifecycle | None = None
         self._parts = ExitStack()
-        self._untold: tuple[dict[str, float], list[Group], TrainingBatch, StepRecord] | None = None
+        self._collected: tuple[list[Group], TrainingBatch, dict[str, float]] | None = None
 
     def check(self) -> None:
-        """Raise LeaseLost if another replica has these duties by now."""
+        """Raise LeaseLost if another replica is the first one by now."""
         (self._writer_lease or self._membership).check()
 
     def resume(self, writer_lease: WriterLease) -> int:
+        """Bring the weights in memory from the newest checkpoint to the end of the ledger; the step it ends at."""
         self.resign()
         self._writer_lease = writer_lease
         try:
@@ -65,6 +69,7 @@ class Leader:
         return lifecycle.step
 
     def met(self, rendezvous: Rendezvous, me: Membership) -> None:
+        """The replicas of an epoch know each other."""
         names = [id_.rsplit(":", 1)[0] for id_ in rendezvous.steps]
         self._log.info(
             "training together", step=rendezvous.step, replicas=len(names), first=names[0], generation=me.generation,
@@ -72,57 +77,75 @@ class Leader:
         )  # fmt: skip
 
     def opened(self, step: int) -> None:
+        """The groups of a step are laid out for the replicas; called again by one that takes over."""
         if not self._plan.lockstep:
             self._taken_over(step - 1).publisher.deliver(step)
 
     def follow_up(self, step: int) -> None:
+        """Publish and save what is due with step `step`, which is committed and in memory; all that is still missing."""
+        self.publish(step)
+        self.save(step)
+
+    def publish(self, step: int) -> None:
+        """The first half of `follow_up`."""
         lifecycle = self._taken_over(step)
         lifecycle.step = step
-        began = time.perf_counter()
         lifecycle.publish_if_due()
         if self._plan.lockstep:
             lifecycle.publisher.deliver(step, served=True)
-        published = time.perf_counter()
-        lifecycle.save_if_due()
-        finished = time.perf_counter()
-        self._tell({"publish_s": published - began, "checkpoint_s": finished - published}, lifecycle)
+
+    def save(self, step: int) -> None:
+        """The second half of it."""
+        self._taken_over(step).save_if_due()
 
     def settle(self) -> None:
+        """Before the next step may be committed: what it makes unrepeatable must be done."""
         if self._lifecycle is not None:
             self._lifecycle.announced()
 
-    def report(self, trained: StepRecord) -> None:
-        began = time.perf_counter()
+    def collect(self, record: StepRecord, entry: LedgerEntry) -> None:
+        """Read a step's groups for `report`, before `save` may free them; it is committed and applied."""
+        began, self._collected = time.perf_counter(), None
         try:
-            groups = self._broker.call(self._broker.broker.queue.fetch, trained.entry.gids)
+            groups = self._broker.call(self._broker.broker.queue.fetch, entry.gids)
         except LookupError as error:
             self.check()  # who leads by now has saved, and freed them
-            self._log.warning(
-                "a step's data was deleted: it is trained, and not told", step=trained.entry.step, why=str(error)
-            )
+            self._log.warning("a step's data was deleted: it is trained, and not told", step=entry.step, why=str(error))
             return
         fetched = time.perf_counter()
         batch = self._mapping(groups)
         mapped = time.perf_counter()
-        warn_of_untrainable(self._log, trained.entry.step, trained.letters)
-        seconds = {
-            "wait_s": trained.wait_s,
-            "fetch_s": fetched - began,
-            "map_s": mapped - fetched,
-            "reduce_s": trained.reduce_s,
-            "vote_s": trained.vote_s,
-            "replicas": trained.replicas,
-            "own_groups": trained.groups,
+        warn_of_untrainable(self._log, entry.step, record.letters)
+        self._collected = groups, batch, {"fetch_s": fetched - began, "map_s": mapped - fetched}
+
+    def report(self, record: StepRecord, entry: LedgerEntry, seconds: dict[str, float]) -> None:
+        """Tell of the step that was collected; nothing where its groups were gone."""
+        if self._collected is None or self._lifecycle is None:
+            return
+        groups, batch, read = self._collected
+        self._collected = None
+        publisher = self._lifecycle.publisher
+        estimated = merge_group_stats([decode(word) for word in record.told], entry.gids, batch)
+        values = batch_metrics(entry, groups, batch, estimated) | self._accumulator.metrics | read | seconds
+        values |= {
+            "reduce_s": record.reduced - record.computed,
+            "vote_s": record.voted - record.reduced,
+            "replicas": len(record.rendezvous.steps),
+            "own_groups": record.own_groups,
+            "write_s": publisher.write_s,
+            "version": publisher.newest,
         }
-        self._untold = self._accumulator.metrics | seconds, groups, batch, trained
+        self._reporter.report(values, groups, batch, estimated)
 
     def finish(self, step: int) -> None:
+        """Leave what a later process goes on from; the weights in memory are those of `step`."""
         lifecycle = self._taken_over(step)
         lifecycle.step = step
         lifecycle.finish()
 
     def resign(self) -> None:
-        self._lifecycle, self._untold = None, None
+        """Another replica is the first one now, or this one is gone."""
+        self._lifecycle, self._collected = None, None
         self._parts.close()
 
     def _begin(self) -> RunLifecycle:
@@ -143,14 +166,3 @@ class Leader:
         told = self._accumulator.accumulate(batch, list(enumerate(groups)))
         sums = self._accumulator.reduce(Alone(), torch.zeros(0, dtype=torch.uint8), lambda: None)
         self._accumulator.apply(batch, sums, told)
-
-    def _tell(self, seconds: dict[str, float], lifecycle: RunLifecycle) -> None:
-        if self._untold is None:
-            return
-        learned, groups, batch, trained = self._untold
-        self._untold = None
-        estimated = merge_group_stats([decode(word) for word in trained.told], trained.entry.gids, batch)
-        values = batch_metrics(trained.entry, groups, batch, estimated) | learned | seconds
-        values |= {"write_s": lifecycle.publisher.write_s, "version": lifecycle.publisher.newest}
-        values["step_s"] = time.perf_counter() - trained.since
-        self._reporter.report(values, groups, batch, estimated)

@@ -1,19 +1,26 @@
-"""What the first of several replicas does for each step's beginning: have a batch formed and lent, and its groups laid out."""
+"""How several replicas come by each step's batch: the first has one formed and lent, and its groups laid out, and all wait for that."""
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
+from typing import NoReturn
 
 from lachesis.broker import BlockingBroker
+from lachesis.broker.errors import Moved
 from lachesis.broker.failpoints import failpoint
 from lachesis.broker.records.steps import BatchEntry, Lease, Membership
 from lachesis.broker.replicas.members import CONSUMER
+from lachesis.trainer.elastic.collectives.base import Watch
 from lachesis.trainer.elastic.config import ElasticConfig
+from lachesis.trainer.elastic.membership import pause
 from lachesis.trainer.prefetch import noticing_resets
+
+FORM_S = 0.25  # the leader waits so long for rollouts before it looks around
 
 
 class BatchOpener:
-    """Of one replica; only the first one uses it."""
+    """Of one replica; only the first one opens steps."""
 
     def __init__(self, broker: BlockingBroker, config: ElasticConfig) -> None:
         self._broker, self._queue, self._config = broker, broker.broker.queue, config
@@ -23,6 +30,26 @@ class BatchOpener:
         """While `step` is in work, form the batch after it, if there are rollouts for it."""
         if self._config.prefetch and not self._config.shadow and step < self._config.num_steps:
             self._forming = self._broker.start(self._form_after, step)
+
+    def wait(self, me: Membership, *, leads: bool, watch: Watch) -> BatchEntry:
+        """The batch in work, once there is one. The first replica, which `leads`, gets it lent for all. Raises Moved, and what `watch` does."""
+        members, since = self._broker.broker.members, time.monotonic()
+        while True:
+            watch()
+            epoch_state, batch = self._broker.call(members.epoch_state, self._config.policy), None
+            if epoch_state is not None and epoch_state.open:
+                batch = self._broker.call(self._queue.batch, epoch_state.open)
+                if batch is None:
+                    close_step(self._broker, me, epoch_state.open, "its batch was taken apart")
+            elif leads:
+                newest = self._broker.call(self._queue.newest_group)
+                batch = self.open_next(me)
+                if batch is None:
+                    self._broker.call(self._queue.wait_for_group, FORM_S, after=newest)
+            else:
+                pause(since)
+            if batch is not None:
+                return batch
 
     def open_next(self, me: Membership) -> BatchEntry | None:
         """The next batch, with its groups laid out for all, if there is one or can be formed. Raises Moved; Conflict after a reset."""
@@ -60,3 +87,9 @@ class BatchOpener:
             return self._broker.call(
                 self._queue.lease, self._config.policy, CONSUMER, lapse_s=0, max_deliveries=limit, delivered=False
             )
+
+
+def close_step(broker: BlockingBroker, me: Membership, step: int, why: str) -> NoReturn:
+    """The step can't be trained as it is. The first replica sees to that when all have met (see BatchOpener.open_next). Raises Moved."""
+    broker.call(broker.broker.members.close_step, me, step, why=why)
+    raise Moved(f"step {step} of policy {me.policy!r} was closed: {why}")

@@ -12,10 +12,10 @@ Protocol and proofs by test: broker/replicas/members.py. What is computed, and b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
 from msgspec import structs
 from torch import Tensor
@@ -31,16 +31,21 @@ from lachesis.trainer.elastic.accumulator import GradientAccumulator
 from lachesis.trainer.elastic.claims import ClaimPolicy, Claims
 from lachesis.trainer.elastic.collectives.base import Alone, PeerLost, Reducer
 from lachesis.trainer.elastic.collectives.rendezvous import connect
-from lachesis.trainer.elastic.config import ElasticConfig, LeaderTasks, StepRecord
+from lachesis.trainer.elastic.config import ElasticConfig, StepRecord
 from lachesis.trainer.elastic.membership import GroupMembership, Stopped, pause
-from lachesis.trainer.elastic.next_batch import BatchOpener
+from lachesis.trainer.elastic.next_batch import BatchOpener, close_step
 from lachesis.trainer.elastic.step_sums import digest, sum_over_replicas
 
-FORM_S = 0.25  # the leader waits so long for rollouts before it looks around
+if TYPE_CHECKING:  # it needs verl
+    from lachesis.trainer.elastic.leader import Leader
 
 
 class ElasticReplica:
-    """`with ElasticReplica(…) as replica: replica.train()`."""
+    """`with ElasticReplica(…) as replica: training_loop(replica)`.
+
+    Its calls raise Conflict if the run was reset, Diverged if replicas disagree. What it has claimed when it is asked to
+    stop, others claim.
+    """
 
     def __init__(
         self,
@@ -48,14 +53,14 @@ class ElasticReplica:
         config: ElasticConfig,
         name: str,
         accumulator: GradientAccumulator,
-        make_leader: Callable[[GroupMembership], LeaderTasks],
+        make_leader: Callable[[GroupMembership], Leader],
         stopping: Callable[[], bool],
     ) -> None:
         self._broker, self._members = broker, broker.broker.members
         self._config, self._accumulator = config, accumulator
         self.membership = GroupMembership(broker, config, name, stopping)
         self._leader = make_leader(self.membership)
-        self.step = NO_WEIGHTS  # of the weights in memory
+        self.weights_step = NO_WEIGHTS
         self._generation = 0  # that they belong to
         self._rendezvous: Rendezvous | None = None
         self._reducer: Reducer = Alone()
@@ -64,7 +69,7 @@ class ElasticReplica:
         self._held: dict[int, bytes] = {}  # its groups in this replica's sums: place → what is told of it
         self._opener, self._claim_policy = BatchOpener(broker, config), ClaimPolicy()
         self._summed: tuple[list[Tensor], list[bytes]] | None = None  # of all replicas, while they vote
-        self._done_at = time.perf_counter()  # when the step before this one was done
+        self._stopped = False
 
     def __enter__(self) -> ElasticReplica:
         self.membership.__enter__()
@@ -77,47 +82,117 @@ class ElasticReplica:
         self._leader.resign()
         self.membership.__exit__(kind, error, trace)
 
-    def train(self) -> None:
-        """Train until the last step, or until asked to stop; what it has claimed then, others claim.
+    # -- the calls of the loop ------------------------------------------------------------------------------------
 
-        Raises Conflict if the run was reset, Diverged if replicas disagree.
-        """
-        try:
-            while self.step < self._config.num_steps:
-                self.membership.check_stop()
-                try:
-                    self._go_on()
-                except Moved:
-                    self._move()
-                except LeaseLost:  # another step is open by now
-                    self._drop_work()
-            # each that leaves sees that the last step was followed up, in case those before it died
-            if self.membership.wait_to_lead():
-                self._leader.follow_up(self.step)
-                self._leader.finish(self.step)
-        except Stopped:
-            with suppress(LeaseLost):  # another replica leads by now, and saves
-                if self._rendezvous is not None and self._leads(self._rendezvous):
-                    self._leader.finish(self.step)
-
-    def _go_on(self) -> None:
-        try:
+    def next_batch(self) -> StepRecord | None:
+        """Joins the others first, and gets the weights, where that is not done."""
+        while self.weights_step < self._config.num_steps and not self._stopped:
+            self.membership.check_stop()
             if self.membership.me is None:
                 self._enter()
             elif self._rendezvous is None:
                 self._meet(self.membership.me)
             else:
-                self._one_step(self.membership.me, self._rendezvous)
-        except PeerLost:
-            self._disconnect()
-            self.membership.leave()
+                me, rendezvous = self.membership.me, self._rendezvous
+                return StepRecord(self._open(me), me, rendezvous, began=time.perf_counter())
+        return None
+
+    def forward_backward(self, work: StepRecord) -> None:
+        """Of groups that this replica claims, until all are claimed; those that it has from an earlier try count."""
+        batch = work.batch
+        if self._leads:
+            self._opener.prepare(batch.step)
+        with Claims(self._broker, self._config, work.me, batch, self._held, self._claim_policy) as claims:
+            while groups := self._next(work.me, batch, claims):
+                failpoint("claimed", batch.step)
+                told = self._accumulator.accumulate(batch, groups)
+                self._held.update(zip([place for place, _ in groups], told, strict=True))
+                failpoint("accumulated", batch.step)
+                self.membership.evict_silent()
+        work.computed = time.perf_counter()
+
+    def step(self, work: StepRecord) -> LedgerEntry:
+        """Sums over the replicas. The weights stay until the step is committed."""
+        failpoint("reducing", work.batch.step)
+        self._summed = sum_over_replicas(
+            self._reducer, work.batch, self._accumulator, self._held, self._claim_policy, self.membership.watch
+        )
+        failpoint("reduced", work.batch.step)
+        work.reduced = time.perf_counter()
+        sums, work.told = self._summed
+        work.digest = digest(sums, work.told)
+        entry, work.letters = self._accumulator.entry(work.batch, self.weights_step, sums, work.told)
+        names = " ".join(sorted(id_.rsplit(":", 1)[0] for id_ in work.rendezvous.steps))
+        lag = lag_of(work.batch, self.weights_step, shadow=self._config.shadow)
+        return structs.replace(entry, replica=names, lag=lag, seconds=work.reduced - work.began)
+
+    def commit(self, work: StepRecord, entry: LedgerEntry) -> None:
+        """Votes; when the last vote has committed the step, applies its sums.
+
+        Not before: where a vote fails because a replica came or went, all still have the weights that the step starts
+        from, and the gradients of their groups, and sum again. One that does not hear of the last vote applies them later (`_move`).
+        """
+        if self._leads:
+            self._leader.settle()
+        work.own_groups = len(self._held)
+        self._vote(work.me, entry, work.letters, work.digest)
+        failpoint("committed", work.batch.step)
+        work.voted = time.perf_counter()
+        self._apply()
+        failpoint("applied", self.weights_step)
+        if self._leads:
+            if self.weights_step < self._config.num_steps:
+                self._opened = self._opener.open_next(work.me)  # for the others to go on meanwhile
+            self._leader.collect(work, entry)
+
+    def publish(self) -> None:
+        if self._leads:
+            self._leader.publish(self.weights_step)
+
+    def save(self) -> None:
+        if self._leads:
+            self._leader.save(self.weights_step)
+
+    def report(self, work: StepRecord, entry: LedgerEntry, seconds: dict[str, float]) -> None:
+        if self._leads:
+            self._leader.report(work, entry, seconds)
+
+    @contextmanager
+    def recovery(self) -> Iterator[None]:
+        """Replicas came or went, or the step in work is another: it goes on with those that there are."""
+        try:
+            try:
+                yield
+            except PeerLost:
+                self._disconnect()
+                self.membership.leave()
+        except Moved:
+            self._move()
+        except LeaseLost:  # another step is open by now
+            self._drop_work()
+        except Stopped:
+            self._stopped = True
+
+    def finish(self) -> None:
+        """Each that leaves after the last step sees that it was published and saved, in case those before it died."""
+        if not self._stopped:
+            try:
+                if self.membership.wait_to_lead():
+                    self._leader.follow_up(self.weights_step)
+                    self._leader.finish(self.weights_step)
+                return
+            except Stopped:
+                pass
+        with suppress(LeaseLost):  # another replica leads by now, and saves
+            if self._leads:
+                self._leader.finish(self.weights_step)
 
     # -- coming and going -----------------------------------------------------------------------------------------
 
     def _enter(self) -> None:
         self._drop_work()
         self._leader.resign()
-        self.step = self.membership.join(self._generation, self.step, self._leader.resume)
+        self.weights_step = self.membership.join(self._generation, self.weights_step, self._leader.resume)
         if self.membership.me is not None:
             self._generation = self.membership.me.generation
 
@@ -144,7 +219,7 @@ class ElasticReplica:
                 self._config.backend, self._broker, me, rank, len(rendezvous.steps), self.membership.watch
             )
             self._accumulator.connect(me, rank, len(rendezvous.steps))
-        failpoint("met", max(0, self.step))
+        failpoint("met", max(0, self.weights_step))
         for other, step in enumerate(rendezvous.steps.values()):
             if step == rendezvous.step:
                 continue
@@ -153,96 +228,35 @@ class ElasticReplica:
             elif rank == other:
                 self._drop_work()
                 self._accumulator.receive_state(self._reducer, current[0], self.membership.watch)
-                self.step = rendezvous.step
-                self._broker.call(self._members.mark_current, me, self.step)
-                failpoint("healed", self.step)
+                self.weights_step = rendezvous.step
+                self._broker.call(self._members.mark_current, me, self.weights_step)
+                failpoint("healed", self.weights_step)
         self._rendezvous = rendezvous
         self._claim_policy.met(len(rendezvous.steps))
         self._leader.met(rendezvous, me)
-        if self._leads(rendezvous):
-            self._leader.follow_up(self.step)  # what its predecessor did not get to
+        if self._leads:
+            self._leader.follow_up(self.weights_step)  # what its predecessor did not get to
 
     def _disconnect(self) -> None:
         self._reducer.close()
         self._accumulator.disconnect()
         self._reducer, self._rendezvous, self._opened = Alone(), None, None
 
-    def _leads(self, rendezvous: Rendezvous) -> bool:
-        return self.membership.me is not None and next(iter(rendezvous.steps)) == self.membership.me.id
+    @property
+    def _leads(self) -> bool:
+        """Whether this replica is the first of those that are connected."""
+        me, rendezvous = self.membership.me, self._rendezvous
+        return me is not None and rendezvous is not None and next(iter(rendezvous.steps)) == me.id
 
-    # -- one step -------------------------------------------------------------------------------------------------
+    # -- parts of a step ------------------------------------------------------------------------------------------
 
-    def _one_step(self, me: Membership, rendezvous: Rendezvous) -> None:
-        batch, leads = self._open(me, rendezvous), self._leads(rendezvous)
-        began = time.perf_counter()
-        if leads:
-            self._opener.prepare(batch.step)
-        with Claims(self._broker, self._config, me, batch, self._held, self._claim_policy) as claims:
-            while groups := self._next(me, batch, claims):
-                failpoint("claimed", batch.step)
-                told = self._accumulator.accumulate(batch, groups)
-                self._held.update(zip([place for place, _ in groups], told, strict=True))
-                failpoint("accumulated", batch.step)
-                self.membership.evict_silent()
-        computed = time.perf_counter()
-        failpoint("reducing", batch.step)
-        sums, told = self._summed = sum_over_replicas(
-            self._reducer, batch, self._accumulator, self._held, self._claim_policy, self.membership.watch
-        )
-        failpoint("reduced", batch.step)
-        reduced = time.perf_counter()
-        entry, letters = self._accumulator.entry(batch, self.step, sums, told)
-        names = " ".join(sorted(id_.rsplit(":", 1)[0] for id_ in rendezvous.steps))
-        lag = lag_of(batch, self.step, shadow=self._config.shadow)
-        entry = structs.replace(entry, replica=names, lag=lag, seconds=reduced - began)
-        if leads:
-            self._leader.settle()
-        mine = len(self._held)
-        self._vote(me, entry, letters, digest(sums, told))
-        failpoint("committed", batch.step)
-        voted = time.perf_counter()
-        self._apply()
-        failpoint("applied", self.step)
-        if leads:
-            trained = StepRecord(
-                entry=entry,
-                letters=letters,
-                told=told,
-                groups=mine,
-                replicas=len(rendezvous.steps),
-                since=self._done_at,
-                wait_s=began - self._done_at,
-                reduce_s=reduced - computed,
-                vote_s=voted - reduced,
-            )
-            if self.step < self._config.num_steps:
-                self._opened = self._opener.open_next(me)  # for the others to go on, while this one has duties
-            self._leader.report(trained)
-            self._leader.follow_up(self.step)
-        self._done_at = time.perf_counter()
-
-    def _open(self, me: Membership, rendezvous: Rendezvous) -> BatchEntry:
-        """The batch in work, once there is one. The first replica gets it lent for all."""
-        leads, queue, since = self._leads(rendezvous), self._broker.broker.queue, time.monotonic()
-        while self._opened is None:
-            self.membership.watch()
-            epoch_state = self._broker.call(self._members.epoch_state, self._config.policy)
-            if epoch_state is not None and epoch_state.open:
-                self._opened = self._broker.call(queue.batch, epoch_state.open)
-                if self._opened is None:
-                    self._close(me, epoch_state.open, "its batch was taken apart")
-            elif leads:
-                newest = self._broker.call(queue.newest_group)
-                self._opened = self._opener.open_next(me)
-                if self._opened is None:
-                    self._broker.call(queue.wait_for_group, FORM_S, after=newest)
-            else:
-                pause(since)
-        batch, self._opened = self._opened, None
+    def _open(self, me: Membership) -> BatchEntry:
+        batch = self._opened or self._opener.wait(me, leads=self._leads, watch=self.membership.watch)
+        self._opened = None
         if self._batch is None or self._batch.step != batch.step:
             self._drop_work()
             self._batch = batch
-        if leads:
+        if self._leads:
             self._leader.opened(batch.step)
         return batch
 
@@ -251,12 +265,7 @@ class ElasticReplica:
             return claims.next()
         except LookupError as error:
             self.membership.check_epoch()  # evicted meanwhile: others have trained them by now, and a checkpoint has freed them
-            self._close(me, batch.step, str(error))
-
-    def _close(self, me: Membership, step: int, why: str) -> NoReturn:
-        """The step can't be trained as it is. The first replica sees to that when all have met (see next_batch.py)."""
-        self._broker.call(self._members.close_step, me, step, why=why)
-        raise Moved(f"step {step} of policy {me.policy!r} was closed: {why}")
+            close_step(self._broker, me, batch.step, str(error))
 
     def _vote(self, me: Membership, entry: LedgerEntry, letters: Sequence[DeadEntry], digest: str) -> None:
         """Returns when all have voted for the same sums: the step is committed."""
@@ -267,13 +276,13 @@ class ElasticReplica:
                 self.membership.watch()
                 pause(since)
         except LeaseLost as error:  # its batch was taken apart, or is lent to others by now
-            self._close(me, entry.step, str(error))
+            close_step(self._broker, me, entry.step, str(error))
 
     def _apply(self) -> None:
         assert self._batch is not None
         assert self._summed is not None
         self._accumulator.apply(self._batch, *self._summed)
-        self.step = self._batch.step
+        self.weights_step = self._batch.step
         self._batch, self._held, self._summed = None, {}, None
 
     def _drop_work(self) -> None:
