@@ -14,7 +14,7 @@ from lachesis.broker import BlockingBroker, Conflict
 from lachesis.broker.records.steps import BatchEntry, Lease, LedgerEntry
 from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.data.collate import to_batch
-from lachesis.trainer.prefetch import Prefetcher, PreparedBatch
+from lachesis.trainer.prefetch import Prefetcher, PreparedBatch, noticing_resets
 from lachesis.trainer.writer_lock import WriterLease
 
 BATCH, GROUPS = 8, 2  # sequences and groups of a step
@@ -186,3 +186,9 @@ def test_a_batch_of_another_size_or_with_groups_that_are_gone_is_made_anew(
         assert second.batch.step == 4
         assert upcoming.gids[1] in [group.gid for group in ready.groups]
     assert [letter.entry.reason for letter in blocking.call(broker.dead.accepted)] == ["lost"]
+
+
+def test_a_reset_between_two_commands_is_noticed(blocking: BlockingBroker, plan: Plan) -> None:
+    blocking.call(blocking.broker.reset)
+    with pytest.raises(Conflict, match="was reset while policy 'main' was trained"), noticing_resets(plan.run, "main"):
+        blocking.call(blocking.broker.redis.xinfo_groups, blocking.broker.keys.batches)
