@@ -22,7 +22,9 @@ from lachesis.shim.errors import HANDLERS, refuse
 from lachesis.shim.http.access import Guard
 from lachesis.shim.http.body import SMALL_BYTES
 from lachesis.shim.http.run_router import Runs
-from lachesis.shim.intake.backpressure import HOLD_S, Backpressure, Hold, Patient
+from lachesis.shim.intake.backpressure import HOLD_S, Backpressure, Patient
+from lachesis.shim.intake.decode import Bounds
+from lachesis.shim.intake.intake import Intake
 from lachesis.shim.intake.scored_data import ScoredDataRoutes
 from lachesis.shim.intake.versions import Versions
 from lachesis.shim.routes.openapi import openapi
@@ -66,20 +68,14 @@ def _routes(
     versions = Versions(broker, settings.policy)
     trainers = HttpTrainers(broker, versions, settings)
     backpressure = Backpressure(broker, settings.limits, draining, hold_s)
-    groups = ScoredDataRoutes(
-        broker,
-        versions,
-        lambda: Hold(backpressure),
-        limit,
-        settings.duplicate_window_s,
-        settings.max_body_lists,
-        settings.refused_bytes,
-        settings.max_runs,
-    )
+    window_s = settings.duplicate_window_s
+    bounds = Bounds(limit, settings.max_body_lists)
+    intake = Intake(broker, versions, backpressure, bounds, window_s=window_s, refused_bytes=settings.refused_bytes)
+    groups = ScoredDataRoutes(broker, intake, backpressure, limit, window_s, settings.max_runs)
     registry = RegistrationRoutes(broker, trainers, min(limit, SMALL_BYTES), settings.max_runs)
 
     def counts() -> dict[str, Any]:
-        return {"groups": groups.counts, "lineage": versions.counts}
+        return {"groups": intake.counts, "lineage": versions.counts}
 
     status = StatusRoutes(broker, access, counts, min(limit, SMALL_BYTES))
 

@@ -17,7 +17,7 @@ from lachesis.shim.batch.http_trainers import HttpTrainers, consumer_of
 from lachesis.shim.errors import Malformed, detail
 from lachesis.shim.http.access import caller_of, check_owner
 from lachesis.shim.http.body import read_body
-from lachesis.shim.intake.decode import decode
+from lachesis.shim.intake.json_bodies import decode
 from lachesis.shim.routes.status import EnvIdentifier, current_step
 
 MAX_BATCH_SIZE = 1 << 20  # sequences of one step: choosing a batch takes this many bits

@@ -25,8 +25,8 @@ from lachesis.service.http.access import Access
 from lachesis.shim.errors import retry_after
 from lachesis.shim.http.access import account_of, caller_of, environment_of
 from lachesis.shim.http.body import read_body
-from lachesis.shim.intake.buffer import STATUS_PATIENCE_S
-from lachesis.shim.intake.decode import decode
+from lachesis.shim.intake.intake import STATUS_PATIENCE_S
+from lachesis.shim.intake.json_bodies import decode
 
 MIN_ENV_WEIGHT = 0.01
 REDIS_S = 2.0  # a health check waits this long for Redis
