@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.records.groups import DUPLICATE_WINDOW_S
 from lachesis.shim.errors import Malformed, refusal
+from lachesis.shim.http.answers import Buffered, Duplicate, ListReceived, Received, ValidationError, answer
 from lachesis.shim.intake.backpressure import Backpressure, Deadline
 from lachesis.shim.intake.intake import Intake, Refused
 from lachesis.shim.intake.post import Post, read_post
+
+RECEIVED = answer(Received("received")).body
 
 
 class ScoredDataRoutes:
@@ -38,10 +39,10 @@ class ScoredDataRoutes:
             await self._intake.keep_refused(post.gid, post.body, error)
             raise
         if accepted.duplicate:
-            return JSONResponse({"status": "duplicate", "detail": self._repeated(post)})
+            return answer(Duplicate("duplicate", self._repeated(post)))
         if accepted.waiting is not None:
-            return JSONResponse({"status": "buffered", "buffer_size": accepted.waiting})
-        return Response(b'{"status":"received"}', media_type="application/json")
+            return answer(Buffered("buffered", accepted.waiting))
+        return Response(RECEIVED, media_type="application/json")
 
     async def scored_data_list(self, request: Request) -> Response:
         post, deadline = await self._read(request)
@@ -57,11 +58,14 @@ class ScoredDataRoutes:
             count += 1
         if refused and len(refused) == count:
             raise Malformed(refused)
-        more: dict[str, Any] = {"buffered": len(odd), "last_buffer_size": odd[-1]} if odd else {}
-        more |= {"refused": len(refused), "detail": refused} if refused else {}
-        more |= {"duplicates": duplicates} if duplicates else {}
-        status = "duplicate" if count and duplicates == count else "received"
-        return JSONResponse({"status": status, "groups_processed": count, **more})
+        received = ListReceived("duplicate" if count and duplicates == count else "received", count)
+        if odd:
+            received.buffered, received.last_buffer_size = len(odd), odd[-1]
+        if refused:
+            received.refused, received.detail = len(refused), [ValidationError(**each) for each in refused]
+        if duplicates:
+            received.duplicates = duplicates
+        return answer(received)
 
     async def _read(self, request: Request) -> tuple[Post, Deadline]:
         """A post, whose body is not read before there is room."""
