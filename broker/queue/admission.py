@@ -94,8 +94,7 @@ def check_group(group: Group, *, max_token_len: int = -1, batch_size: int = -1) 
         raise InvalidGroup(
             "tokens", f"{count} sequences", f"must not exceed {MOST_SEQUENCES}, of which no batch has more"
         )
-    if 0 < batch_size < count:
-        raise InvalidGroup("tokens", f"{count} sequences", f"must not exceed the trainer's batch_size of {batch_size}")
+    _check_batch(count, batch_size)
     if len(group.scores) != count:
         raise InvalidGroup("scores", f"{len(group.scores)} values", f"must have one per sequence, {count}")
     _check_finite("scores", group.scores)
@@ -103,12 +102,7 @@ def check_group(group: Group, *, max_token_len: int = -1, batch_size: int = -1) 
     for index, length in enumerate(lengths):
         if length == 0:
             raise InvalidGroup(f"tokens[{index}]", [], "must hold at least one token")
-        if 0 < max_token_len < length:
-            raise InvalidGroup(
-                f"tokens[{index}]",
-                f"{length} tokens",
-                f"must not exceed the trainer's max_token_len of {max_token_len}",
-            )
+        _check_length(index, length, max_token_len)
     if np.concatenate(group.tokens).min() < 0:  # one pass where all is well
         index, lowest = next((i, int(row.min())) for i, row in enumerate(group.tokens) if row.min() < 0)
         raise InvalidGroup(f"tokens[{index}]", lowest, "token ids must not be negative")
@@ -116,6 +110,24 @@ def check_group(group: Group, *, max_token_len: int = -1, batch_size: int = -1) 
         _check_rows(name, getattr(group, name), group.tokens)
     if group.versions is not None:
         _check_versions(group.versions, lengths)
+
+
+def check_fits(group: Group, *, max_token_len: int = -1, batch_size: int = -1) -> None:
+    """Raise InvalidGroup where a group that is otherwise admitted is more than the trainer takes; see `check_group`."""
+    _check_batch(len(group.tokens), batch_size)
+    for index, row in enumerate(group.tokens):
+        _check_length(index, len(row), max_token_len)
+
+
+def _check_batch(count: int, batch_size: int) -> None:
+    if 0 < batch_size < count:
+        raise InvalidGroup("tokens", f"{count} sequences", f"must not exceed the trainer's batch_size of {batch_size}")
+
+
+def _check_length(index: int, length: int, max_token_len: int) -> None:
+    if 0 < max_token_len < length:
+        rule = f"must not exceed the trainer's max_token_len of {max_token_len}"
+        raise InvalidGroup(f"tokens[{index}]", f"{length} tokens", rule)
 
 
 def _check_rows(name: str, rows: Sequence[np.ndarray] | None, tokens: Sequence[np.ndarray]) -> None:
@@ -164,7 +176,7 @@ def _check_nested(fields: Mapping[str, Any], reader: Reader) -> None:
         except TypeError as error:
             if "Recursion" in str(error):
                 raise InvalidGroup(name, "a value", "must not be nested deeper than 250 levels") from None
-            if reader == "msgpack":  # of JSON, only numbers and text that can't be packed: see scored_data.py
+            if reader == "msgpack":  # of JSON, only numbers and text that can't be packed, which pack tells
                 raise InvalidGroup(name, "a value", f"must be what JSON can express ({error})") from None
         if reader != "strict json" and (found := non_finite(value, (name,))):
             raise InvalidGroup(path(found[0]), found[1], "must be finite")

@@ -216,14 +216,17 @@ async def _post_again(broker: Broker, letter: Letter, body: bytes, policy: str) 
 
     from lachesis.broker.records.groups import Limits
     from lachesis.shim.errors import Malformed
-    from lachesis.shim.intake.backpressure import Backpressure, Hold
-    from lachesis.shim.intake.scored_data import ScoredDataRoutes
+    from lachesis.shim.intake.backpressure import Backpressure
+    from lachesis.shim.intake.decode import Bounds
+    from lachesis.shim.intake.intake import Intake
+    from lachesis.shim.intake.post import Post
     from lachesis.shim.intake.versions import Versions
 
-    hold = Hold(Backpressure(broker, Limits()))
-    groups = ScoredDataRoutes(broker, Versions(broker, policy), lambda: hold, ANY_SIZE)
+    backpressure = Backpressure(broker, Limits())
+    intake = Intake(broker, Versions(broker, policy), backpressure, Bounds(ANY_SIZE))
+    post = Post(letter.entry.gid.removeprefix(REFUSED), body, is_packed(body))
     try:
-        await groups.accept(letter.entry.gid.removeprefix(REFUSED), body, hold, packed=is_packed(body))
+        await intake.accept(post, backpressure.deadline())
     except (InvalidGroup, Malformed) as error:
         return f"still refused: {error}"
     except HTTPException as error:

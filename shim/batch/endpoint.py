@@ -12,15 +12,16 @@ import orjson
 from isal import isal_zlib
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.records.blobs import from_blob
 from lachesis.broker.records.entries import read_entries
-from lachesis.broker.records.groups import Group, GroupEntry, ScoredGroup
+from lachesis.broker.records.groups import Group, GroupEntry
 from lachesis.broker.records.steps import BatchEntry
 from lachesis.shim.batch.http_trainers import HttpTrainers, consumer_of
+from lachesis.shim.http.answers import KEYS, NO_EXAMPLE, Batch, NoExample, NoTrainer, answer
 from lachesis.shim.http.delivery import Peer, is_pipelined, on_cut
 
 TURN_S = 30.0  # a trainer's second call waits this long for its first one to be served
@@ -29,23 +30,7 @@ CHUNK_BYTES = 512 << 10  # of JSON; a millisecond of compression
 COMPRESSED_FROM = 1000  # bytes, as everywhere else (app.py)
 END = b"]}"
 
-KEYS = tuple(name for name in ScoredGroup.__struct_fields__ if name != "weight_versions")  # upstream's
-
-UNREGISTERED = {"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []}
-NO_EXAMPLE: dict[str, list[object]] = {
-    name: []
-    for name in (
-        "tokens",
-        "masks",
-        "scores",
-        "advantages",
-        "ref_logprobs",
-        "generation_params",
-        "inference_logprobs",
-        "messages",
-        "images",
-    )
-}
+UNREGISTERED = NoTrainer("error", "Trainer not registered. Call /register first.", [])
 
 
 class BatchEndpoint:
@@ -62,26 +47,26 @@ class BatchEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         config = await self._broker.registry.trainer_config()
         if config is None:
-            await JSONResponse(UNREGISTERED)(scope, receive, send)
+            await answer(UNREGISTERED)(scope, receive, send)
             return
         consumer = consumer_of(Request(scope))
         await self._broker.registry.start()
         await self._trainers.saw(consumer)
         if is_pipelined(scope):  # it acknowledges nothing, and there is no more before that
-            await JSONResponse({"batch": None})(scope, receive, send)
+            await answer(Batch(None))(scope, receive, send)
             return
         turn = self._turn(consumer)
         try:
             async with asyncio.timeout(TURN_S):
                 await turn.acquire()
         except TimeoutError:
-            await JSONResponse({"batch": None})(scope, receive, send)
+            await answer(Batch(None))(scope, receive, send)
             return
         try:
             await self._trainers.acknowledge(consumer)
             borrowed = await self._borrow(consumer, config.batch_size)
             if borrowed is None:
-                await JSONResponse({"batch": None})(scope, receive, send)
+                await answer(Batch(None))(scope, receive, send)
                 return
             step, blobs = borrowed
             on_cut(scope, lambda: self._take_back(consumer, step))
@@ -93,7 +78,7 @@ class BatchEndpoint:
                     await self._trainers.take_apart(step)
                     if writer.has_begun:
                         raise  # the connection ends, and the trainer asks again
-                    await JSONResponse({"batch": None})(scope, receive, send)
+                    await answer(Batch(None))(scope, receive, send)
                     return
                 if peer.gone:
                     return
@@ -223,7 +208,7 @@ class LatestExample:
         except (LookupError, InvalidGroup):  # trained and freed just now, or kept by no version of ours
             groups = []
         if not groups:
-            return JSONResponse(NO_EXAMPLE)
+            return answer(NoExample(*([] for _ in NO_EXAMPLE)))
         return Response(to_json(groups[0]), media_type="application/json")
 
     async def _newest(self) -> str | None:

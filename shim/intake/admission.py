@@ -1,15 +1,33 @@
-"""What the shim takes of a group, beyond what the broker admits: its size, and that it can be packed."""
+"""Whether a posted group may become part of the run: what the broker admits, what its trainer takes, what can be packed."""
 
 from __future__ import annotations
 
 import msgspec
 
 from lachesis.broker import InvalidGroup
+from lachesis.broker.queue.admission import Reader, admit, check_fits
 from lachesis.broker.records.groups import Group, ScoredGroup
 from lachesis.broker.records.packing import pack
-from lachesis.shim.intake.large_bodies import Read
+from lachesis.broker.records.registrations import TrainerConfig
 
 MAX_SEQUENCES = 8192  # of a group: each is looked at by itself
+
+
+def admit_post(group: Group, trainer: TrainerConfig | None, reader: Reader | None, packed: bytes = b"") -> bytes:
+    """The packed form of a group, `packed` where it has one. Raises InvalidGroup unless the run's trainer can train it.
+
+    Without a `reader` it comes from a worker, which has admitted it but for the trainer's limits.
+    """
+    limits = {"max_token_len": trainer.max_token_len, "batch_size": trainer.batch_size} if trainer else {}
+    if reader:
+        admit(group, **limits, reader=reader)
+    else:
+        check_fits(group, **limits)
+    return packed or pack_group(group)
+
+
+def env_of(group: Group | ScoredGroup) -> int | None:
+    return group.env_id if isinstance(group, ScoredGroup) else group.env
 
 
 def pack_group(group: Group) -> bytes:
@@ -18,10 +36,6 @@ def pack_group(group: Group) -> bytes:
         return pack(group)
     except (OverflowError, UnicodeEncodeError):
         raise _unstorable(group) from None
-
-
-def env_of(group: Group | ScoredGroup | Read) -> int | None:
-    return group.env_id if isinstance(group, ScoredGroup) else group.env
 
 
 def _unstorable(group: Group) -> InvalidGroup:

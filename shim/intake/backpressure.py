@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
@@ -31,74 +31,30 @@ from lachesis.broker.records.groups import Limits
 from lachesis.broker.records.registrations import TrainerConfig
 from lachesis.broker.store.connection import patience
 from lachesis.broker.store.redis_errors import Trouble, describe, trouble
+from lachesis.shim.intake.room import UNREAD, WHY, Room, Size
 
 HOLD_S = 240.0
 LOOK_EVERY_S = 0.05
 QUICK_S = 0.5  # for which a group is sent again at once where a connection is lost
 
-WHY = {  # by what PUT replies
-    "late": "a group that came now would be trained more than max_lag steps late",
-    "full": "the queue is over its quota",
-    "env_full": "the environment is over its quota of the queue",
-}
-
 
 @dataclass(frozen=True)
-class Size:
-    """What a group adds to the queue; of a post whose body is not read, nothing is known."""
+class Deadline:
+    """Until when a post may wait."""
 
-    env: str | None = None
-    sequences: int = 0
-    bytes: int = 0
-
-
-UNREAD = Size()
-
-
-@dataclass
-class Room:
-    """What the queue holds, by its counters, and by what was admitted since they were read."""
-
-    limits: Limits
-    counters: Counter[str]
-    batch_size: int  # of the registered trainer; 0: none, and nobody knows
-    starves: bool = False  # no batch can be made of what is queued
-
-    def refusal(self, size: Size) -> str:
-        """Why PUT would not store a group of that size now; empty if it would. As in put.lua."""
-        limits, waiting = self.limits, self.counters["sequences"] + self.counters["undelivered"] * self.batch_size
-        if limits.max_lag and self.batch_size and waiting >= limits.max_lag * self.batch_size:
-            return WHY["late"]
-        if self._over("bytes", size.bytes, limits.bytes) or self._over("sequences", size.sequences, limits.sequences):
-            return WHY["full"]
-        if self._over(f"env_bytes:{size.env}", size.bytes, limits.env_bytes) or self._over(
-            f"env_sequences:{size.env}", size.sequences, limits.env_sequences
-        ):
-            return WHY["env_full"]
-        return ""
-
-    def admit(self, size: Size) -> None:
-        """Count a group that will be put; one that is not read as the average of what is queued."""
-        groups = max(1, self.counters["groups"])
-        sequences = size.sequences or -(-self.counters["sequences"] // groups)
-        stored = size.bytes or -(-self.counters["bytes"] // groups)
-        added = {"groups": 1, "sequences": sequences, "bytes": stored}
-        self.counters.update({**added, f"env_sequences:{size.env}": sequences, f"env_bytes:{size.env}": stored})
-
-    def _over(self, name: str, added: int, limit: int) -> bool:
-        held = self.counters[name]
-        return limit > 0 and held > 0 and held + max(1, added) > limit
+    since: float  # when it came, by the event loop's clock
+    hold_s: float
+    waits: int = 0  # that it has had
 
 
 @dataclass(eq=False)
 class _Waiter:
     """A post that waits; `go` is set when it may try again, or raises what it is to be answered with."""
 
-    since: float
+    deadline: Deadline
     size: Size
     why: str
     trouble: Trouble | None  # with Redis, where that is what it waits for
-    tries: int
     go: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -147,28 +103,67 @@ class Backpressure:
         })  # fmt: skip
         return Room(self.limits, counters, batch_size, bool(raw) and not makes_batch(status, batch_size))
 
-    async def wait(self, since: float, size: Size, why: str, kind: Trouble | None, tries: int) -> None:
-        """Return when a post that came at `since` may try (again). HTTPException 503 if that takes longer than `hold_s`."""
-        waiter = _Waiter(since, size, why, kind, tries)
+    def deadline(self) -> Deadline:
+        """That of a post which comes now."""
+        return Deadline(asyncio.get_running_loop().time(), self.hold_s)
+
+    async def until_room(self, deadline: Deadline) -> Deadline:
+        """Return when Redis takes writes and the queue is below its limits; the deadline then says how often that took a wait.
+
+        HTTPException 503 where it takes too long.
+        """
+        while self.broker.refuses and not await self.broker.takes_writes():
+            deadline = await self._wait(deadline, UNREAD, "Redis takes no writes", Trouble.UNREADY)
+        if (why := await self.over()) and not (await self.look()).starves:
+            deadline = await self._wait(deadline, UNREAD, why)
+        return deadline
+
+    async def until_stored(
+        self, deadline: Deadline, put: Callable[..., Awaitable[str]], size: Callable[[], Size] = lambda: UNREAD
+    ) -> str:
+        """What `put(limits=…)` replies; called again for as long as it finds no room, or Redis refuses.
+
+        `size` is asked for when the group has to wait. HTTPException 503 where that takes too long.
+        """
+        limits = self.limits
+        while True:
+            try:
+                with patience(QUICK_S):
+                    reply = await put(limits=limits)
+            except RedisError as error:
+                if (kind := trouble(error)) is None:
+                    raise
+                deadline = await self._wait(deadline, size(), describe(error), kind)
+                continue
+            if reply not in WHY:
+                if deadline.waits:  # what waits for the next look may be let go sooner
+                    self._stored.set()
+                return reply
+            if (await self.look()).starves:
+                limits = Limits(policy=limits.policy)
+            else:
+                deadline = await self._wait(deadline, size(), WHY[reply])
+
+    async def _wait(self, deadline: Deadline, size: Size, why: str, kind: Trouble | None = None) -> Deadline:
+        """Return when the post may try (again), its deadline with this wait. HTTPException 503 if it is over before."""
+        deadline = replace(deadline, waits=deadline.waits + 1)
+        waiter = _Waiter(deadline, size, why, kind)
         self._waiting.add(waiter)
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._let_go())
         try:
-            async with asyncio.timeout_at(since + self.hold_s):
+            async with asyncio.timeout_at(deadline.since + deadline.hold_s):
                 await waiter.go
         except TimeoutError:
             raise HTTPException(
-                503, f"{why} for {self.hold_s:.0f} s: is a trainer running?", headers={"Retry-After": "10"}
+                503, f"{why} for {deadline.hold_s:.0f} s: is a trainer running?", headers={"Retry-After": "10"}
             ) from None
         finally:
             self._waiting.discard(waiter)
             if not self._waiting and self._watch:
                 self._watch.cancel()
                 self._watch = None
-
-    def stored(self) -> None:
-        """A group that waited is stored: what waits for the next look may be let go sooner."""
-        self._stored.set()
+        return deadline
 
     async def _let_go(self) -> None:
         """Look again and again while posts wait; the first time a little later, they have just looked themselves."""
@@ -200,11 +195,13 @@ class Backpressure:
         Where no counter says how many have room, one: what becomes of it shows.
         """
         able = (waiter for waiter in self._waiting if writes or not waiter.trouble)
-        waiting = sorted(able, key=lambda waiter: waiter.since)
+        waiting = sorted(able, key=lambda waiter: waiter.deadline.since)
         if room.starves:
             return waiting[:1]
         refused = [waiter for waiter in waiting if waiter.trouble is Trouble.FULL]
-        probe = min(refused, key=lambda waiter: waiter.tries, default=None)  # another one next time: it may be smaller
+        probe = min(
+            refused, key=lambda waiter: waiter.deadline.waits, default=None
+        )  # another one next time: it may be smaller
         admitted = []
         for waiter in waiting:
             if (waiter is probe or waiter.trouble is not Trouble.FULL) and not room.refusal(waiter.size):
@@ -229,49 +226,6 @@ class Patient:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with patience(self._hold_s, unless=self._draining, forbidden=True):
             await self._app(scope, receive, send)
-
-
-class Hold:
-    """How long one post may wait, from its creation on."""
-
-    def __init__(self, backpressure: Backpressure) -> None:
-        self._broker = backpressure.broker
-        self._backpressure, self._since, self._tries = backpressure, asyncio.get_running_loop().time(), 0
-
-    async def room(self) -> None:
-        """Return when Redis takes writes and the queue is below its limits; HTTPException 503 where that takes too long."""
-        while self._broker.refuses and not await self._broker.takes_writes():
-            await self._wait(UNREAD, "Redis takes no writes", Trouble.UNREADY)
-        if (why := await self._backpressure.over()) and not (await self._backpressure.look()).starves:
-            await self._wait(UNREAD, why)
-
-    async def store(self, put: Callable[[Limits], Awaitable[str]], size: Callable[[], Size] = lambda: UNREAD) -> str:
-        """What `put`, given its limits, replies; called again for as long as it finds no room, or Redis refuses.
-
-        `size` is asked for when the group has to wait.
-        """
-        limits = self._backpressure.limits
-        while True:
-            try:
-                with patience(QUICK_S):
-                    reply = await put(limits)
-            except RedisError as error:
-                if (kind := trouble(error)) is None:
-                    raise
-                await self._wait(size(), describe(error), kind)
-                continue
-            if reply not in WHY:
-                if self._tries:
-                    self._backpressure.stored()
-                return reply
-            if (await self._backpressure.look()).starves:
-                limits = Limits(policy=limits.policy)
-            else:
-                await self._wait(size(), WHY[reply])
-
-    async def _wait(self, size: Size, why: str, kind: Trouble | None = None) -> None:
-        self._tries += 1
-        await self._backpressure.wait(self._since, size, why, kind, self._tries)
 
 
 def _batch_size(registration: bytes | None) -> int:

@@ -18,11 +18,11 @@ from lachesis.broker.errors import InvalidGroup
 from lachesis.broker.queue.admission import admit
 from lachesis.broker.records.body_limits import TooMany, check_json, check_msgpack
 from lachesis.broker.records.groups import Group, ScoredGroup
-from lachesis.broker.records.packing import to_arrays, to_scored, unpack, unpacked_bytes
+from lachesis.broker.records.packing import to_arrays, unpack, unpacked_bytes
 from lachesis.shim.errors import Malformed
 from lachesis.shim.intake.admission import MAX_SEQUENCES, env_of, pack_group
-from lachesis.shim.intake.decode import check_messages, decode_group, decode_groups
-from lachesis.shim.intake.large_bodies import LENGTH_BYTES, MEMORY, MEMORY_BYTES, Order, Read, Reply, too_much
+from lachesis.shim.intake.json_bodies import check_messages, decode_group, decode_groups
+from lachesis.shim.intake.large_bodies import LENGTH_BYTES, MEMORY, MEMORY_BYTES, Order, Read, Reply, to_json, too_much
 
 MAX_SPANS = 20_000  # of weight_versions: they are looked at one by one
 ROWS = ("tokens", "masks", "advantages", "ref_logprobs", "inference_logprobs")
@@ -60,9 +60,7 @@ def _entries(order: Order, body: bytes) -> Iterator[Read]:
         try:
             yield Read(_packed(group, lax), env_of(group))
         except InvalidGroup as error:
-            scored = to_scored(group) if isinstance(group, Group) else group
-            posted = json.dumps(msgspec.to_builtins(scored)).encode()
-            yield Read(b"", refusal=(error.field, error.value, error.rule), posted=posted)
+            yield Read(b"", refusal=(error.field, error.value, error.rule), posted=to_json(group))
 
 
 def _groups(found: Sequence[Read]) -> Reply:

@@ -23,8 +23,8 @@ from anyio.lowlevel import RunVar
 from starlette.exceptions import HTTPException
 
 from lachesis.broker.errors import InvalidGroup
-from lachesis.broker.records.groups import Group
-from lachesis.broker.records.packing import unpack
+from lachesis.broker.records.groups import Group, ScoredGroup
+from lachesis.broker.records.packing import to_scored, unpack
 from lachesis.shim.errors import Malformed
 
 INLINE_BYTES = 1 << 20  # what is not larger than this, decompressed, and
@@ -70,18 +70,31 @@ def too_much(size: int) -> Reply:
 
 
 class Read(NamedTuple):
-    """One group of a large body: packed, or refused."""
+    """One group of a large body: packed and admitted, less the trainer's limits; or refused."""
 
     packed: bytes
     env: int | None = None
     refusal: Refusal | None = None
     posted: bytes = b""
 
-    async def group(self) -> Group:
-        """Its arrays; what is nested is in `packed` alone. Raises InvalidGroup if it is refused."""
+    @property
+    def reader(self) -> None:
+        """None of this process: a worker has looked at what its own has read."""
+
+    async def arrays(self) -> Group:
+        """What is nested is in `packed` alone. Raises InvalidGroup if it is refused."""
         if self.refusal:
             raise InvalidGroup(*self.refusal)
         return await anyio.to_thread.run_sync(_arrays, self.packed)
+
+    def json(self) -> bytes:
+        """The group as it was posted, or another JSON that means the same."""
+        return self.posted or to_json(unpack(self.packed))
+
+
+def to_json(group: Group | ScoredGroup) -> bytes:
+    scored = to_scored(group) if isinstance(group, Group) else group
+    return json.dumps(msgspec.to_builtins(scored)).encode()
 
 
 def is_large(body: bytes) -> bool:

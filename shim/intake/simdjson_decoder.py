@@ -1,7 +1,7 @@
 """Posted groups straight from JSON into arrays: one pass, and no Python object per number.
 
 simdjson's types are strict, which suits nearly every post. What it refuses, and the little that it would read otherwise
-than the lax rules of the Atropos API, is left to decode.py; both ways give the same groups. So is what is long: simdjson keeps the length of a list in 24 bits,
+than the lax rules of the Atropos API, is left to json_bodies.py; both ways give the same groups. So is what is long: simdjson keeps the length of a list in 24 bits,
 and pysimdjson, which believes it, writes behind a list that has more (docs/security.md).
 """
 

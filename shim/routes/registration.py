@@ -7,7 +7,7 @@ import uuid
 import msgspec
 from msgspec import Struct, structs
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from lachesis.broker import Broker, Conflict
 from lachesis.broker.records.entries import read_json
@@ -16,8 +16,18 @@ from lachesis.broker.run.registry import NAME_CHARACTERS, PRINTABLE
 from lachesis.shim.batch.http_trainers import HttpTrainers, consumer_of
 from lachesis.shim.errors import Malformed, detail
 from lachesis.shim.http.access import caller_of, check_owner
+from lachesis.shim.http.answers import (
+    Disconnected,
+    EnvRegistered,
+    EnvWaits,
+    Info,
+    NotDisconnected,
+    Registered,
+    WandbInfo,
+    answer,
+)
 from lachesis.shim.http.body import read_body
-from lachesis.shim.intake.decode import decode
+from lachesis.shim.intake.json_bodies import decode
 from lachesis.shim.routes.status import EnvIdentifier, current_step
 
 MAX_BATCH_SIZE = 1 << 20  # sequences of one step: choosing a batch takes this many bits
@@ -46,7 +56,7 @@ class RegistrationRoutes:
         await self._trainers.refit()
         await self._trainers.saw(consumer)
         await self._broker.journal.control("register", consumer, msgspec.json.encode(config).decode())
-        return JSONResponse({"uuid": uuid.uuid4().int})
+        return answer(Registered(uuid.uuid4().int))
 
     async def _adopt(self, config: TrainerConfig) -> None:
         """Make this the run's registration, unless an active trainer has registered other settings."""
@@ -79,43 +89,40 @@ class RegistrationRoutes:
         registry = self._broker.registry
         trainer = await registry.trainer_config()
         if trainer is None or not await registry.started():
-            return JSONResponse({"status": "wait for trainer to start"})
+            return answer(EnvWaits("wait for trainer to start"))
         await self._broker.enlist(self._max_runs)  # its trainer may be a native one, which does not come by here
         caller = caller_of(request)
         record = await registry.register_env(config, nonce=uuid.uuid4().hex, owner=caller.name if caller else "")
         await self._broker.journal.control("register-env", record.name, msgspec.json.encode(record).decode())
-        return JSONResponse(
-            {
-                "status": "success",
-                "env_id": record.env_id,
-                "wandb_name": record.name,
-                "checkpoint_dir": trainer.checkpoint_dir,
-                "starting_step": await current_step(self._broker),
-                "checkpoint_interval": trainer.save_checkpoint_interval,
-                "num_steps": trainer.num_steps,
-            }
+        return answer(
+            EnvRegistered(
+                status="success",
+                env_id=record.env_id,
+                wandb_name=record.name,
+                checkpoint_dir=trainer.checkpoint_dir,
+                starting_step=await current_step(self._broker),
+                checkpoint_interval=trainer.save_checkpoint_interval,
+                num_steps=trainer.num_steps,
+            )
         )
 
     async def disconnect_env(self, request: Request) -> Response:
         env_id = decode(EnvIdentifier, await read_body(request, self._max_body_bytes)).env_id
         record = await self._broker.registry.env(env_id)
         if record is None:
-            return JSONResponse({"status": "failure", "error": "list index out of range"})
+            return answer(NotDisconnected("failure", "list index out of range"))
         check_owner(caller_of(request), record)
         await self._broker.registry.update_env(structs.replace(record, connected=False))
         await self._broker.journal.control("disconnect-env", record.name)
-        return JSONResponse({"status": "success"})
+        return answer(Disconnected("success"))
 
     async def info(self, _: Request) -> Response:
         config = await self._broker.registry.trainer_config()
-        sizes = (config.batch_size, config.max_token_len) if config else (-1, -1)
-        return JSONResponse(dict(zip(("batch_size", "max_token_len"), sizes, strict=True)))
+        return answer(Info(config.batch_size, config.max_token_len) if config else Info(-1, -1))
 
     async def wandb_info(self, _: Request) -> Response:
         config = await self._broker.registry.trainer_config()
-        return JSONResponse(
-            {"group": config.wandb_group if config else None, "project": config.wandb_project if config else None}
-        )
+        return answer(WandbInfo(config.wandb_group, config.wandb_project) if config else WandbInfo(None, None))
 
     async def reset_data(self, request: Request) -> Response:
         if await self._broker.exists():

@@ -1,4 +1,4 @@
-"""`/status`, `/status-env`, `/healthz`: from counters alone, however long the queue is."""
+"""`/status`, `/status-env`, `/healthz`, `/runs`: from counters alone, however long the queue is."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from msgspec import Struct
 from redis.exceptions import RedisError
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from lachesis.broker import Broker
 from lachesis.broker.queue.counters import read_status
@@ -24,9 +24,10 @@ from lachesis.broker.store.redis_errors import Trouble, describe, trouble
 from lachesis.service.http.access import Access
 from lachesis.shim.errors import retry_after
 from lachesis.shim.http.access import account_of, caller_of, environment_of
+from lachesis.shim.http.answers import EnvStatus, Greeting, Health, Run, RunList, RunStatus, answer
 from lachesis.shim.http.body import read_body
-from lachesis.shim.intake.buffer import STATUS_PATIENCE_S
-from lachesis.shim.intake.decode import decode
+from lachesis.shim.intake.intake import STATUS_PATIENCE_S
+from lachesis.shim.intake.json_bodies import decode
 
 MIN_ENV_WEIGHT = 0.01
 REDIS_S = 2.0  # a health check waits this long for Redis
@@ -83,16 +84,20 @@ def _weight(env: EnvRecord | None, alive: Alive) -> float:
     return max(MIN_ENV_WEIGHT, share(env) / total) if env and total > 0 else 1.0
 
 
+async def greet(_: Request) -> Response:
+    return answer(Greeting("AtroposLib API"))
+
+
 class StatusRoutes:
     def __init__(
         self, broker: Broker, access: Access, counts: Callable[[], dict[str, Any]], max_body_bytes: int
     ) -> None:
         self._broker, self._access, self._counts, self._max_body_bytes = broker, access, counts, max_body_bytes
-        self._known: dict[tuple[int, str], tuple[float, dict[str, Any]]] = {}  # by environment and token: when, what
+        self._known: dict[tuple[int, str], tuple[float, EnvStatus]] = {}  # by environment and token: when, what
 
     async def status(self, _: Request) -> Response:
         queue = await self._broker.queue.status()
-        return JSONResponse({"current_step": await current_step(self._broker, queue), "queue_size": queue.groups})
+        return answer(RunStatus(await current_step(self._broker, queue), queue.groups))
 
     async def status_env(self, request: Request) -> Response:
         """Served from what was known, for a while, where Redis is in trouble: an environment exits when this fails."""
@@ -101,21 +106,21 @@ class StatusRoutes:
         asked = env_id, caller.name if caller else ""
         try:
             with patience(STATUS_PATIENCE_S):
-                answer = await self._status_env(env_id, caller)
+                found = await self._status_env(env_id, caller)
         except RedisError as error:
             if trouble(error) is None:
                 raise
-            known_at, answer = self._known.get(asked, (float("-inf"), {}))
-            if time.monotonic() - known_at > KNOWN_S:
-                answer = await self._status_env(env_id, caller)
+            known_at, known = self._known.get(asked, (float("-inf"), None))
+            recent = known if time.monotonic() - known_at <= KNOWN_S else None
+            found = recent or await self._status_env(env_id, caller)
         else:
             self._known.pop(asked, None)
-            self._known[asked] = time.monotonic(), answer
+            self._known[asked] = time.monotonic(), found
             if len(self._known) > KNOWN_ENVS:
                 del self._known[next(iter(self._known))]
-        return JSONResponse(answer)
+        return answer(found)
 
-    async def _status_env(self, env_id: int, caller: TokenRecord | None) -> dict[str, Any]:
+    async def _status_env(self, env_id: int, caller: TokenRecord | None) -> EnvStatus:
         env = await environment_of(self._broker, caller, env_id)
         keys, environments = self._broker.keys, self._broker.registry.environments
         async with self._broker.redis.pipeline(transaction=False) as pipe:  # every environment asks ten times a second
@@ -126,24 +131,27 @@ class StatusRoutes:
         queue = read_status(state)
         trainer = read_json(TrainerConfig, config)
         told = env_status(env, account_of(caller, env, env_id), await environments.take(called), queue, trainer)
-        return {"current_step": queue.delivered + read_number(offset), **told}
+        return EnvStatus(current_step=queue.delivered + read_number(offset), **told)
 
     async def healthz(self, request: Request) -> Response:
         """200 while Redis takes groups, else 503.
 
         To who may read the run also why, what it dropped, and counts of this process.
         """
-        told = {"run": self._broker.keys.run, **self._counts()}
+        health = Health(run=self._broker.keys.run, status="ok", **self._counts())
         code, headers = 200, {}
         try:
             queue = await asyncio.wait_for(self._look(), REDIS_S)
-            told |= {"status": "ok", "dead": queue.dead, "dropped": queue.dropped, "duplicates": queue.duplicates}
+            health.dead, health.dropped, health.duplicates = queue.dead, queue.dropped, queue.duplicates
         except (TimeoutError, RedisError, OSError) as error:
             kind = trouble(error) or Trouble.LOST
             code, headers = 503, {"Retry-After": retry_after(kind)}
-            told |= {"status": kind.value, "reason": describe(error)}
+            health.status, health.reason = cast(Any, kind.value), describe(error)
         may_read = await self._access.may_read(request.headers.get("authorization", ""))
-        return JSONResponse(told if may_read else {"status": told["status"]}, code, headers)
+        return answer(health if may_read else Health(status=health.status), code, headers)
+
+    async def runs(self, _: Request) -> Response:
+        return answer(RunList([Run(run, since) for run, since in (await self._broker.runs()).items()]))
 
     async def _look(self) -> QueueStatus:
         with patience(STATUS_PATIENCE_S):

@@ -19,6 +19,7 @@ from trajectories import TRAINER, group, shim_process, wait_until_up
 from lachesis.broker import EmbeddedRedis
 from lachesis.broker.records.groups import ScoredGroup
 from lachesis.broker.records.packing import pack
+from lachesis.shim.intake.large_bodies import INLINE_LISTS
 from lachesis.shim.intake.simdjson_decoder import LONGEST, read_group, read_groups
 
 
@@ -118,6 +119,21 @@ def test_large_groups_are_read_as_small_ones_are(shim: Shim) -> None:
     lax = json.dumps(group(26) | {"tokens": [["1", 2.0, 3], [4, 5, True]]}).encode() + space
     assert shim.post("/scored_data", lax, {}).json() == {"status": "received"}
     assert shim.client.get("/latest_example").json()["tokens"] == [[1, 2, 3], [4, 5, 1]]
+
+
+@pytest.mark.parametrize("more", [{"length": 65}, {"size": 5}], ids=["too long", "too many"])
+def test_a_large_group_has_to_fit_the_trainer_too(shim: Shim, more: dict[str, int]) -> None:
+    """A worker knows no trainer: what it has admitted is held against the trainer's limits, and against those alone."""
+    assert shim.client.get("/reset_data").status_code == 200
+    assert shim.client.post("/register", json=TRAINER).status_code == 200
+    plain = group(27, **more)
+    small = shim.post("/scored_data", json.dumps(plain).encode(), {})
+    lists = {**plain, "messages": [[{"role": "user", "content": "x"}] * INLINE_LISTS]}
+    large = [(json.dumps(plain).encode() + b" " * MIB, {}), (pack(msgspec.convert(lists, ScoredGroup)), PACKED)]
+    for body, headers in large:
+        answer = shim.post("/scored_data", body, headers)
+        assert (answer.status_code, answer.json()) == (small.status_code, small.json())
+    assert "must not exceed the trainer's" in small.json()["detail"][0]["msg"]
 
 
 def test_a_worker_that_dies_is_replaced(shim: Shim) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 from scored import group
 
 from lachesis.broker import InvalidGroup
-from lachesis.broker.queue.admission import check_group
+from lachesis.broker.queue.admission import check_fits, check_group
 from lachesis.broker.records.groups import ScoredGroup
 from lachesis.broker.records.packing import to_arrays
 
@@ -35,13 +36,14 @@ def test_a_spoilt_group_is_refused_in_words(change: dict[str, object], message: 
     assert str(refused.value) == message
 
 
-def test_limits_are_inclusive_and_optional() -> None:
-    check_group(to_arrays(group(1)), max_token_len=3, batch_size=2)
-    check_group(to_arrays(group(1)), max_token_len=-1, batch_size=-1)
+@pytest.mark.parametrize("check", [check_group, check_fits])
+def test_limits_are_inclusive_and_optional(check: Callable[..., None]) -> None:
+    check(to_arrays(group(1)), max_token_len=3, batch_size=2)
+    check(to_arrays(group(1)), max_token_len=-1, batch_size=-1)
     with pytest.raises(InvalidGroup, match="max_token_len of 2"):
-        check_group(to_arrays(group(1)), max_token_len=2)
+        check(to_arrays(group(1)), max_token_len=2)
     with pytest.raises(InvalidGroup, match="batch_size of 1"):
-        check_group(to_arrays(group(1)), batch_size=1)
+        check(to_arrays(group(1)), batch_size=1)
 
 
 def test_sums_that_overflow_are_not_infinite_values() -> None:

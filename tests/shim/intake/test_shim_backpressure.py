@@ -25,7 +25,8 @@ from lachesis.broker.records.registrations import TrainerConfig
 from lachesis.broker.records.steps import LedgerEntry
 from lachesis.broker.records.versions import WeightsEntry
 from lachesis.shim.app import build_app
-from lachesis.shim.intake.backpressure import LOOK_EVERY_S, WHY, Backpressure, Hold, Size
+from lachesis.shim.intake.backpressure import LOOK_EVERY_S, Backpressure
+from lachesis.shim.intake.room import WHY, Size
 from lachesis.shim.settings import ShimSettings
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
@@ -122,12 +123,13 @@ async def test_a_cancelled_post_leaves_nothing_behind(broker: Broker) -> None:
     await broker.queue.put("g", SCORED, v_min=0, v_max=0)
     backpressure = Backpressure(broker, Limits(sequences=1))
     others = asyncio.all_tasks()
-    held_up = [asyncio.create_task(Hold(backpressure).room()) for _ in range(3)]
+    rooms = [asyncio.create_task(backpressure.until_room(backpressure.deadline())) for _ in range(3)]
 
-    async def full(_: Limits) -> str:
+    async def full(limits: Limits) -> str:
         return "full"
 
-    held_up.append(asyncio.create_task(Hold(backpressure).store(full)))  # type: ignore[arg-type]
+    store = asyncio.create_task(backpressure.until_stored(backpressure.deadline(), full))
+    held_up: list[asyncio.Task[Any]] = [*rooms, store]
     while len(backpressure) < 4:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     for task in held_up:
@@ -143,7 +145,7 @@ async def test_who_finds_no_room_tries_no_more_often_than_it_looks(broker: Broke
     """Though the counters tell of room: others are faster, or it is memory that lacks."""
     tries, enough = 0, 5
 
-    async def put(_: Limits) -> str:
+    async def put(limits: Limits) -> str:
         nonlocal tries
         tries += 1
         if tries > enough:
@@ -152,8 +154,8 @@ async def test_who_finds_no_room_tries_no_more_often_than_it_looks(broker: Broke
             raise OutOfMemoryError
         return "full"
 
-    since = time.monotonic()
-    assert await Hold(Backpressure(broker, Limits())).store(put) == "stored"
+    since, backpressure = time.monotonic(), Backpressure(broker, Limits())
+    assert await backpressure.until_stored(backpressure.deadline(), put) == "stored"
     assert tries - 1 <= (time.monotonic() - since) / LOOK_EVERY_S
 
 

@@ -18,14 +18,14 @@ from lachesis.broker import InvalidGroup
 from lachesis.broker.records.groups import Group, ScoredGroup
 from lachesis.broker.records.packing import pack, to_arrays, to_scored
 from lachesis.shim.errors import Malformed
-from lachesis.shim.intake import decode
+from lachesis.shim.intake import json_bodies
 from lachesis.shim.intake.simdjson_decoder import read_group, read_groups
 
 
 def outcome(body: bytes) -> object:
     """What decoding makes of the body: the group and what is stored of it, or the answer that refuses it."""
     try:
-        (posted,) = decode.decode_group(body).groups
+        (posted,) = json_bodies.decode_group(body).groups
         return content(to_arrays(posted) if isinstance(posted, ScoredGroup) else posted)
     except Malformed as refused:
         return refused.details
@@ -40,7 +40,7 @@ def outcome(body: bytes) -> object:
 def slowly(body: bytes, monkeypatch: pytest.MonkeyPatch) -> object:
     """The same without the fast way."""
     with monkeypatch.context() as patch:
-        patch.setattr(decode, "read_group", lambda _: None)
+        patch.setattr(json_bodies, "read_group", lambda _: None)
         return outcome(body)
 
 
