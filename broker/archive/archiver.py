@@ -23,7 +23,7 @@ from lachesis.broker.archive.segments import Archive, Archived, Header
 from lachesis.broker.client import Broker
 from lachesis.broker.errors import Conflict, LachesisError, LeaseLost
 from lachesis.broker.failpoints import failpoint
-from lachesis.broker.queue.queue import read_ledger
+from lachesis.broker.queue.commit import read_ledger
 from lachesis.broker.records.blobs import CODEC
 from lachesis.broker.records.entries import read_entries
 from lachesis.broker.records.keys import ARCHIVE

@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from lachesis.broker.audit.places import Places, find_places
 from lachesis.broker.client import Broker
-from lachesis.broker.queue.queue import read_ledger
+from lachesis.broker.queue.commit import read_ledger
 from lachesis.broker.records.entries import read_entries
 from lachesis.broker.records.groups import DeadEntry, GroupEntry
 from lachesis.broker.records.steps import BatchEntry, LedgerEntry

@@ -13,16 +13,15 @@ from msgspec import structs
 
 from lachesis.broker.records.entries import read_json
 from lachesis.broker.records.groups import Lineage
-from lachesis.broker.records.keys import Keys
-from lachesis.broker.store.scripts import Scripts
+from lachesis.broker.run_view import RunView
 
 TTL_S = 7200  # a record is kept for between half of this and all of it
 MAX_BYTES = 256 << 20
 
 
 class LineageStore:
-    def __init__(self, scripts: Scripts, keys: Keys) -> None:
-        self._scripts, self._keys = scripts, keys
+    def __init__(self, view: RunView) -> None:
+        self._view = view
 
     async def record(self, lineages: Sequence[tuple[str, Lineage]], *, max_bytes: int = MAX_BYTES) -> int:
         """Remember (digest, lineage) pairs for an hour or two, or until others need the bytes; repeating is harmless.
@@ -32,11 +31,15 @@ class LineageStore:
         args: list[str | bytes | int] = [max_bytes, TTL_S]
         for digest, lineage in lineages:
             args += (digest, to_record(lineage))
-        return int(await self._scripts.record_lineage(keys=[self._keys.lineage, self._keys.old_lineage], args=args))
+        return int(
+            await self._view.scripts.record_lineage(
+                keys=[self._view.keys.lineage, self._view.keys.old_lineage], args=args
+            )
+        )
 
     async def look_up(self, digests: Sequence[str]) -> list[Lineage | None]:
-        keys = self._keys
-        found = await self._scripts.read_arrival(
+        keys = self._view.keys
+        found = await self._view.scripts.read_arrival(
             keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage, keys.served],
             args=digests,
         )

@@ -16,12 +16,12 @@ from starlette.responses import JSONResponse, Response
 
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.queue.admission import REFUSED, Reader, admit
-from lachesis.broker.queue.queue import REFUSED_BYTES
 from lachesis.broker.records.blobs import to_blob
 from lachesis.broker.records.entries import gid_of
 from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, Group, ScoredGroup
 from lachesis.broker.records.packing import PACKED_TYPE, to_arrays, to_scored, unpack, unpacked_bytes
 from lachesis.broker.records.registrations import TokenRecord
+from lachesis.broker.retention.dead_letters import REFUSED_BYTES
 from lachesis.broker.store.redis_errors import describe, trouble
 from lachesis.shim.errors import Malformed, detail, refusal
 from lachesis.shim.http.access import account_of, caller_of, environment_of

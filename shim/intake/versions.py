@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lachesis.broker import Broker
-from lachesis.broker.queue.queue import Believed
+from lachesis.broker.queue.put import Believed
 from lachesis.broker.records.entries import read_json
 from lachesis.broker.records.groups import Group
 from lachesis.broker.records.registrations import TrainerConfig
