@@ -2,7 +2,7 @@
 
 They validate first and mutate last, because Redis does not roll a script back; they are idempotent, because a client
 may send one again; and those that free memory run even when Redis is full (`allow-oom`). What several of them need is
-in store/includes/, in the place of a line `-- include <name>`.
+in store/includes/, in the place of a line `--- @include <name>`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ FILES = {
     for path in (files("lachesis.broker") / floor).iterdir()
     if path.name.endswith(".lua")
 }
+
+INCLUDES = files("lachesis.broker") / "store" / "includes"
+INCLUDE = re.compile(r"(?m)^--- @include (\w+)\n")
 
 FREQUENT = (
     "read_arrival",
@@ -74,8 +77,17 @@ class MultiplexedScript:
         return (await self._multiplexed.call(*commands))[-1]
 
 
-def _included(line: re.Match[str]) -> str:
-    return (files("lachesis.broker") / "store" / "includes" / f"{line[1]}.lua").read_text()
+def _expanded(text: str, included: set[str]) -> str:
+    """The text with each include in its place, where it is named first."""
+
+    def include(line: re.Match[str]) -> str:
+        name = line[1]
+        if name in included:
+            return ""
+        included.add(name)
+        return _expanded((INCLUDES / f"{name}.lua").read_text(), included)
+
+    return INCLUDE.sub(include, text)
 
 
 class Scripts:
@@ -128,5 +140,5 @@ class Scripts:
 
     def __init__(self, redis: Redis, multiplexed: MultiplexedConnection) -> None:
         for name, path in FILES.items():
-            text = re.sub(r"(?m)^-- include (\w+)$", _included, path.read_text())
+            text = _expanded(path.read_text(), set())
             setattr(self, name, MultiplexedScript(multiplexed, text) if name in FREQUENT else Script(redis, text))
