@@ -3,7 +3,8 @@
 -- that are gone.
 -- KEYS  1 replicas:<policy> (hash)  2 members:<policy> (sorted set)  3 work:<policy> (stream)
 -- ARGV  1 id  2 generation  3 epoch  4 step  5 how many  6 how many of this step it has already
--- reply { "claimed", left, place, gid, place, gid, … } (left: groups that no living replica has yet)
+-- reply { "claimed", left, place, gid, place, gid, … } (left: groups that no living replica has
+--         yet)
 --       | { "done" } (living replicas have them all) | { "moved" } (another epoch)
 --       | { "closed" } (another step is open, or none)
 -- A caller that has fewer than Redis knows of lost a reply: it gets all of its own again.
@@ -11,7 +12,8 @@
 local replicas, members, work = unpack(KEYS)
 local id, generation, epoch, step, count, held = unpack(ARGV)
 
--- Groups that living replicas have; those that this one has; and a replica that is gone and had some.
+-- Groups that living replicas have; those that this one has; and a replica that is gone and had
+-- some.
 local function read_claims()
   local living, mine, orphaned = 0, 0, nil
   for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', work, 'trainers')) do

@@ -10,7 +10,8 @@
 --       then the ledger entry's fields and values; the last voter's are written
 -- reply "committed" (now, or before with this replica's vote) | "waiting" (for other votes)
 --       | "moved" (another epoch) | "closed" (the step is not open)
---       | "fenced" (the replicas don't hold the writer lock) | "diverged" (a vote for other gradients)
+--       | "fenced" (the replicas don't hold the writer lock)
+--       | "diverged" (a vote for other gradients)
 --       | "unclaimed" (not all groups are with members, or this one has not the newest weights)
 --       | "gone" (the batch is not lent to them)
 --- @include entries

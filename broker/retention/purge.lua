@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- PURGE: take a dead letter away with its data, and say so in the log.
 -- KEYS  1 dead or refused (stream)  2 blob:<gid> (string)  3 state (hash)  4 control (stream)
--- ARGV  1 its id in the stream  2 what counts it in `state`: 'dead', or '' for a letter of `refused`
+-- ARGV  1 its id in the stream
+--       2 what counts it in `state`: 'dead', or '' for a letter of `refused`
 --       3 what its gid takes from `ids`  4… the log entry's fields and values
 -- reply "purged" | "gone" (it was not there any more)
 --- @include log_event
