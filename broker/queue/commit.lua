@@ -24,8 +24,7 @@ local function find_entry()
   local found = redis.call('XRANGE', ledger, id, id)[1]
   if found then return map(found[2]) end
   for _, late in ipairs(redis.call('XREVRANGE', ledger, '+', id, 'COUNT', 100)) do
-    local entry = map(late[2])
-    if entry.step == step then return entry end
+    if value_of(late[2], 'step') == step then return map(late[2]) end
   end
 end
 
@@ -43,9 +42,10 @@ if not pending then
   return (entry.consumer or entry.replica) == consumer and 'already' or 'stolen'
 end
 if pending[2] ~= consumer then return 'stolen' end
-if #redis.call('XRANGE', batches, id, id) == 0 then return 'gone' end
+local batch = redis.call('XRANGE', batches, id, id)[1]
+if not batch then return 'gone' end
 
 redis.call('XADD', ledger, next_id(), 'consumer', consumer, unpack(ARGV, ENTRY))
-acknowledge(batches, state, trained, policy, step)
+acknowledge(batches, state, trained, policy, step, batch)
 note_untrainable(refused, state, k, LETTERS, letters_kept)
 return 'committed'

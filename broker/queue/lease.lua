@@ -106,7 +106,7 @@ local function skip_old()
   local first, last = last_read() + 1, number('formed') - behind
   if first > last then return end
   for _, entry in ipairs(redis.call('XRANGE', batches, first .. '-0', last .. '-0')) do
-    local gids = map(entry[2]).gids
+    local gids = value_of(entry[2], 'gids')
     if gids then skip_step(policy, step_of(entry[1]), gids) end
   end
   redis.call('XGROUP', 'SETID', batches, policy, last .. '-0')

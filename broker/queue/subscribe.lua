@@ -25,7 +25,7 @@ local function count_gone()
   local gone = tonumber(counts[1] or '0')
   for i = 2, 4 do gone = gone - tonumber(counts[i] or '0') end
   for _, batch in ipairs(redis.call('XRANGE', batches, '-', '+')) do
-    gone = gone - select(2, string.gsub(map(batch[2]).gids or '', '%S+', ''))
+    gone = gone - select(2, string.gsub(value_of(batch[2], 'gids') or '', '%S+', ''))
   end
   return gone
 end

@@ -20,7 +20,7 @@ if not batch then return 'gone' end
 
 redis.call('DEL', work)
 local groups = 0
-for gid in each_gid(map(batch[2]).gids) do
+for gid in each_gid(value_of(batch[2], 'gids')) do
   redis.call('XADD', work, step .. '-' .. groups, 'gid', gid)
   groups = groups + 1
 end

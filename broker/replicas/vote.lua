@@ -71,7 +71,8 @@ local claims = read_claims(field('groups'))
 if not claims then return 'unclaimed' end
 
 redis.call('XADD', ledger, step .. '-0', unpack(ARGV, ENTRY))
-acknowledge(batches, state, trained, policy, step)
+local batch = redis.call('XRANGE', batches, step .. '-0', step .. '-0')[1]
+acknowledge(batches, state, trained, policy, step, batch)
 note_untrainable(refused, state, k, LETTERS, letters_kept)
 for _, member in ipairs(living) do
   redis.call('HSET', replicas, 'at:' .. member, step)

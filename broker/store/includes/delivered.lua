@@ -8,9 +8,9 @@ local function deliver(batches, state, step)
   local groups, sequences = 0, 0
   if formed > step then
     for _, entry in ipairs(redis.call('XRANGE', batches, (step + 1) .. '-0', '+')) do
-      local batch = map(entry[2])
-      groups = groups + select(2, string.gsub(batch.gids or '', '%S+', ''))
-      sequences = sequences + (tonumber(batch.n or '') or 0)
+      local _, count = string.gsub(value_of(entry[2], 'gids') or '', '%S+', '')
+      groups = groups + count
+      sequences = sequences + (tonumber(value_of(entry[2], 'n') or '') or 0)
     end
   end
   redis.call('HSET', state, 'delivered', step, 'undelivered_groups', groups,

@@ -5,6 +5,13 @@ local function map(flat)
   return fields
 end
 
+-- One of them; nil where there is none.
+local function value_of(flat, field)
+  for i = 1, #flat, 2 do
+    if flat[i] == field then return flat[i + 1] end
+  end
+end
+
 -- The step in the id of an entry of `batches` or a ledger.
 local function step_of(id) return tonumber(string.match(id, '^%d+')) end
 

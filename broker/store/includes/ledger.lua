@@ -2,12 +2,11 @@
 --- @include refused
 -- A policy has trained a batch, and its ledger says so: acknowledge it, and note the step of its
 -- groups.
-local function acknowledge(batches, state, trained, policy, step)
-  local id = step .. '-0'
-  redis.call('XACK', batches, policy, id)
+local function acknowledge(batches, state, trained, policy, step, batch)
+  redis.call('XACK', batches, policy, step .. '-0')
   redis.call('HINCRBY', state, 'committed:' .. policy, 1)
-  local batch = redis.call('XRANGE', batches, id, id)[1]
-  for gid in each_gid(batch and map(batch[2]).gids) do redis.call('HSET', trained, gid, step) end
+  local gids = batch and value_of(batch[2], 'gids')
+  for gid in each_gid(gids) do redis.call('HSET', trained, gid, step) end
 end
 
 -- Write the letters of `k` sequences that the step was trained without, which begin at ARGV[first],
