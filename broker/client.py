@@ -80,7 +80,7 @@ class Broker:
 
     def __init__(self, connections: Connections, run: str = "default") -> None:
         self.connections = connections
-        view = connections.view(run)
+        self.view = view = connections.view(run)
         self.url, self.keys, self.redis, self.scripts = connections.url, view.keys, view.redis, view.scripts
         self.queue = Queue(view)
         self.dead = DeadLetters(view)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Literal, cast
 
 from msgspec import structs
 
@@ -13,6 +14,13 @@ from lachesis.broker.records.groups import DeadEntry
 from lachesis.broker.records.steps import BatchEntry, Lease, LedgerEntry
 from lachesis.broker.retention.dead_letters import REFUSED_KEPT
 from lachesis.broker.run_view import RunView
+
+Reply = Literal["committed", "already", "fenced", "stolen", "gone"]
+WHY_LOST = {
+    "fenced": "another process writes this policy now",
+    "stolen": "its lease lapsed and another consumer took it",
+    "gone": "nobody holds it",
+}
 
 
 class Commit:
@@ -36,19 +44,24 @@ class Commit:
         """
         step = lease.batch.step
         entry = structs.replace(entry, at=entry.at or time.time())
-        fields = [text for record in (*untrainable, entry) for text in flat_entry(record)]
-        keys = self._view.keys
-        reply = await self._view.scripts.commit(
-            keys=[keys.batches, keys.ledger(policy), keys.state, keys.writer(policy), keys.refused, keys.trained],
-            args=[policy, lease.consumer, step, token, REFUSED_KEPT, len(untrainable), *fields],
-        )
-        if reply not in (b"committed", b"already"):
-            why = {
-                b"fenced": "another process writes this policy now",
-                b"stolen": "its lease lapsed and another consumer took it",
-                b"gone": "nobody holds it",
-            }[reply]
-            raise LeaseLost(f"step {step} of policy {policy!r} can't be committed: {why}")
+        reply = await _commit(self._view, policy, lease, entry, token=token, untrainable=untrainable)
+        if reply != "committed" and reply != "already":
+            raise LeaseLost(f"step {step} of policy {policy!r} can't be committed: {WHY_LOST[reply]}")
+
+
+async def _commit(
+    view: RunView, policy: str, lease: Lease, entry: LedgerEntry, *, token: str, untrainable: Sequence[DeadEntry]
+) -> Reply:
+    """commit.lua."""
+    keys = view.keys
+    reply = await view.scripts.commit(
+        keys=[keys.batches, keys.ledger(policy), keys.state, keys.writer(policy), keys.refused, keys.trained],
+        args=[
+            *(policy, lease.consumer, lease.batch.step, token, REFUSED_KEPT, len(untrainable)),
+            *(text for record in (*untrainable, entry) for text in flat_entry(record)),
+        ],
+    )
+    return cast("Reply", reply.decode())
 
 
 class Steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Literal, cast
 
 from lachesis.broker.errors import Unreadable
 from lachesis.broker.queue import selection
@@ -21,6 +22,7 @@ ATTEMPTS = 100  # while other replicas are faster
 _COUNTS = (b"tok", b"v_min", b"v_max", b"bytes")  # of a queued group
 
 
+Reply = Literal["formed", "conflict", "held"]
 Entry = tuple[bytes, Mapping[bytes, bytes]]  # a queued group's id and fields, as Redis replies them
 
 
@@ -68,10 +70,10 @@ class BatchFormer:
             if chosen and await self._staleness.drop([(id_, int(fields[b"v_min"])) for id_, fields in chosen]):
                 continue
             if chosen:
-                reply = await self._commit(status.formed + 1, batch_size, chosen)
+                reply = await self._write(status.formed + 1, batch_size, chosen)
                 conflicts += 1
-                if reply != b"conflict":
-                    return None if reply == b"held" else status.formed + 1
+                if reply != "conflict":
+                    return None if reply == "held" else status.formed + 1
             if not chosen and int(await self._view.redis.hget(self._view.keys.state, "formed") or 0) == status.formed:
                 if refitted:
                     return None
@@ -128,7 +130,7 @@ class BatchFormer:
                 return None
             wanted *= 2
 
-    async def _commit(self, step: int, batch_size: int, chosen: Sequence[Entry]) -> bytes:
+    async def _write(self, step: int, batch_size: int, chosen: Sequence[Entry]) -> Reply:
         batch = BatchEntry(
             step=step,
             gids=tuple(fields[b"gid"].decode() for _, fields in chosen),
@@ -139,13 +141,17 @@ class BatchFormer:
             formed_at=time.time(),
             bytes=sum(int(fields[b"bytes"]) for _, fields in chosen),
         )
-        ids = [id_ for id_, _ in chosen]
-        return bytes(
-            await self._view.scripts.form(
-                keys=[self._view.keys.groups, self._view.keys.batches, self._view.keys.state, self._view.keys.settings],
-                args=[step, batch_size, len(ids), *ids, *flat_entry(batch)],
-            )
-        )
+        return await _form(self._view, batch, [id_ for id_, _ in chosen])
+
+
+async def _form(view: RunView, batch: BatchEntry, ids: Sequence[bytes]) -> Reply:
+    """form.lua; `ids` are of the batch's groups in the queue."""
+    keys = view.keys
+    reply = await view.scripts.form(
+        keys=[keys.groups, keys.batches, keys.state, keys.settings],
+        args=[batch.step, batch.n, len(ids), *ids, *flat_entry(batch)],
+    )
+    return cast("Reply", reply.decode())
 
 
 def _any_larger(status: QueueStatus, batch_size: int) -> bool:

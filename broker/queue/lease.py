@@ -25,8 +25,7 @@ class Lender:
         """Make `policy` a reader of all batches that are still there, by `shadow` or as no shadow. Harmless to repeat."""
         if policy == ARCHIVE:
             raise ConfigurationError(f"policy = {policy!r}: that name is the archiver's; choose another")
-        keys = [self._view.keys.batches, self._view.keys.state, self._view.keys.settings]
-        await self._view.scripts.subscribe(keys=keys, args=[policy, str(shadow or "")])
+        await add_reader(self._view, policy, shadow)
 
     async def lease(
         self,
@@ -134,3 +133,9 @@ class Lender:
                 raise
             return []
         return sorted(name for name in names if name != ARCHIVE)
+
+
+async def add_reader(view: RunView, name: str, shadow: Rule | None = None) -> bool:
+    """subscribe.lua: whether the reader is new. The archiver is one, too, under a name that no policy may have."""
+    keys = [view.keys.batches, view.keys.state, view.keys.settings]
+    return bool(await view.scripts.subscribe(keys=keys, args=[name, str(shadow or "")]))

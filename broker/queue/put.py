@@ -12,7 +12,7 @@ from lachesis.broker.queue.admission import check_bounds, check_id
 from lachesis.broker.queue.blobs import Blobs
 from lachesis.broker.records.blobs import queue_entry, to_blob
 from lachesis.broker.records.entries import flat_entry, id_number
-from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, Group, Limits, ScoredGroup
+from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, Group, GroupEntry, Limits, ScoredGroup
 from lachesis.broker.records.packing import pack, to_arrays
 from lachesis.broker.run_view import RunView
 
@@ -66,10 +66,7 @@ class Put:
         check_id(gid)
         check_bounds(v_min, v_max)
         packed = packed or pack(group)
-        names, post, call = self._view.keys, gid, f"{self._caller}{next(self._calls):x}"
-        quotas = [limits.bytes, limits.sequences, limits.env_bytes, limits.env_sequences]
-        lag = ["" if limits.max_lag is None else limits.max_lag, believed.policy if believed else limits.policy]
-        belief = [1, believed.registration, believed.newest] if believed else [0, "", ""]
+        post, call = gid, f"{self._caller}{next(self._calls):x}"
         while True:
             blob = to_blob(
                 packed,
@@ -82,12 +79,17 @@ class Put:
             entry = queue_entry(structs.replace(group, gid=gid, v_min=v_min, v_max=v_max), len(blob))
             if account and account != entry.env:
                 entry = structs.replace(entry, env=account)
-            keys = [names.groups, names.blob(gid), names.seen(post), names.state, names.trainers]
-            keys += [names.pools, names.lineage, names.old_lineage, names.trained]
-            args = [window_s, call, digest, post, *quotas, *lag, *belief]
-            args += [entry.env, entry.n, entry.bytes, id_number(gid), *flat_entry(entry)]
-            store = ("SET", names.blob(gid), blob, "NX", "EX", BLOB_TTL_S)
-            reply = bytes(await self._view.scripts.put(keys=keys, args=args, after=store)).decode()
+            reply = await _put(
+                self._view,
+                entry,
+                blob,
+                post=post,
+                call=call,
+                digest=digest,
+                window_s=window_s,
+                limits=limits,
+                believed=believed,
+            )
             if reply.startswith("trained "):
                 gid = reply.removeprefix("trained ")
             elif reply == "unfinished":
@@ -102,3 +104,35 @@ class Put:
         except LookupError:
             return True
         return pack(structs.replace(stored, versions=None)) == pack(structs.replace(group, versions=None))
+
+
+async def _put(
+    view: RunView,
+    entry: GroupEntry,
+    blob: bytes,
+    *,
+    post: str,
+    call: str,
+    digest: str,
+    window_s: int,
+    limits: Limits,
+    believed: Believed | None,
+) -> str:
+    """put.lua, and before it the blob: what that replies."""
+    keys = view.keys
+    reply = await view.scripts.put(
+        keys=[
+            *(keys.groups, keys.blob(entry.gid), keys.seen(post), keys.state, keys.trainers),
+            *(keys.pools, keys.lineage, keys.old_lineage, keys.trained),
+        ],
+        args=[
+            *(window_s, call, digest, post),
+            *(limits.bytes, limits.sequences, limits.env_bytes, limits.env_sequences),
+            *("" if limits.max_lag is None else limits.max_lag, believed.policy if believed else limits.policy),
+            *((1, believed.registration, believed.newest) if believed else (0, "", "")),
+            *(entry.env, entry.n, entry.bytes, id_number(entry.gid)),
+            *flat_entry(entry),
+        ],
+        after=("SET", keys.blob(entry.gid), blob, "NX", "EX", BLOB_TTL_S),
+    )
+    return bytes(reply).decode()

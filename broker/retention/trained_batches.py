@@ -6,6 +6,8 @@ the newest step it no longer needs (`covered:<reader>`); what all have marked ma
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
 from msgspec import Struct
 from redis.exceptions import ResponseError
 
@@ -77,12 +79,10 @@ class Retention:
         names = self._view.keys
         while found := await self._view.redis.xrange(names.batches, start, f"{limit}-0", count=SLICE):
             for _, batch in read_entries(BatchEntry, found):
-                keys = [names.batches, names.state, names.settings, names.skipped, names.trained]
-                keys += map(names.blob, batch.gids)
-                reply = await self._view.scripts.retire(keys=keys, args=[batch.step])
-                if reply == b"kept":
+                reply = await _retire(self._view, batch)
+                if reply == "kept":
                     return freed
-                freed += reply == b"freed"
+                freed += reply == "freed"
                 failpoint("retired", batch.step)
             start = f"({found[-1][0].decode()}"  # a lossy shadow may want a few, and none after them
         return freed
@@ -103,6 +103,19 @@ class Retention:
             keep_bytes=read_number(keep),
             covered=await self.readers(),
         )
+
+
+async def _retire(view: RunView, batch: BatchEntry) -> Literal["freed", "gone", "wanted", "kept"]:
+    """retire.lua."""
+    keys = view.keys
+    reply = await view.scripts.retire(
+        keys=[
+            *(keys.batches, keys.state, keys.settings, keys.skipped, keys.trained),
+            *(keys.blob(gid) for gid in batch.gids),
+        ],
+        args=[batch.step],
+    )
+    return cast('Literal["freed", "gone", "wanted", "kept"]', reply.decode())
 
 
 def _step(found: list[tuple[bytes, dict[bytes, bytes]]]) -> int:

@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, get_type_hints
 
 from redis.commands.core import AsyncScript
 from redis.exceptions import NoScriptError
@@ -30,15 +30,6 @@ FILES = {
 INCLUDES = files("lachesis.broker") / "store" / "includes"
 INCLUDE = re.compile(r"(?m)^--- @include (\w+)\n")
 
-FREQUENT = (
-    "read_arrival",
-    "put",
-    "record_lineage",
-    "lease",
-    "open_step",
-    "claim_groups",
-    "vote",
-)  # what each posted group, generation and step needs
 LOADS = 5
 
 
@@ -91,7 +82,7 @@ def _expanded(text: str, included: set[str]) -> str:
 
 
 class Scripts:
-    """The scripts: `await scripts.lease(keys=…, args=…)`."""
+    """The scripts: `await scripts.lease(keys=…, args=…)`; what each posted group, generation and step needs, multiplexed."""
 
     read_arrival: MultiplexedScript
     put: MultiplexedScript
@@ -139,6 +130,8 @@ class Scripts:
     close_step: Script
 
     def __init__(self, redis: Redis, multiplexed: MultiplexedConnection) -> None:
+        kinds = get_type_hints(type(self))
         for name, path in FILES.items():
             text = _expanded(path.read_text(), set())
-            setattr(self, name, MultiplexedScript(multiplexed, text) if name in FREQUENT else Script(redis, text))
+            is_multiplexed = kinds[name] is MultiplexedScript
+            setattr(self, name, MultiplexedScript(multiplexed, text) if is_multiplexed else Script(redis, text))
