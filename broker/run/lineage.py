@@ -7,6 +7,7 @@ time and in bytes, whatever the number of front doors: record_lineage.lua says h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 from msgspec import structs
@@ -17,6 +18,17 @@ from lachesis.broker.run_view import RunView
 
 TTL_S = 7200  # a record is kept for between half of this and all of it
 MAX_BYTES = 256 << 20
+
+
+class Known(NamedTuple):
+    """The reply of read_arrival.lua."""
+
+    registration: bytes | None  # of the trainer, as it is kept
+    newest: list[tuple[bytes, list[bytes]]]  # entry of the policy's newest version, if there is one
+    servers: list[bytes]  # their heartbeats
+    has_lineages: int  # 0 where nobody recorded any
+    lineages: list[bytes | None]  # one per digest
+    oldest_served: int  # of the versions served of late; -1 for none
 
 
 class LineageStore:
@@ -38,12 +50,17 @@ class LineageStore:
         )
 
     async def look_up(self, digests: Sequence[str]) -> list[Lineage | None]:
+        known = await self.read_arrival("main", digests)
+        return [from_record(raw) if raw else None for raw in known.lineages]
+
+    async def read_arrival(self, policy: str, digests: Sequence[str]) -> Known:
+        """What the run knows when a group arrives whose sequences' generations may end at these digests, in one trip."""
         keys = self._view.keys
-        found = await self._view.scripts.read_arrival(
-            keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage, keys.served],
+        reply = await self._view.scripts.read_arrival(
+            keys=[keys.trainers, keys.weights(policy), keys.pools, keys.lineage, keys.old_lineage, keys.served],
             args=digests,
         )
-        return [from_record(raw) if raw else None for raw in found[4]]
+        return Known(*reply)
 
 
 def to_record(lineage: Lineage) -> bytes:

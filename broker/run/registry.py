@@ -94,6 +94,12 @@ class Registry:
     async def started(self) -> bool:
         return bool(await self._view.redis.hexists(self._view.keys.trainers, "started"))
 
+    async def note_trainer_call(self, consumer: str, policy: str, *, most: int, crowded_s: float) -> bool:
+        """The HTTP trainer called. False if `most` are known, it is none of them, and all called within `crowded_s`."""
+        keys = [self._view.keys.trainers, self._view.keys.batches]
+        args = [consumer, f"{time.time():.3f}", policy, most, crowded_s]
+        return bool(await self._view.scripts.note_trainer_call(keys=keys, args=args))
+
     def writer(self, policy: str, *, ttl_s: float) -> WriterLock:
         """The lock whose holder alone may commit and publish for `policy`; its token fences a predecessor off."""
         return WriterLock(self._view.heartbeats, self._view.scripts, self._view.keys, policy, ttl_s)

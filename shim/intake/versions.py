@@ -54,10 +54,9 @@ class Versions:
         """
         if group.versions is None and self._last and not ask and time.monotonic() - self._last[0] < FRESH_S:
             return self._last[1]
-        keys, found = self._broker.keys, places(group)
-        config, newest, servers, recorded, lineages, oldest = await self._broker.scripts.read_arrival(
-            keys=[keys.trainers, keys.weights(self._policy), keys.pools, keys.lineage, keys.old_lineage, keys.served],
-            args=digests(group, found) if group.versions is None else (),
+        found = places(group)
+        config, newest, servers, recorded, lineages, oldest = await self._broker.lineage.read_arrival(
+            self._policy, digests(group, found) if group.versions is None else ()
         )
         trainer = read_json(TrainerConfig, config)
         arrival = Arrival(
