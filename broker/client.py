@@ -14,17 +14,16 @@ from anyio.from_thread import BlockingPortal
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from lachesis.broker.errors import LimitReached
-from lachesis.broker.queue.queue import AGAIN, Queue
-from lachesis.broker.records.entries import read_seconds
-from lachesis.broker.records.groups import LONGEST_WINDOW_S
-from lachesis.broker.records.keys import RUNS, Keys
+from lachesis.broker.queue.queue import Queue
+from lachesis.broker.records.keys import Keys
 from lachesis.broker.replicas.members import Members
 from lachesis.broker.retention.dead_letters import DeadLetters
 from lachesis.broker.run.journal import Journal
 from lachesis.broker.run.lineage import LineageStore
 from lachesis.broker.run.registry import Registry
+from lachesis.broker.run.runs import Runs
 from lachesis.broker.run.tokens import Tokens
+from lachesis.broker.run_view import RunView
 from lachesis.broker.store.connection import HEARTBEATS, open_redis, patience, reconnect
 from lachesis.broker.store.multiplexed import MultiplexedConnection
 from lachesis.broker.store.redis_errors import trouble
@@ -37,12 +36,8 @@ from lachesis.broker.weights.versions import Weights
 P = ParamSpec("P")
 T = TypeVar("T")
 
-RESET_SLICE = 1000
-CLOCKS_S = 3600  # by which the clocks of trainers may differ
 ASK_S = 1.0
-ENLISTED_S = 300.0  # a run that is on the list is not looked up again for so long
 LEAVE_EVERY_S = 0.1  # commands that are refused together make connections anew once
-LOOKED_AT = 100_000  # keys, for the names of runs in an error's message
 
 
 class Connections:
@@ -58,6 +53,10 @@ class Connections:
         self.multiplexed = MultiplexedConnection(self.commands)
         self._left_at = float("-inf")
         self.scripts = Scripts(self.commands, self.multiplexed)
+
+    def view(self, run: str) -> RunView:
+        """Of one run. Raises ConfigurationError for an impossible name."""
+        return RunView(self.commands, self.blocking, self.heartbeats, self.multiplexed, self.scripts, Keys(run))
 
     async def leave(self) -> None:
         """Make all connections anew: their server is the master no more, and the address may lead to the one that is."""
@@ -80,20 +79,22 @@ class Broker:
     """
 
     def __init__(self, connections: Connections, run: str = "default") -> None:
-        redis, blocking, heartbeats = connections.commands, connections.blocking, connections.heartbeats
-        self.connections, scripts = connections, connections.scripts
-        self.url, self.keys, self.redis, self.scripts = connections.url, Keys(run), redis, scripts
-        self.queue = Queue(redis, blocking, heartbeats, scripts, self.keys)
-        self.dead = DeadLetters(redis, scripts, self.keys)
-        self.weights = Weights(redis, blocking, scripts, self.keys)
-        self.checkpoints = CheckpointDigests(redis, scripts, self.keys)
-        self.pools = Pools(redis, blocking, scripts, self.keys)
-        self.members = Members(redis, connections.multiplexed, heartbeats, scripts, self.keys)
-        self.registry = Registry(redis, heartbeats, scripts, self.keys)
-        self.lineage = LineageStore(scripts, self.keys)
-        self.journal = Journal(redis, blocking, scripts, self.keys)
-        self.tokens = Tokens(redis, connections.multiplexed, scripts, self.keys)
-        self._enlisted_at = float("-inf")
+        self.connections = connections
+        self.view = view = connections.view(run)
+        self.url, self.keys, self.redis, self.scripts = connections.url, view.keys, view.redis, view.scripts
+        self.queue = Queue(view)
+        self.dead = DeadLetters(view)
+        self.weights = Weights(view)
+        self.checkpoints = CheckpointDigests(view)
+        self.pools = Pools(view)
+        self.members = Members(view)
+        self.registry = Registry(view)
+        self.lineage = LineageStore(view)
+        self.journal = Journal(view)
+        self.tokens = Tokens(view)
+        self._runs = Runs(view)
+        self.runs, self.known_runs, self.exists = self._runs.enlisted, self._runs.known, self._runs.exists
+        self.enlist, self.forget = self._runs.enlist, self._runs.forget
         self.refuses = False  # writes, when `takes_writes` was asked last
         self._asking: asyncio.Task[bool] | None = None
 
@@ -139,72 +140,12 @@ class Broker:
     def _answered(self, _: asyncio.Task[bool]) -> None:
         self._asking = None
 
-    async def enlist(self, most: int = 0) -> None:
-        """Put the run on the list of runs; also when Redis is full, for the trainer that frees it.
-
-        Raises LimitReached where `most` runs are on it (0: any number), and this one is new.
-        """
-        if time.monotonic() - self._enlisted_at < ENLISTED_S:
-            return
-        if not await self.scripts.list_run(keys=[RUNS], args=[self.keys.run, f"{time.time():.3f}", most]):
-            if not await self.exists():
-                raise LimitReached(
-                    f"this Redis has {most} runs, and {self.keys.run!r} is none of them: use one that there is, or start the shim with a larger --max-runs"
-                )
-            return
-        self._enlisted_at = time.monotonic()
-
-    async def runs(self) -> dict[str, float]:
-        """All enlisted runs of this Redis, oldest first, and when they came."""
-        raw = await self.redis.hgetall(RUNS)
-        found = {name.decode(errors="replace"): read_seconds(since) for name, since in raw.items()}
-        return dict(sorted(found.items(), key=lambda item: item[1]))
-
-    async def exists(self) -> bool:
-        """Whether the run is enlisted, or anybody has left anything in it."""
-        keys = self.keys
-        if await self.redis.exists(
-            keys.state, keys.batches, keys.settings
-        ):  # which every user of Redis who asks may read
-            return True
-        left = (keys.trainers, keys.envs, keys.pools, keys.groups, keys.control, keys.metrics, keys.dead, keys.refused)
-        more = (keys.tokens, keys.weights("main"), keys.writer("main"))
-        return await self.redis.exists(*left, *more) > 0 or bool(await self.redis.hexists(RUNS, keys.run))
-
-    async def known_runs(self) -> list[str]:
-        """The enlisted runs, and those that merely have keys, as far as a bounded look at the keys finds them."""
-        names = set(await self.runs())
-        looked = 0
-        async for key in self.redis.scan_iter(match="lachesis:{*}:*", count=RESET_SLICE):
-            names.add(key.decode(errors="replace").partition("{")[2].partition("}")[0])
-            looked += 1
-            if looked >= LOOKED_AT:
-                break
-        return sorted(names)
-
-    async def forget(self) -> None:
-        """Delete every key of the run, weights and logs included; its tokens stay, or it would be open to everyone."""
-        pattern = self.keys.groups.removesuffix("groups") + "*"
-        found = [key async for key in self.redis.scan_iter(match=pattern, count=RESET_SLICE)]
-        found = [key for key in found if key != self.keys.tokens.encode()]
-        for start in range(0, len(found), RESET_SLICE):
-            await self.redis.unlink(*found[start : start + RESET_SLICE])
-        await self.redis.hdel(RUNS, self.keys.run)
-        self._enlisted_at = float("-inf")
-
     async def reset(self) -> None:
         """Forget the run's queue, batches, ledgers, dead letters and registrations; weights, logs, refused posts stay.
 
         What was posted before may be posted again; what is posted meanwhile is forgotten, or comes after. One script does it.
         """
-        keys = self.keys
-        prefix = keys.groups.removesuffix("groups")
-        named = [keys.groups, keys.batches, keys.dead, keys.skipped, keys.trained, keys.state, keys.envs, keys.heard]
-        named.append(keys.trainers)
-        of_policy = (keys.ledger, keys.replicas, keys.members, keys.beats, keys.meeting, keys.work)
-        marked_after = int((time.time() - LONGEST_WINDOW_S - CLOCKS_S) * 1000)
-        names = [name("").removeprefix(prefix) for name in of_policy]
-        await self.scripts.reset(keys=named, args=[prefix, AGAIN, marked_after, *names])
+        await self._runs.reset()
         self.registry.forget_envs()
 
 

@@ -23,7 +23,8 @@ from lachesis.broker.archive.segments import Archive, Archived, Header
 from lachesis.broker.client import Broker
 from lachesis.broker.errors import Conflict, LachesisError, LeaseLost
 from lachesis.broker.failpoints import failpoint
-from lachesis.broker.queue.queue import read_ledger
+from lachesis.broker.queue.commit import read_ledger
+from lachesis.broker.queue.lease import add_reader
 from lachesis.broker.records.blobs import CODEC
 from lachesis.broker.records.entries import read_entries
 from lachesis.broker.records.keys import ARCHIVE
@@ -115,8 +116,7 @@ class Archiver:
     # -- where the archive ends -----------------------------------------------------------------------------------
 
     async def _resume(self) -> None:
-        keys = self._broker.keys
-        await self._broker.scripts.subscribe(keys=[keys.batches, keys.state, keys.settings], args=[ARCHIVE, ""])
+        await add_reader(self._broker.view, ARCHIVE)
         covered = (await self._broker.queue.retention.readers()).get(ARCHIVE, 0)
         await asyncio.to_thread(self._archive.prepare)
         found = await asyncio.to_thread(self._archive.newest)
@@ -128,7 +128,9 @@ class Archiver:
             self._newest = max(last.step, covered)
             await self._cover()
         self._seen = self._newest
-        self._log.info("archiving", run=keys.run, policy=self._policy, archive=self._archive.url, after=self._newest)
+        self._log.info(
+            "archiving", run=self._broker.keys.run, policy=self._policy, archive=self._archive.url, after=self._newest
+        )
 
     async def _check(self, header: Header, last: BatchEntry, covered: int) -> None:
         """Raise Conflict unless the archive is of this run's history and lacks nothing of it."""

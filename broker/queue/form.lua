@@ -1,58 +1,68 @@
 #!lua flags=allow-oom
 -- FORM: move chosen groups from the queue into one batch, all or none.
 -- KEYS  1 groups (stream)  2 batches (stream)  3 state (hash)  4 settings (hash)
--- ARGV  1 step to form  2 sequences it must hold  3 number k of groups  4…3+k their ids in `groups`  then the batch's fields and values
--- reply "formed" (now, or by a call whose reply was lost) | "conflict" (another replica was faster: choose again)
+-- ARGV  1 step to form  2 sequences it must hold  3 number k of groups
+--       4…3+k their ids in `groups`  then the batch's fields and values
+-- reply "formed" (now, or by a call whose reply was lost)
+--       | "conflict" (another replica was faster: choose again)
 --       | "held" (a lossless shadow is behind by as many batches as it may be)
 -- `gids` and the totals among the fields were read from the same entries, which never change.
-local k = tonumber(ARGV[3])
-local kept = redis.call('XRANGE', KEYS[2], ARGV[1] .. '-0', ARGV[1] .. '-0')
-if #kept > 0 and table.concat(kept[1][2], '\0') == table.concat({unpack(ARGV, 4 + k)}, '\0') then return 'formed' end
-if tonumber(redis.call('HGET', KEYS[3], 'formed') or '0') + 1 ~= tonumber(ARGV[1]) then return 'conflict' end
-if redis.call('EXISTS', KEYS[2]) == 1 then
-  for _, reader in ipairs(redis.call('XINFO', 'GROUPS', KEYS[2])) do
-    local policy, at = reader[2], {}
-    for i = 1, #reader, 2 do at[reader[i]] = reader[i + 1] end
-    local most = string.match(redis.call('HGET', KEYS[4], 'shadow:' .. policy) or '', '^lossless (%d+)$')
-    if most then
-      local pending, unread = redis.call('XPENDING', KEYS[2], policy), redis.call('XRANGE', KEYS[2], '(' .. at['last-delivered-id'], '+', 'COUNT', 1)
-      local oldest = pending[1] > 0 and pending[2] or #unread > 0 and unread[1][1] or ARGV[1]
-      if ARGV[1] - tonumber(string.match(oldest, '^%d+')) >= tonumber(most) then return 'held' end
-    end
-  end
+--- @include counters
+--- @include readers
+local groups, batches, state, settings = unpack(KEYS)
+local step, size, k = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local FIRST, BATCH = 4, 4 + k
+
+local function is_formed()
+  local kept = redis.call('XRANGE', batches, step .. '-0', step .. '-0')[1]
+  return kept and table.concat(kept[2], '\0') == table.concat({unpack(ARGV, BATCH)}, '\0')
 end
-local sequences, bytes, taken, quotas, present = 0, 0, {}, {}, {}
-for i = 1, k do
-  local found = redis.call('XRANGE', KEYS[1], ARGV[3 + i], ARGV[3 + i])
-  if #found == 0 then return 'conflict' end
-  local entry, flat = {}, found[1][2]
-  for j = 1, #flat, 2 do entry[flat[j]] = flat[j + 1] end
+
+-- The first step that a reader has not settled: one lent to it, the next it will read, or this one.
+local function oldest_of(reader)
+  local pending = redis.call('XPENDING', batches, reader.name)
+  if pending[1] > 0 then return step_of(pending[2]) end
+  local after = '(' .. reader['last-delivered-id']
+  local unread = redis.call('XRANGE', batches, after, '+', 'COUNT', 1)[1]
+  return unread and step_of(unread[1]) or tonumber(step)
+end
+
+local function is_held()
+  for _, reader in ipairs(readers_of(batches)) do
+    local kind, behind = shadow_rule(settings, reader.name)
+    if kind == 'lossless' and step - oldest_of(reader) >= behind then return true end
+  end
+  return false
+end
+
+local function count_in(sums, counter, amount) sums[counter] = (sums[counter] or 0) + amount end
+
+if is_formed() then return 'formed' end
+if tonumber(redis.call('HGET', state, 'formed') or '0') + 1 ~= tonumber(step) then
+  return 'conflict'
+end
+if is_held() then return 'held' end
+local sequences, bytes, of_envs, present = 0, 0, {}, {}
+for i = FIRST, BATCH - 1 do
+  local found = redis.call('XRANGE', groups, ARGV[i], ARGV[i])[1]
+  if not found then return 'conflict' end
+  local entry = map(found[2])
   sequences = sequences + tonumber(entry.n)
   bytes = bytes + tonumber(entry.bytes)
-  local waiting = 'waiting:' .. entry.env .. ':' .. entry.n
-  taken[waiting] = (taken[waiting] or 0) + 1
-  for field, amount in pairs({env_sequences = entry.n, env_bytes = entry.bytes}) do
-    field = field .. ':' .. entry.env
-    quotas[field] = (quotas[field] or 0) + tonumber(amount)
-  end
+  count_in(of_envs, 'waiting:' .. entry.env .. ':' .. entry.n, 1)
+  count_in(of_envs, 'env_sequences:' .. entry.env, tonumber(entry.n))
+  count_in(of_envs, 'env_bytes:' .. entry.env, tonumber(entry.bytes))
   present['missing:' .. entry.env] = true
 end
-if sequences ~= tonumber(ARGV[2]) then return 'conflict' end
+if sequences ~= size then return 'conflict' end
 
-redis.call('XADD', KEYS[2], ARGV[1] .. '-0', unpack(ARGV, 4 + k))
-for i = 1, k do redis.call('XDEL', KEYS[1], ARGV[3 + i]) end
-redis.call('HINCRBY', KEYS[3], 'groups', -k)
-redis.call('HINCRBY', KEYS[3], 'sequences', -sequences)
-redis.call('HINCRBY', KEYS[3], 'bytes', string.format('%.0f', -bytes))
-for field, amount in pairs(quotas) do
-  if redis.call('HINCRBY', KEYS[3], field, string.format('%.0f', -amount)) == 0 then redis.call('HDEL', KEYS[3], field) end
-end
-for waiting, groups in pairs(taken) do
-  if redis.call('HINCRBY', KEYS[3], waiting, -groups) == 0 then redis.call('HDEL', KEYS[3], waiting) end
-end
-for missing in pairs(present) do redis.call('HDEL', KEYS[3], missing) end
-redis.call('HINCRBY', KEYS[3], 'undelivered_groups', k)
-redis.call('HINCRBY', KEYS[3], 'undelivered_sequences', sequences)
-redis.call('HINCRBY', KEYS[3], 'kept_bytes', string.format('%.0f', bytes))
-redis.call('HSET', KEYS[3], 'formed', ARGV[1])
+redis.call('XADD', batches, step .. '-0', unpack(ARGV, BATCH))
+for i = FIRST, BATCH - 1 do redis.call('XDEL', groups, ARGV[i]) end
+take_from_queue(state, k, sequences, bytes)
+for counter, amount in pairs(of_envs) do take_from_env(state, counter, amount) end
+for missing in pairs(present) do redis.call('HDEL', state, missing) end
+redis.call('HINCRBY', state, 'undelivered_groups', k)
+redis.call('HINCRBY', state, 'undelivered_sequences', sequences)
+redis.call('HINCRBY', state, 'kept_bytes', string.format('%.0f', bytes))
+redis.call('HSET', state, 'formed', step)
 return 'formed'

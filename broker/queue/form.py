@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Literal, cast
 
 from lachesis.broker.errors import Unreadable
 from lachesis.broker.queue import selection
 from lachesis.broker.queue.counters import read_status
 from lachesis.broker.queue.refit import Refit, fitted_to, sizes_of
-from lachesis.broker.records.entries import read_number, to_entry
-from lachesis.broker.records.keys import Keys
+from lachesis.broker.records.entries import flat_entry, read_number
 from lachesis.broker.records.steps import BatchEntry, QueueStatus
 from lachesis.broker.run.environments import Environments
-from lachesis.broker.store.connection import Redis
-from lachesis.broker.store.scripts import Scripts
+from lachesis.broker.run_view import RunView
 
 MINIMUM_WAIT_S = 30.0  # a batch waits this long for a living environment with a minimum that has nothing queued
 MAX_SLICE = 1024  # entries read at a time
@@ -23,29 +22,31 @@ ATTEMPTS = 100  # while other replicas are faster
 _COUNTS = (b"tok", b"v_min", b"v_max", b"bytes")  # of a queued group
 
 
+Reply = Literal["formed", "conflict", "held"]
 Entry = tuple[bytes, Mapping[bytes, bytes]]  # a queued group's id and fields, as Redis replies them
 
 
 class BatchFormer:
     """Forms batches of one run, together with every other replica that does."""
 
-    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys, staleness: Staleness, refit: Refit) -> None:
-        self._redis, self._scripts, self._keys = redis, scripts, keys
+    def __init__(self, view: RunView, staleness: Staleness, refit: Refit) -> None:
+        self._view = view
         self._staleness, self._refit = staleness, refit
-        self._environments = Environments(redis, keys)
+        self._environments = Environments(view)
 
-    async def form(self, batch_size: int, policy: str) -> int | None:
+    async def form(self, batch_size: int, policy: str = "main") -> int | None:
         """Form the next batch; its step, or None if the queue can't make one yet.
 
         Groups that are too stale are not put into it, but dropped; those too large for it are moved out of the queue.
+        Where other settings were registered, all is first made to fit them (see refit.py), on behalf of `policy`.
         Where it can't, the counters say so in constant time; where it can, about as many groups are read as are taken.
         Counters that contradict the queue are made anew.
         """
         refitted, conflicts = False, 0
         while conflicts < ATTEMPTS:
-            async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.hgetall(self._keys.state)
-                pipe.hget(self._keys.trainers, "config")
+            async with self._view.redis.pipeline(transaction=False) as pipe:
+                pipe.hgetall(self._view.keys.state)
+                pipe.hget(self._view.keys.trainers, "config")
                 self._environments.ask(pipe)
                 state, registered, *called = await pipe.execute()
             status, now, sizes = read_status(state), time.time(), sizes_of(registered)
@@ -69,11 +70,11 @@ class BatchFormer:
             if chosen and await self._staleness.drop([(id_, int(fields[b"v_min"])) for id_, fields in chosen]):
                 continue
             if chosen:
-                reply = await self._commit(status.formed + 1, batch_size, chosen)
+                reply = await self._write(status.formed + 1, batch_size, chosen)
                 conflicts += 1
-                if reply != b"conflict":
-                    return None if reply == b"held" else status.formed + 1
-            if not chosen and int(await self._redis.hget(self._keys.state, "formed") or 0) == status.formed:
+                if reply != "conflict":
+                    return None if reply == "held" else status.formed + 1
+            if not chosen and int(await self._view.redis.hget(self._view.keys.state, "formed") or 0) == status.formed:
                 if refitted:
                     return None
                 await self._refit(policy)  # nobody was faster: the counters are of groups that are not there
@@ -88,12 +89,12 @@ class BatchFormer:
         if gone := [
             name for name in state if name.startswith(b"missing:") and name[8:].decode(errors="replace") not in minimums
         ]:
-            await self._redis.hdel(self._keys.state, *gone)  # it has gone, and nobody waits for it any more
+            await self._view.redis.hdel(self._view.keys.state, *gone)  # it has gone, and nobody waits for it any more
         if new := [f"missing:{env}" for env, since in absent.items() if since is None]:
             marks = [
                 text for field in new for text in (field, str(now))
             ]  # not rounded: a mark in the future counts as none
-            await self._scripts.set_fields(keys=[self._keys.state], args=marks)
+            await self._view.scripts.set_fields(keys=[self._view.keys.state], args=marks)
         return any(since is None or 0 <= now - float(since) < MINIMUM_WAIT_S for since in absent.values())
 
     async def _choose(self, status: QueueStatus, batch_size: int, minimums: Mapping[str, int]) -> list[Entry] | None:
@@ -110,7 +111,7 @@ class BatchFormer:
         while True:
             after = b"(" + found[-1][0] if found else b"-"
             count = min(wanted - len(found), MAX_SLICE)
-            slice_ = await self._redis.xrange(self._keys.groups, after, count=count)
+            slice_ = await self._view.redis.xrange(self._view.keys.groups, after, count=count)
             found += slice_
             try:
                 sizes += [int(fields[b"n"]) for _, fields in slice_]
@@ -129,7 +130,7 @@ class BatchFormer:
                 return None
             wanted *= 2
 
-    async def _commit(self, step: int, batch_size: int, chosen: Sequence[Entry]) -> bytes:
+    async def _write(self, step: int, batch_size: int, chosen: Sequence[Entry]) -> Reply:
         batch = BatchEntry(
             step=step,
             gids=tuple(fields[b"gid"].decode() for _, fields in chosen),
@@ -140,13 +141,17 @@ class BatchFormer:
             formed_at=time.time(),
             bytes=sum(int(fields[b"bytes"]) for _, fields in chosen),
         )
-        ids = [id_ for id_, _ in chosen]
-        return bytes(
-            await self._scripts.form(
-                keys=[self._keys.groups, self._keys.batches, self._keys.state, self._keys.settings],
-                args=[step, batch_size, len(ids), *ids, *(text for pair in to_entry(batch).items() for text in pair)],
-            )
-        )
+        return await _form(self._view, batch, [id_ for id_, _ in chosen])
+
+
+async def _form(view: RunView, batch: BatchEntry, ids: Sequence[bytes]) -> Reply:
+    """form.lua; `ids` are of the batch's groups in the queue."""
+    keys = view.keys
+    reply = await view.scripts.form(
+        keys=[keys.groups, keys.batches, keys.state, keys.settings],
+        args=[batch.step, batch.n, len(ids), *ids, *flat_entry(batch)],
+    )
+    return cast("Reply", reply.decode())
 
 
 def _any_larger(status: QueueStatus, batch_size: int) -> bool:
@@ -170,15 +175,15 @@ def _any_longer(chosen: Sequence[Entry], max_token_len: int) -> bool:
 
 
 class Staleness:
-    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys) -> None:
-        self._redis, self._scripts, self._keys = redis, scripts, keys
+    def __init__(self, view: RunView) -> None:
+        self._view = view
 
     async def rule(self) -> tuple[int, int]:
         """(max_lag, newest version of the policy it is about); max_lag 0: groups of any age are trained."""
-        max_lag, policy = await self._redis.hmget(self._keys.state, ["max_lag", "lag_of"])
+        max_lag, policy = await self._view.redis.hmget(self._view.keys.state, ["max_lag", "lag_of"])
         if not read_number(max_lag):
             return 0, 0
-        newest = await self._redis.xrevrange(self._keys.weights(policy.decode()), count=1)
+        newest = await self._view.redis.xrevrange(self._view.keys.weights(policy.decode()), count=1)
         return read_number(max_lag), int(newest[0][0].split(b"-")[0]) if newest else 0
 
     async def drop(self, queued: Sequence[tuple[bytes, int]]) -> int:
@@ -186,6 +191,6 @@ class Staleness:
         max_lag, newest = await self.rule()
         stale = [id_ for id_, v_min in queued if 0 < max_lag < newest - v_min]
         if stale:
-            keys = [self._keys.groups, self._keys.dead, self._keys.state]
-            await self._scripts.drop(keys=keys, args=[newest, max_lag, *stale])
+            keys = [self._view.keys.groups, self._view.keys.dead, self._view.keys.state]
+            await self._view.scripts.drop(keys=keys, args=[newest, max_lag, *stale])
         return len(stale)

@@ -1,125 +1,149 @@
 #!lua flags=allow-oom
--- LEASE: lend the consumer one batch: its own unfinished one, else one whose lease lapsed, else the next new one.
+-- LEASE: lend the consumer one batch: its own unfinished one, else one whose lease lapsed, else the
+-- next new one.
 -- KEYS  1 batches (stream)  2 state (hash)  3 dead (stream)  4 skipped (hash)  5 settings (hash)
--- ARGV  1 policy (consumer group)  2 consumer  3 milliseconds after which another consumer's lease has lapsed (0: at once)
---       4 how often a batch may be lent, 0 for any number  5 '1' if the batch counts as delivered from now on, '0' if MARK_DELIVERED will say so
+-- ARGV  1 policy (consumer group)  2 consumer
+--       3 milliseconds after which another consumer's lease has lapsed (0: at once)
+--       4 how often a batch may be lent, 0 for any number
+--       5 '1' if the batch counts as delivered from now on, '0' if MARK_DELIVERED will say so
 -- reply {gone} | {gone, id, fields, deliveries} (gone: batches passed over by this call)
--- A batch whose entry is gone, deleted by hand, is passed over: its step becomes a hole in the numbers, and is counted as `gone`.
--- Idempotent: a caller that lost the reply gets the same batch again. Reading it again renews the lease and counts as a
--- delivery. A batch that was lent too often is given up, and the next one lent: the policy goes on without it; and if
--- no other policy has trained it or still may, its groups become dead letters. A lossy shadow that is behind by more batches
--- than it may be skips the oldest of those that it has not read.
--- include delivered
-local stream, state, policy, consumer, limit, gone = KEYS[1], KEYS[2], ARGV[1], ARGV[2], tonumber(ARGV[4]), 0
+-- A batch whose entry is gone, deleted by hand, is passed over: its step becomes a hole in the
+-- numbers, and is counted as `gone`.
+-- Idempotent: a caller that lost the reply gets the same batch again. Reading it again renews the
+-- lease and counts as a delivery. A batch that was lent too often is given up, and the next one
+-- lent: the policy goes on without it; and if no other policy has trained it or still may, its
+-- groups become dead letters. A lossy shadow that is behind by more batches than it may be skips
+-- the oldest of those that it has not read.
+--- @include delivered
+--- @include readers
+local batches, state, dead, skipped, settings = unpack(KEYS)
+local policy, consumer, lapse_ms, max_deliveries, counts_now = unpack(ARGV)
+local gone = 0
 
-local function pass_over(id)
-  local step = string.match(id, '^%d+')
-  redis.call('XACK', stream, policy, id)
-  if redis.call('HSETNX', KEYS[4], policy .. ':' .. step, '') == 1 then
+local function number(field) return tonumber(redis.call('HGET', state, field) or '0') end
+
+local function skip_step(reader, step, gids)
+  redis.call('HSET', skipped, reader .. ':' .. step, gids)
+end
+
+local function pass_over(step)
+  redis.call('XACK', batches, policy, step .. '-0')
+  if redis.call('HSETNX', skipped, policy .. ':' .. step, '') == 1 then
     redis.call('HINCRBY', state, 'gone', 1)
     gone = gone + 1
   end
 end
 
-local function lapsed()  -- one call looks at ten pending batches: however many living leases stand before it
+-- The consumer's oldest unfinished batch (from '0'), or the next new one (from '>').
+local function read(from)
+  local reply = redis.call('XREADGROUP', 'GROUP', policy, consumer, 'COUNT', 1,
+    'STREAMS', batches, from)
+  return reply and reply[1][2][1]
+end
+
+-- One call looks at ten pending batches: however many living leases stand before it.
+local function lapsed()
   local cursor = '0-0'
   repeat
-    local reply = redis.call('XAUTOCLAIM', stream, policy, consumer, ARGV[3], cursor, 'COUNT', 1)
-    for _, id in ipairs(reply[3]) do pass_over(id) end
+    local reply = redis.call('XAUTOCLAIM', batches, policy, consumer, lapse_ms, cursor, 'COUNT', 1)
+    for _, id in ipairs(reply[3]) do pass_over(step_of(id)) end
     if reply[2][1] then return reply[2][1] end
     cursor = reply[1]
   until cursor == '0-0'
 end
 
 local function lend(id, fields, deliveries)
-  if ARGV[5] == '1' then deliver(stream, state, tonumber(string.match(id, '^%d+'))) end
+  if counts_now == '1' then deliver(batches, state, step_of(id)) end
   return {gone, id, fields, deliveries}
 end
 
-local function rule(name) return redis.call('HGET', KEYS[5], 'shadow:' .. name) or '' end
-
-local function give_up(id, fields, deliveries)
-  local step, batch, policies, wanted = string.match(id, '^%d+'), {}, {}, false
-  for j = 1, #fields, 2 do batch[fields[j]] = fields[j + 1] end
-  for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-    local name, at = group[2], {}
-    for j = 1, #group, 2 do at[group[j]] = group[j + 1] end
-    if name ~= 'archive' then policies[#policies + 1] = name end  -- it trains nothing
-    local may_skip = string.find(rule(name), '^lossy') and tonumber(string.match(at['last-delivered-id'], '^%d+')) < tonumber(step)
-    if name ~= policy and name ~= 'archive' and not may_skip and redis.call('HEXISTS', KEYS[4], name .. ':' .. step) == 0 then
-      wanted = true
+-- Whether another policy has trained the batch, or still may.
+local function is_wanted(step, readers)
+  for _, reader in ipairs(readers) do
+    local may_skip = shadow_rule(settings, reader.name) == 'lossy' and reader.read < step
+    local trains = reader.name ~= policy and reader.name ~= 'archive' and not may_skip
+    if trains and redis.call('HEXISTS', skipped, reader.name .. ':' .. step) == 0 then
+      return true
     end
   end
-  local gids = batch.gids or ''
-  redis.call('XACK', stream, policy, id)
-  redis.call('HSET', KEYS[4], policy .. ':' .. step, gids)
-  if wanted then return end
+  return false
+end
+
+local function give_up(id, fields, deliveries)
+  local step, batch, readers = step_of(id), map(fields), readers_of(batches)
+  redis.call('XACK', batches, policy, id)
+  skip_step(policy, step, batch.gids or '')
+  if is_wanted(step, readers) then return end
   local detail = 'step ' .. step .. ' was lent ' .. deliveries .. ' times and never committed'
-  for gid in string.gmatch(gids, '%S+') do
-    redis.call('XADD', KEYS[3], '*', 'gid', gid, 'reason', 'deliveries', 'deliveries', deliveries, 'detail', detail)
+  for gid in each_gid(batch.gids) do
+    redis.call('XADD', dead, '*', 'gid', gid, 'reason', 'deliveries', 'deliveries', deliveries,
+      'detail', detail)
     redis.call('HINCRBY', state, 'dead', 1)
     redis.call('HINCRBY', state, 'dropped:deliveries', 1)
   end
-  for _, name in ipairs(policies) do redis.call('HSET', KEYS[4], name .. ':' .. step, '') end
-  deliver(stream, state, tonumber(step))
-  redis.call('XDEL', stream, id)
-  if (tonumber(batch.bytes or '') or 0) > 0 then redis.call('HINCRBY', state, 'kept_bytes', '-' .. batch.bytes) end
+  for _, reader in ipairs(readers) do -- the archive's trains nothing
+    if reader.name ~= 'archive' then skip_step(reader.name, step, '') end
+  end
+  deliver(batches, state, step)
+  redis.call('XDEL', batches, id)
+  if (tonumber(batch.bytes or '') or 0) > 0 then
+    redis.call('HINCRBY', state, 'kept_bytes', '-' .. batch.bytes)
+  end
 end
 
-local function skip(most)
-  local oldest = tonumber(redis.call('HGET', state, 'formed') or '0') - most + 1
-  for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-    local at = {}
-    for j = 1, #group, 2 do at[group[j]] = group[j + 1] end
-    local read = tonumber(string.match(at['last-delivered-id'], '^%d+'))
-    if at.name == policy and read < oldest - 1 then
-      for _, entry in ipairs(redis.call('XRANGE', stream, (read + 1) .. '-0', (oldest - 1) .. '-0')) do
-        for j = 1, #entry[2], 2 do
-          if entry[2][j] == 'gids' then
-            redis.call('HSET', KEYS[4], policy .. ':' .. string.match(entry[1], '^%d+'), entry[2][j + 1])
-          end
-        end
-      end
-      redis.call('XGROUP', 'SETID', stream, policy, (oldest - 1) .. '-0')
+-- The step that the policy was given last.
+local function last_read()
+  for _, reader in ipairs(readers_of(batches)) do
+    if reader.name == policy then return reader.read end
+  end
+  return 0
+end
+
+-- A lossy shadow goes on where it is behind by no more than it may be.
+local function skip_old()
+  local kind, behind = shadow_rule(settings, policy)
+  if kind ~= 'lossy' then return end
+  local first, last = last_read() + 1, number('formed') - behind
+  if first > last then return end
+  for _, entry in ipairs(redis.call('XRANGE', batches, first .. '-0', last .. '-0')) do
+    local gids = value_of(entry[2], 'gids')
+    if gids then skip_step(policy, step_of(entry[1]), gids) end
+  end
+  redis.call('XGROUP', 'SETID', batches, policy, last .. '-0')
+end
+
+local function lend_again()
+  while true do
+    local batch = read('0') or lapsed()
+    if not batch then return nil end
+    local id, fields = batch[1], batch[2]
+    if fields then
+      local deliveries = redis.call('XPENDING', batches, policy, id, id, 1)[1][4]
+      local most = tonumber(max_deliveries)
+      if most == 0 or deliveries <= most then return lend(id, fields, deliveries) end
+      give_up(id, fields, deliveries - 1)
+    else
+      pass_over(step_of(id))
     end
   end
 end
 
-while true do
-  local again
-  local own = redis.call('XREADGROUP', 'GROUP', policy, consumer, 'COUNT', 1, 'STREAMS', stream, '0')
-  if own and #own[1][2] > 0 then
-    again = own[1][2][1]
-  else
-    again = lapsed()
-  end
-  if again and again[2] then
-    local deliveries = redis.call('XPENDING', stream, policy, again[1], again[1], 1)[1][4]
-    if limit == 0 or deliveries <= limit then return lend(again[1], again[2], deliveries) end
-    give_up(again[1], again[2], deliveries - 1)
-  elseif again then
-    pass_over(again[1])
-  else
-    break
+local function lend_new()
+  local last, formed = last_read(), number('formed')
+  local new = read('>')
+  local first = math.max(last, number('joined:' .. policy)) + 1
+  local behind = new and step_of(new[1]) or formed + 1
+  for step = first, behind - 1 do pass_over(step) end -- deleted before anybody read them
+  if new then return lend(new[1], new[2], 1) end
+  if last < formed then redis.call('XGROUP', 'SETID', batches, policy, formed .. '-0') end
+  local delivered = number('delivered')
+  local after = (delivered + 1) .. '-0'
+  if delivered < formed and #redis.call('XRANGE', batches, after, '+', 'COUNT', 1) == 0 then
+    deliver(batches, state, formed) -- none of them will be
   end
 end
 
-local most = string.match(rule(policy), '^lossy (%d+)$')
-if most then skip(tonumber(most)) end
-local read, formed = 0, tonumber(redis.call('HGET', state, 'formed') or '0')
-for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-  local at = {}
-  for j = 1, #group, 2 do at[group[j]] = group[j + 1] end
-  if at.name == policy then read = tonumber(string.match(at['last-delivered-id'], '^%d+')) end
-end
-local new = redis.call('XREADGROUP', 'GROUP', policy, consumer, 'COUNT', 1, 'STREAMS', stream, '>')
-local first = math.max(read, tonumber(redis.call('HGET', state, 'joined:' .. policy) or '0')) + 1
-local behind = new and tonumber(string.match(new[1][2][1][1], '^%d+')) or formed + 1
-for step = first, behind - 1 do pass_over(step .. '-0') end  -- deleted before anybody read them
-if new then return lend(new[1][2][1][1], new[1][2][1][2], 1) end
-if read < formed then redis.call('XGROUP', 'SETID', stream, policy, formed .. '-0') end
-local delivered = tonumber(redis.call('HGET', state, 'delivered') or '0')
-if delivered < formed and #redis.call('XRANGE', stream, (delivered + 1) .. '-0', '+', 'COUNT', 1) == 0 then
-  deliver(stream, state, formed)  -- none of them will be
-end
-return {gone}
+local lent = lend_again()
+if lent then return lent end
+skip_old()
+return lend_new() or {gone}

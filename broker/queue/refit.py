@@ -21,12 +21,10 @@ from lachesis.broker.queue.admission import admit
 from lachesis.broker.records.blobs import from_blob, queue_entry
 from lachesis.broker.records.entries import SHOWN, flat_entry, read_entries, read_json, warn
 from lachesis.broker.records.groups import Group, GroupEntry
-from lachesis.broker.records.keys import Keys
 from lachesis.broker.records.registrations import TrainerConfig
 from lachesis.broker.records.steps import BatchEntry
 from lachesis.broker.retention.dead_letters import LOST, OVERSIZED, UNREADABLE
-from lachesis.broker.store.connection import Redis
-from lachesis.broker.store.scripts import Scripts
+from lachesis.broker.run_view import RunView
 
 ATTEMPTS = 10  # while others register
 SLICE = 500  # entries read at a time
@@ -78,8 +76,8 @@ class _Sent(Struct):
 
 
 class Refit:
-    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys) -> None:
-        self._redis, self._scripts, self._keys = redis, scripts, keys
+    def __init__(self, view: RunView) -> None:
+        self._view = view
 
     async def if_due(self, policy: str) -> bool:
         """Refit if other sizes were registered than all was fitted to. Returns whether it was due."""
@@ -99,8 +97,8 @@ class Refit:
             steps, groups = await self._batches(policy, sizes, apart)
             queued = await self._queued(sizes) if sizes else []
             failpoint("refitting", min(apart, default=0))
-            keys = self._keys
-            reply = await self._scripts.refit(
+            keys = self._view.keys
+            reply = await self._view.scripts.refit(
                 keys=[keys.groups, keys.batches, keys.state, keys.dead, keys.skipped, keys.trainers],
                 args=[raw, str(sizes or ""), policy, len(steps), *steps, len(queued) // 3, *queued, *groups],
             )
@@ -110,13 +108,13 @@ class Refit:
                 if any(done):
                     warn("refitted", run=keys.run, sizes=str(sizes or ""), **done._asdict())
                 return done
-        raise Conflict(f"other trainers register with run {self._keys.run!r} at this moment: try again")
+        raise Conflict(f"other trainers register with run {self._view.keys.run!r} at this moment: try again")
 
     async def _registered(self) -> tuple[bytes, Sizes | None, str]:
         """The registration as it is kept, its sizes if it can be read, and what all was fitted to last."""
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.hget(self._keys.trainers, "config")
-            pipe.hget(self._keys.state, "fitted")
+        async with self._view.redis.pipeline(transaction=False) as pipe:
+            pipe.hget(self._view.keys.trainers, "config")
+            pipe.hget(self._view.keys.state, "fitted")
             raw, fitted = await pipe.execute()
         return raw or b"", sizes_of(raw), fitted_to({b"fitted": fitted or b""})
 
@@ -131,8 +129,8 @@ class Refit:
         self, policy: str, sizes: Sizes | None, apart: Collection[int]
     ) -> tuple[list[int], list[str | bytes | int]]:
         """Steps of the batches that can't be trained; and for each group in them (step, gid, entry or reason), in a row."""
-        is_shadow = await self._redis.hexists(
-            self._keys.settings, f"shadow:{policy}"
+        is_shadow = await self._view.redis.hexists(
+            self._view.keys.settings, f"shadow:{policy}"
         )  # it trains what another asks for
         arrived, steps, groups = await self._arrived(policy), [], []  # type: set[int], list[int], list[str | bytes | int]
         for id_, fields in await self._open(policy):
@@ -153,21 +151,21 @@ class Refit:
 
     async def _open(self, policy: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
         """Batches that `policy` has not trained yet, as they are kept; if it does not read (yet), all."""
-        batches, found = self._keys.batches, []
+        batches, found = self._view.keys.batches, []
         try:
-            readers = await self._redis.xinfo_groups(batches)
-            pending = await self._redis.xpending_range(batches, policy, "-", "+", MOST_OPEN)
+            readers = await self._view.redis.xinfo_groups(batches)
+            pending = await self._view.redis.xpending_range(batches, policy, "-", "+", MOST_OPEN)
             last = next(reader["last-delivered-id"] for reader in readers if reader["name"] == policy.encode())
         except ResponseError:  # no batch was ever formed, or nobody reads
-            return [*await self._redis.xrange(batches)]
+            return [*await self._view.redis.xrange(batches)]
         for lent in pending:
-            found += await self._redis.xrange(batches, lent["message_id"], lent["message_id"])
-        return [*found, *await self._redis.xrange(batches, b"(" + last)]
+            found += await self._view.redis.xrange(batches, lent["message_id"], lent["message_id"])
+        return [*found, *await self._view.redis.xrange(batches, b"(" + last)]
 
     async def _arrived(self, policy: str) -> set[int]:
         """Steps that HTTP trainers have received whole, and acknowledge with their next call."""
         prefix, steps = f"sent:{policy}:".encode(), set()
-        for field, raw in (await self._redis.hgetall(self._keys.state)).items():
+        for field, raw in (await self._view.redis.hgetall(self._view.keys.state)).items():
             if field.startswith(prefix) and (sent := read_json(_Sent, raw)) and sent.whole:
                 steps.add(sent.step)
         return steps
@@ -177,7 +175,7 @@ class Refit:
     async def _queued(self, sizes: Sizes) -> list[bytes | str]:
         """(entry id, reason, detail), in a row, of the queued groups that can't be trained."""
         unfit, start = [], b"-"  # type: list[bytes | str], bytes
-        while found := await self._redis.xrange(self._keys.groups, start, count=SLICE):
+        while found := await self._view.redis.xrange(self._view.keys.groups, start, count=SLICE):
             for id_, entry in read_entries(GroupEntry, found):
                 longest = entry.longest
                 if not longest and entry.tok - entry.n >= sizes.max_token_len:  # it may be too long
@@ -196,7 +194,7 @@ class Refit:
         entries: list[list[str]] = []
         for start in range(0, len(gids), BLOBS):
             part = gids[start : start + BLOBS]
-            blobs = await self._redis.mget([self._keys.blob(gid) for gid in part])
+            blobs = await self._view.redis.mget([self._view.keys.blob(gid) for gid in part])
             entries += [_entry(gid, blob, sizes) for gid, blob in zip(part, blobs, strict=True)]
         return entries
 

@@ -1,34 +1,45 @@
 #!lua flags=allow-oom
--- SUBSCRIBE: make a policy a reader of all batches that are still there; Redis may be full when its trainer comes.
+-- SUBSCRIBE: make a policy a reader of all batches that are still there; Redis may be full when its
+-- trainer comes.
 -- KEYS  1 batches (stream)  2 state (hash)  3 settings (hash)
--- ARGV  1 policy (consumer group)  2 how it reads as a shadow, '<lossless or lossy> <batches it may be behind>'; '' if it is none
+-- ARGV  1 policy (consumer group)
+--       2 how it reads as a shadow, '<lossless or lossy> <batches it may be behind>'; '' if it is
+--       none
 -- reply 1 if it is new, else 0
--- For one that comes late it is noted how many groups had come and gone by then, and which step was formed last.
-local batches, state, policy = KEYS[1], KEYS[2], ARGV[1]
-local function rule()
-  if ARGV[2] == '' then redis.call('HDEL', KEYS[3], 'shadow:' .. policy)
-  else redis.call('HSET', KEYS[3], 'shadow:' .. policy, ARGV[2]) end
+-- For one that comes late it is noted how many groups had come and gone by then, and which step was
+-- formed last.
+--- @include readers
+local batches, state, settings = unpack(KEYS)
+local policy, rule = unpack(ARGV)
+
+local function is_reader()
+  for _, reader in ipairs(readers_of(batches)) do
+    if reader.name == policy then return true end
+  end
+  return false
 end
 
-if redis.call('EXISTS', batches) == 1 then
-  for _, group in ipairs(redis.call('XINFO', 'GROUPS', batches)) do
-    if group[2] == policy then
-      rule()
-      return 0
-    end
-  end
-end
-local counted = redis.call('HMGET', state, 'accepted', 'groups', 'dead', 'purged', 'formed')
-local gone = tonumber(counted[1] or '0')
-for i = 2, 4 do gone = gone - tonumber(counted[i] or '0') end
-if tonumber(counted[5] or '0') > 0 then
+-- Groups that were accepted, and are neither queued, nor in a batch that is kept, nor dead letters.
+local function count_gone()
+  local counts = redis.call('HMGET', state, 'accepted', 'groups', 'dead', 'purged')
+  local gone = tonumber(counts[1] or '0')
+  for i = 2, 4 do gone = gone - tonumber(counts[i] or '0') end
   for _, batch in ipairs(redis.call('XRANGE', batches, '-', '+')) do
-    for i = 1, #batch[2], 2 do
-      if batch[2][i] == 'gids' then gone = gone - select(2, string.gsub(batch[2][i + 1], '%S+', '')) end
-    end
+    gone = gone - select(2, string.gsub(value_of(batch[2], 'gids') or '', '%S+', ''))
   end
-  redis.call('HSET', state, 'unseen:' .. policy, string.format('%.0f', gone), 'joined:' .. policy, counted[5])
+  return gone
 end
-rule()
-redis.call('XGROUP', 'CREATE', batches, policy, '0', 'MKSTREAM')
-return 1
+
+local is_new = not is_reader()
+local formed = redis.call('HGET', state, 'formed') or '0'
+if is_new and tonumber(formed) > 0 then
+  redis.call('HSET', state, 'unseen:' .. policy, string.format('%.0f', count_gone()),
+    'joined:' .. policy, formed)
+end
+if rule == '' then
+  redis.call('HDEL', settings, 'shadow:' .. policy)
+else
+  redis.call('HSET', settings, 'shadow:' .. policy, rule)
+end
+if is_new then redis.call('XGROUP', 'CREATE', batches, policy, '0', 'MKSTREAM') end
+return is_new and 1 or 0

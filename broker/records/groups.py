@@ -19,6 +19,7 @@ DUPLICATE_WINDOW_S = (
     900  # for so long a repeated post is a retry: atroposlib's third and last begins some 630 s after the first
 )
 LONGEST_WINDOW_S = 24 * 3600  # that it may be set to; a replay's
+AGAIN = "~"  # between a post's id and what tells its groups apart, where one is still kept and the next is accepted
 Count: TypeAlias = Annotated[int, Meta(ge=0)]
 Positive: TypeAlias = Annotated[int, Meta(ge=1)]
 

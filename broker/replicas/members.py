@@ -16,15 +16,12 @@ from msgspec import Struct, structs
 from redis.exceptions import ResponseError
 
 from lachesis.broker.errors import Conflict, Diverged, LeaseLost, Moved
-from lachesis.broker.queue.queue import REFUSED_KEPT
-from lachesis.broker.records.entries import to_entry
+from lachesis.broker.records.entries import flat_entry
 from lachesis.broker.records.groups import DeadEntry
-from lachesis.broker.records.keys import Keys
 from lachesis.broker.records.steps import LedgerEntry, Member, Membership
-from lachesis.broker.store.connection import Redis
-from lachesis.broker.store.multiplexed import MultiplexedConnection
+from lachesis.broker.retention.dead_letters import REFUSED_KEPT
+from lachesis.broker.run_view import RunView
 from lachesis.broker.store.redis_errors import trouble
-from lachesis.broker.store.scripts import Scripts
 
 CONSUMER = "replicas"  # who the batches of all replicas together are lent to
 NO_WEIGHTS = -1  # in place of a step, by a replica whose weights are of no use to others
@@ -62,16 +59,8 @@ class EpochState(Struct, frozen=True):
 class Members:
     """The replicas of one run's policies."""
 
-    def __init__(
-        self, redis: Redis, multiplexed: MultiplexedConnection, heartbeats: Redis, scripts: Scripts, keys: Keys
-    ) -> None:
-        self._redis, self._multiplexed, self._heartbeats, self._scripts, self._keys = (
-            redis,
-            multiplexed,
-            heartbeats,
-            scripts,
-            keys,
-        )
+    def __init__(self, view: RunView) -> None:
+        self._view = view
 
     # -- coming and going -----------------------------------------------------------------------------------------
 
@@ -83,8 +72,8 @@ class Members:
         From then on the generation holds the lock, for `hold_s` after the last beat. Raises Conflict if the ledger ends
         at another step.
         """
-        keys = self._keys
-        reply = await self._scripts.start_generation(
+        keys = self._view.keys
+        reply = await self._view.scripts.start_generation(
             keys=[
                 *(keys.replicas(policy), keys.members(policy), keys.beats(policy), keys.work(policy)),
                 *(keys.meeting(policy), keys.writer(policy), keys.ledger(policy), keys.control),
@@ -97,8 +86,8 @@ class Members:
 
     async def join(self, policy: str, id_: str, *, generation: int, step: int) -> Membership | None:
         """Become a member with weights of that generation and step; None if there are no replicas to join."""
-        keys = self._keys
-        reply = await self._scripts.join(
+        keys = self._view.keys
+        reply = await self._view.scripts.join(
             keys=[
                 *(keys.replicas(policy), keys.members(policy), keys.beats(policy), keys.writer(policy)),
                 keys.control,
@@ -109,14 +98,14 @@ class Members:
 
     async def beat(self, policy: str, id_: str, *, hold_s: float) -> bool:
         """Say that a replica is alive. False if it is no member any more."""
-        keys = self._keys
-        reply = await self._scripts.replica_heartbeat(
+        keys = self._view.keys
+        reply = await self._view.scripts.replica_heartbeat(
             keys=[
                 *(keys.replicas(policy), keys.members(policy), keys.beats(policy), keys.writer(policy)),
                 *(keys.batches, keys.state),
             ],
             args=[id_, _ms(hold_s), policy],
-            client=self._heartbeats,
+            client=self._view.heartbeats,
         )
         return bool(reply)
 
@@ -127,9 +116,9 @@ class Members:
 
         `for_good`: those with a limit of 0 don't come back. If they were the last, the writer lock is free.
         """
-        keys = self._keys
+        keys = self._view.keys
         pairs = [text for id_, limit_s in (limits or {}).items() for text in (id_, _ms(limit_s))]
-        reply = await self._scripts.evict(
+        reply = await self._view.scripts.evict(
             keys=[
                 *(keys.replicas(policy), keys.members(policy), keys.beats(policy), keys.writer(policy)),
                 keys.control,
@@ -142,8 +131,8 @@ class Members:
 
     async def rendezvous(self, me: Membership) -> Rendezvous | None:
         """Be here for the epoch; None while others are not. Raises Moved."""
-        reply = await self._scripts.rendezvous(
-            keys=[*self._team(me), self._keys.meeting(me.policy)], args=[me.id, me.generation, me.epoch]
+        reply = await self._view.scripts.rendezvous(
+            keys=[*self._team(me), self._view.keys.meeting(me.policy)], args=[me.id, me.generation, me.epoch]
         )
         self._check(me, reply[0])
         if reply[0] == b"waiting":
@@ -153,21 +142,23 @@ class Members:
 
     async def put_address(self, me: Membership, name: str, word: bytes) -> None:
         """Tell the others of this epoch something, such as where they reach this replica."""
-        await self._scripts.set_fields(keys=[self._keys.meeting(me.policy)], args=[f"link:{me.epoch}:{name}", word])
+        await self._view.scripts.set_fields(
+            keys=[self._view.keys.meeting(me.policy)], args=[f"link:{me.epoch}:{name}", word]
+        )
 
     async def get_address(self, me: Membership, name: str) -> bytes | None:
-        found: bytes | None = await self._redis.hget(self._keys.meeting(me.policy), f"link:{me.epoch}:{name}")
+        found: bytes | None = await self._view.redis.hget(self._view.keys.meeting(me.policy), f"link:{me.epoch}:{name}")
         return found
 
     async def mark_current(self, me: Membership, step: int) -> None:
         """Count as one that has the newest weights, those of `step`. Raises Moved."""
-        reply = await self._scripts.mark_current(keys=self._team(me), args=[me.id, me.generation, me.epoch, step])
+        reply = await self._view.scripts.mark_current(keys=self._team(me), args=[me.id, me.generation, me.epoch, step])
         self._check(me, reply)
 
     async def open_step(self, me: Membership, step: int) -> bool:
         """Lay out the groups of a batch lent to CONSUMER; False if it is not (any more). Raises Moved."""
-        keys = self._keys
-        reply = await self._scripts.open_step(
+        keys = self._view.keys
+        reply = await self._view.scripts.open_step(
             keys=[*self._team(me), keys.work(me.policy), keys.batches],
             args=[me.id, me.generation, me.epoch, step, me.policy],
         )
@@ -179,8 +170,8 @@ class Members:
 
         More than that, and groups it has, if an earlier reply was lost. Raises Moved, and LeaseLost if another step is open.
         """
-        reply = await self._scripts.claim_groups(
-            keys=[*self._team(me), self._keys.work(me.policy)],
+        reply = await self._view.scripts.claim_groups(
+            keys=[*self._team(me), self._view.keys.work(me.policy)],
             args=[me.id, me.generation, me.epoch, step, count, held],
         )
         self._check(me, reply[0])
@@ -200,10 +191,10 @@ class Members:
         Repeat it while it is False. `untrainable` is as in Queue.commit. Raises Moved; LeaseLost if the step can't be
         committed as it is; Diverged if another replica holds other gradients.
         """
-        keys, policy = self._keys, me.policy
+        keys, policy = self._view.keys, me.policy
         entry = structs.replace(entry, at=entry.at or time.time())
-        fields = [text for record in (*untrainable, entry) for pair in to_entry(record).items() for text in pair]
-        reply = await self._scripts.vote(
+        fields = [text for record in (*untrainable, entry) for text in flat_entry(record)]
+        reply = await self._view.scripts.vote(
             keys=[
                 *(*self._team(me), keys.work(policy), keys.batches, keys.ledger(policy)),
                 *(keys.state, keys.writer(policy), keys.refused, keys.trained),
@@ -225,8 +216,8 @@ class Members:
 
         Raises Moved, and LeaseLost if another step is open.
         """
-        reply = await self._scripts.close_step(
-            keys=[*self._team(me), self._keys.work(me.policy), self._keys.control],
+        reply = await self._view.scripts.close_step(
+            keys=[*self._team(me), self._view.keys.work(me.policy), self._view.keys.control],
             args=[me.id, me.generation, me.epoch, step, why],
         )
         self._check(me, reply)
@@ -238,30 +229,30 @@ class Members:
     async def epoch_state(self, policy: str) -> EpochState | None:
         """None if no replicas were ever founded, or the run was reset."""
         names = ("generation", "epoch", "step", "open", "won")
-        [found] = await self._multiplexed.call(("HMGET", self._keys.replicas(policy), *names))
+        [found] = await self._view.multiplexed.call(("HMGET", self._view.keys.replicas(policy), *names))
         return EpochState(*(int(value or 0) for value in found)) if found[0] else None
 
     async def hold_writer_lock(self, policy: str, generation: int) -> bool:
         """Whether replicas of that generation hold the policy's writer lock, so that one can join them."""
-        found: bytes | None = await self._redis.get(self._keys.writer(policy))
+        found: bytes | None = await self._view.redis.get(self._view.keys.writer(policy))
         return found == f"{CONSUMER}-{generation}".encode()
 
     async def is_ousted(self, policy: str, generation: int) -> bool:
         """Whether somebody else holds it: one that founds another generation, or a trainer that trains alone."""
-        found: bytes | None = await self._redis.get(self._keys.writer(policy))
+        found: bytes | None = await self._view.redis.get(self._view.keys.writer(policy))
         return found not in (None, f"{CONSUMER}-{generation}".encode())
 
     async def is_held(self, policy: str) -> bool:
         """Whether anyone holds the policy's writer lock."""
-        return bool(await self._redis.exists(self._keys.writer(policy)))
+        return bool(await self._view.redis.exists(self._view.keys.writer(policy)))
 
     async def members(self, policy: str) -> list[Member]:
         """The living replicas, in the order in which they joined."""
-        keys = self._keys
-        raw = await self._redis.hgetall(keys.replicas(policy))
-        beats = dict(await self._redis.zrange(keys.beats(policy), 0, -1, withscores=True))
+        keys = self._view.keys
+        raw = await self._view.redis.hgetall(keys.replicas(policy))
+        beats = dict(await self._view.redis.zrange(keys.beats(policy), 0, -1, withscores=True))
         try:
-            pending = await self._redis.xinfo_consumers(keys.work(policy), "trainers")
+            pending = await self._view.redis.xinfo_consumers(keys.work(policy), "trainers")
         except ResponseError as error:  # no step is open
             if trouble(error):
                 raise
@@ -277,11 +268,11 @@ class Members:
                 heartbeat=beats.get(id_, 0.0) / 1000,
                 joined=int(raw.get(b"since:" + id_, 0)) / 1000,
             )
-            for id_ in await self._redis.zrange(keys.members(policy), 0, -1)
+            for id_ in await self._view.redis.zrange(keys.members(policy), 0, -1)
         ]
 
     def _team(self, me: Membership) -> list[str]:
-        return [self._keys.replicas(me.policy), self._keys.members(me.policy)]
+        return [self._view.keys.replicas(me.policy), self._view.keys.members(me.policy)]
 
     @staticmethod
     def _check(me: Membership, reply: bytes) -> None:

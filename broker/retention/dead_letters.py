@@ -15,14 +15,16 @@ from msgspec import Struct
 
 from lachesis.broker.errors import InvalidGroup, NotFound
 from lachesis.broker.records.blobs import queue_entry
-from lachesis.broker.records.entries import id_number, read_entries, to_entry
+from lachesis.broker.records.entries import flat_entry, id_number, read_entries
 from lachesis.broker.records.groups import DeadEntry, Group, RefusedEntry
-from lachesis.broker.records.keys import Keys
 from lachesis.broker.records.packing import unpacked_bytes
-from lachesis.broker.store.connection import Redis
-from lachesis.broker.store.scripts import Scripts
+from lachesis.broker.run_view import RunView
 
 SLICE = 1000
+REFUSED_KEPT = 10_000  # refused posts
+REFUSED_TTL_S = 7 * 24 * 3600
+REFUSED_BYTES = 64 << 20  # of the bodies of all of them, compressed
+ROOMY = 0.7  # share of maxmemory above which no refused post is kept
 OVERSIZED, LOST, UNREADABLE, UNTRAINABLE = "oversized", "lost", "unreadable", "untrainable"
 REASONS = {
     "stale": "accepted; by the time there was a batch for it, it lay more than --max-lag versions behind",
@@ -69,24 +71,46 @@ def compressed(body: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=-1).compress(body[:BODY_BYTES])
 
 
+class KeepRefused:
+    def __init__(self, view: RunView) -> None:
+        self._view = view
+
+    async def __call__(
+        self, gid: str, body: bytes, reason: str, detail: str, *, most_bytes: int = REFUSED_BYTES
+    ) -> None:
+        """Keep what was refused for triage: stream `refused`, the beginning of the body as its blob for a week.
+
+        The oldest make room where there are too many, or their bodies have more than `most_bytes` together. While Redis is
+        nearly full it is only counted.
+        """
+        fields = [*flat_entry(DeadEntry(gid, reason, deliveries=0, detail=detail)), "size", str(len(body))]
+        keys = self._view.keys
+        await self._view.scripts.keep_refused(
+            keys=[keys.refused, keys.blob(gid), keys.state],
+            args=[compressed(body), REFUSED_TTL_S, REFUSED_KEPT, most_bytes, ROOMY, *fields],
+        )
+
+
 class DeadLetters:
-    def __init__(self, redis: Redis, scripts: Scripts, keys: Keys) -> None:
-        self._redis, self._scripts, self._keys = redis, scripts, keys
+    def __init__(self, view: RunView) -> None:
+        self._view = view
 
     async def all(self) -> list[Letter]:
         """Every dead letter, oldest first."""
-        found = await self.accepted() + await self._read(self._keys.refused, RefusedEntry, accepted=False)
+        found = await self.accepted() + await self._read(self._view.keys.refused, RefusedEntry, accepted=False)
         return sorted(found, key=lambda letter: letter.at)
 
     async def accepted(self) -> list[Letter]:
-        return await self._read(self._keys.dead, DeadEntry, accepted=True)
+        return await self._read(self._view.keys.dead, DeadEntry, accepted=True)
 
     async def find(self, gids: Sequence[str]) -> list[Letter]:
         """The dead letters with these ids, in that order. Raises NotFound, naming one that there is not."""
         letters = {letter.entry.gid: letter for letter in await self.all()}
         for gid in gids:
             if gid not in letters:
-                raise NotFound(f"{gid!r} is no dead letter of run {self._keys.run!r}: `lachesis dead list` shows them")
+                raise NotFound(
+                    f"{gid!r} is no dead letter of run {self._view.keys.run!r}: `lachesis dead list` shows them"
+                )
         return [letters[gid] for gid in gids]
 
     async def body(self, letter: Letter) -> bytes:
@@ -95,7 +119,7 @@ class DeadLetters:
         Raises NotFound if that is gone, and InvalidGroup if it can't be decompressed.
         """
         gid, _ = letter.sequence or (letter.entry.gid, 0)
-        body = await self._redis.get(self._keys.blob(gid))
+        body = await self._view.redis.get(self._view.keys.blob(gid))
         refused = letter.entry if isinstance(letter.entry, RefusedEntry) else None
         if body is None or (refused and refused.size and not refused.kept):
             raise NotFound(f"the data of {gid!r} is gone: {_why_gone(letter)}")
@@ -106,17 +130,18 @@ class DeadLetters:
     async def requeue(self, letter: Letter, group: Group, stored_bytes: int) -> bool:
         """Put an accepted group (`group`: what its blob holds) back at the end of the queue. False if it is gone."""
         entry = queue_entry(group, stored_bytes)
-        keys = [self._keys.dead, self._keys.groups, self._keys.blob(entry.gid), self._keys.state]
-        fields = [text for pair in to_entry(entry).items() for text in pair]
-        reply = await self._scripts.requeue(keys=keys, args=[letter.id, entry.env, entry.n, entry.bytes, *fields])
+        keys = [self._view.keys.dead, self._view.keys.groups, self._view.keys.blob(entry.gid), self._view.keys.state]
+        reply = await self._view.scripts.requeue(
+            keys=keys, args=[letter.id, entry.env, entry.n, entry.bytes, *flat_entry(entry)]
+        )
         return bool(reply == b"requeued")
 
     async def purge(self, letter: Letter, *, who: str, event: str = "purge") -> bool:
         """Take a dead letter away, for good, and say so in `control`. False if it is gone."""
-        keys = self._keys
+        keys = self._view.keys
         stream, counter = (keys.dead, "dead") if letter.accepted else (keys.refused, "")
         detail = f"{letter.entry.gid} ({letter.entry.reason}): {letter.entry.detail}"
-        reply = await self._scripts.purge(
+        reply = await self._view.scripts.purge(
             keys=[stream, keys.blob(letter.entry.gid), keys.state, keys.control],
             args=[letter.id, counter, -id_number(letter.entry.gid), "event", event, "who", who, "detail", detail],
         )
@@ -125,7 +150,7 @@ class DeadLetters:
     async def _read(self, key: str, kind: type[DeadEntry], *, accepted: bool) -> list[Letter]:
         letters: list[Letter] = []
         start = "-"
-        while found := await self._redis.xrange(key, start, count=SLICE):
+        while found := await self._view.redis.xrange(key, start, count=SLICE):
             letters += [to_letter(id_, entry, accepted=accepted) for id_, entry in read_entries(kind, found)]
             start = f"({found[-1][0].decode()}"
         return letters

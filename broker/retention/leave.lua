@@ -3,9 +3,13 @@
 -- KEYS  1 batches (stream)  2 state (hash)  3 settings (hash)
 -- ARGV  1 reader (consumer group)  2… further fields of `state` that were its own
 -- reply 1 | 0 (no such reader)
+local batches, state, settings = unpack(KEYS)
+local reader = ARGV[1]
 local left = 0
-if redis.call('EXISTS', KEYS[1]) == 1 then left = redis.call('XGROUP', 'DESTROY', KEYS[1], ARGV[1]) end
-redis.call('HDEL', KEYS[3], 'shadow:' .. ARGV[1])
-redis.call('HDEL', KEYS[2], 'covered:' .. ARGV[1], 'unseen:' .. ARGV[1], 'joined:' .. ARGV[1])
-for i = 2, #ARGV do redis.call('HDEL', KEYS[2], ARGV[i]) end
+if redis.call('EXISTS', batches) == 1 then
+  left = redis.call('XGROUP', 'DESTROY', batches, reader)
+end
+redis.call('HDEL', settings, 'shadow:' .. reader)
+redis.call('HDEL', state, 'covered:' .. reader, 'unseen:' .. reader, 'joined:' .. reader)
+for i = 2, #ARGV do redis.call('HDEL', state, ARGV[i]) end
 return left

@@ -14,8 +14,8 @@ from typing import Literal
 from msgspec import Struct
 from redis.exceptions import ResponseError
 
-from lachesis.broker.records.keys import ARCHIVE, Keys
-from lachesis.broker.store.connection import Redis
+from lachesis.broker.records.keys import ARCHIVE
+from lachesis.broker.run_view import RunView
 from lachesis.broker.store.redis_errors import trouble
 
 Kind = Literal["lossless", "lossy"]
@@ -47,12 +47,12 @@ class Reading(Struct, frozen=True):
 class Shadows:
     """Of one run."""
 
-    def __init__(self, redis: Redis, keys: Keys) -> None:
-        self._redis, self._keys = redis, keys
+    def __init__(self, view: RunView) -> None:
+        self._view = view
 
     async def rules(self) -> dict[str, Rule]:
         """Each shadow's."""
-        found: Mapping[bytes, bytes] = await self._redis.hgetall(self._keys.settings)
+        found: Mapping[bytes, bytes] = await self._view.redis.hgetall(self._view.keys.settings)
         rules = {}
         for field, value in found.items():
             if field.startswith(b"shadow:") and (rule := _RULE.fullmatch(value.decode(errors="replace"))):
@@ -63,14 +63,14 @@ class Shadows:
     async def readings(self) -> list[Reading]:
         """Of all policies that read batches, shadows last."""
         try:
-            readers = await self._redis.xinfo_groups(self._keys.batches)
+            readers = await self._view.redis.xinfo_groups(self._view.keys.batches)
         except ResponseError as error:  # nobody ever subscribed
             if trouble(error):
                 raise
             return []
         rules = await self.rules()
-        state: Mapping[bytes, bytes] = await self._redis.hgetall(self._keys.state)
-        skipped = [field.decode().rpartition(":")[0] for field in await self._redis.hkeys(self._keys.skipped)]
+        state: Mapping[bytes, bytes] = await self._view.redis.hgetall(self._view.keys.state)
+        skipped = [field.decode().rpartition(":")[0] for field in await self._view.redis.hkeys(self._view.keys.skipped)]
         formed = int(state.get(b"formed", 0))
         found = []
         for reader in readers:
@@ -78,9 +78,14 @@ class Shadows:
             if policy == ARCHIVE:
                 continue
             # what was freed before a late one joined is not there to be waited for
-            unread = await self._redis.xrange(self._keys.batches, f"({reader['last-delivered-id'].decode()}", count=1)
+            unread = await self._view.redis.xrange(
+                self._view.keys.batches, f"({reader['last-delivered-id'].decode()}", count=1
+            )
             oldest = unread[0][0] if unread else b"%d-0" % (formed + 1)
-            if reader["pending"] and (pending := await self._redis.xpending(self._keys.batches, policy))["pending"]:
+            if (
+                reader["pending"]
+                and (pending := await self._view.redis.xpending(self._view.keys.batches, policy))["pending"]
+            ):
                 oldest = pending["min"]
             settled = int(oldest.split(b"-")[0]) - 1
             rule, behind = rules.get(policy), max(0, formed - settled)

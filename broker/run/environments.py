@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 from msgspec import structs
 
 from lachesis.broker.records.entries import read_json, read_number
-from lachesis.broker.records.keys import Keys
 from lachesis.broker.records.registrations import EnvRecord, TokenRecord
-from lachesis.broker.store.connection import Redis
+from lachesis.broker.run_view import RunView
 
 ALIVE_S = 60.0  # an environment silent for longer counts for nothing; environments call ten times a second
 SLICE = 1000  # records read at a time
@@ -92,8 +91,8 @@ def may_act_for(caller: TokenRecord | None, env: EnvRecord) -> bool:
 class Environments:
     """Of one run. `ask` and `take` are one look, beside what else the caller's pipeline reads."""
 
-    def __init__(self, redis: Redis, keys: Keys) -> None:
-        self._redis, self._keys = redis, keys
+    def __init__(self, view: RunView) -> None:
+        self._view = view
         self.alive = Alive()
         self._heard: dict[
             int, float
@@ -104,8 +103,8 @@ class Environments:
     def ask(self, pipe: Any) -> None:
         """Queue three commands; their replies are for `take`."""
         pipe.time()
-        pipe.hmget(self._keys.envs, ["life", "changes"])
-        pipe.zrange(self._keys.heard, self._until, "+inf", byscore=True, withscores=True)
+        pipe.hmget(self._view.keys.envs, ["life", "changes"])
+        pipe.zrange(self._view.keys.heard, self._until, "+inf", byscore=True, withscores=True)
 
     async def take(self, replies: Sequence[Any]) -> Alive:
         """The living, as of now."""
@@ -114,7 +113,7 @@ class Environments:
         changed = await self._changed(changes) if changes != self._changes else []
         self._changes = changes
         if changed is None:
-            called = await self._redis.zrange(self._keys.heard, first, "+inf", byscore=True, withscores=True)
+            called = await self._view.redis.zrange(self._view.keys.heard, first, "+inf", byscore=True, withscores=True)
             self.alive, self._heard, self._until = Alive(), {}, first
         elif changed:
             records = await self._records(changed)
@@ -135,7 +134,7 @@ class Environments:
         return self.alive
 
     async def look(self) -> Alive:
-        async with self._redis.pipeline(transaction=False) as pipe:
+        async with self._view.redis.pipeline(transaction=False) as pipe:
             self.ask(pipe)
             return await self.take(await pipe.execute())
 
@@ -146,14 +145,16 @@ class Environments:
         before, now = read_number(self._changes[1]), read_number(changes[1])
         if not 0 < now - before <= CHANGES // 2:
             return None
-        raw = await self._redis.hmget(self._keys.envs, [f"change:{n % CHANGES}" for n in range(before + 1, now + 1)])
+        raw = await self._view.redis.hmget(
+            self._view.keys.envs, [f"change:{n % CHANGES}" for n in range(before + 1, now + 1)]
+        )
         return None if None in raw else [read_number(id_) for id_ in raw]
 
     async def _records(self, ids: Sequence[int]) -> dict[int, EnvRecord]:
         found: dict[int, EnvRecord] = {}
         for start in range(0, len(ids), SLICE):
             part = ids[start : start + SLICE]
-            raw = await self._redis.hmget(self._keys.envs, list(map(str, part)))
+            raw = await self._view.redis.hmget(self._view.keys.envs, list(map(str, part)))
             found |= {
                 id_: record for id_, text in zip(part, raw, strict=True) if (record := read_json(EnvRecord, text))
             }

@@ -7,22 +7,33 @@ time and in bytes, whatever the number of front doors: record_lineage.lua says h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 from msgspec import structs
 
 from lachesis.broker.records.entries import read_json
 from lachesis.broker.records.groups import Lineage
-from lachesis.broker.records.keys import Keys
-from lachesis.broker.store.scripts import Scripts
+from lachesis.broker.run_view import RunView
 
 TTL_S = 7200  # a record is kept for between half of this and all of it
 MAX_BYTES = 256 << 20
 
 
+class Known(NamedTuple):
+    """The reply of read_arrival.lua."""
+
+    registration: bytes | None  # of the trainer, as it is kept
+    newest: list[tuple[bytes, list[bytes]]]  # entry of the policy's newest version, if there is one
+    servers: list[bytes]  # their heartbeats
+    has_lineages: int  # 0 where nobody recorded any
+    lineages: list[bytes | None]  # one per digest
+    oldest_served: int  # of the versions served of late; -1 for none
+
+
 class LineageStore:
-    def __init__(self, scripts: Scripts, keys: Keys) -> None:
-        self._scripts, self._keys = scripts, keys
+    def __init__(self, view: RunView) -> None:
+        self._view = view
 
     async def record(self, lineages: Sequence[tuple[str, Lineage]], *, max_bytes: int = MAX_BYTES) -> int:
         """Remember (digest, lineage) pairs for an hour or two, or until others need the bytes; repeating is harmless.
@@ -32,15 +43,24 @@ class LineageStore:
         args: list[str | bytes | int] = [max_bytes, TTL_S]
         for digest, lineage in lineages:
             args += (digest, to_record(lineage))
-        return int(await self._scripts.record_lineage(keys=[self._keys.lineage, self._keys.old_lineage], args=args))
+        return int(
+            await self._view.scripts.record_lineage(
+                keys=[self._view.keys.lineage, self._view.keys.old_lineage], args=args
+            )
+        )
 
     async def look_up(self, digests: Sequence[str]) -> list[Lineage | None]:
-        keys = self._keys
-        found = await self._scripts.read_arrival(
-            keys=[keys.trainers, keys.weights("main"), keys.pools, keys.lineage, keys.old_lineage, keys.served],
+        known = await self.read_arrival("main", digests)
+        return [from_record(raw) if raw else None for raw in known.lineages]
+
+    async def read_arrival(self, policy: str, digests: Sequence[str]) -> Known:
+        """What the run knows when a group arrives whose sequences' generations may end at these digests, in one trip."""
+        keys = self._view.keys
+        reply = await self._view.scripts.read_arrival(
+            keys=[keys.trainers, keys.weights(policy), keys.pools, keys.lineage, keys.old_lineage, keys.served],
             args=digests,
         )
-        return [from_record(raw) if raw else None for raw in found[4]]
+        return Known(*reply)
 
 
 def to_record(lineage: Lineage) -> bytes:

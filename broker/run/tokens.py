@@ -18,40 +18,38 @@ from msgspec import structs
 
 from lachesis.broker.errors import ConfigurationError, Conflict
 from lachesis.broker.records.entries import read_json
-from lachesis.broker.records.keys import Keys, check_name
+from lachesis.broker.records.keys import check_name
 from lachesis.broker.records.registrations import Role, TokenRecord
-from lachesis.broker.store.connection import Redis
-from lachesis.broker.store.multiplexed import MultiplexedConnection
-from lachesis.broker.store.scripts import Scripts
+from lachesis.broker.run_view import RunView
 
 PREFIX = "lachesis_"  # by which people, and scanners for leaked secrets, know it
 LOST = TokenRecord("unreadable", "environment", "", created_at=0.0, revoked_at=0.0)
 
 
 class Tokens:
-    def __init__(self, redis: Redis, multiplexed: MultiplexedConnection, scripts: Scripts, keys: Keys) -> None:
-        self._redis, self._multiplexed, self._scripts, self._keys = redis, multiplexed, scripts, keys
+    def __init__(self, view: RunView) -> None:
+        self._view = view
 
     async def create(self, role: Role, name: str = "") -> tuple[str, TokenRecord]:
         """A new token and its record. Raises Conflict if the run has, or had, one of that name."""
         name = check_name("name", name or f"{role}-{secrets.token_hex(3)}")
         token = PREFIX + secrets.token_urlsafe(32)
         record = TokenRecord(name, role, digest(token.encode()), time.time())
-        if not await self._scripts.set_fields_if_new(
-            keys=[self._keys.tokens], args=[name, msgspec.json.encode(record)]
+        if not await self._view.scripts.set_fields_if_new(
+            keys=[self._view.keys.tokens], args=[name, msgspec.json.encode(record)]
         ):
             kept = await self._find(name)
             if kept != record:  # else our own, resent after a lost reply
-                raise Conflict(f"run {self._keys.run!r} has a token named {name!r} already: choose another --name")
+                raise Conflict(f"run {self._view.keys.run!r} has a token named {name!r} already: choose another --name")
         return token, record
 
     async def revoke(self, name: str) -> TokenRecord:
         """Make the token of that name useless. Raises ConfigurationError if there is none."""
         record = await self._find(name)
         if record is None:
-            raise ConfigurationError(f"run {self._keys.run!r} has no token named {name!r}: `lachesis token list`")
+            raise ConfigurationError(f"run {self._view.keys.run!r} has no token named {name!r}: `lachesis token list`")
         record = structs.replace(record, revoked_at=record.revoked_at or time.time())
-        await self._scripts.set_fields(keys=[self._keys.tokens], args=[name, msgspec.json.encode(record)])
+        await self._view.scripts.set_fields(keys=[self._view.keys.tokens], args=[name, msgspec.json.encode(record)])
         return record
 
     async def all(self) -> list[TokenRecord]:
@@ -59,12 +57,12 @@ class Tokens:
 
         One that can't be read counts as revoked: the run does not become open to everyone.
         """
-        [raw] = await self._multiplexed.call(("HVALS", self._keys.tokens))
+        [raw] = await self._view.multiplexed.call(("HVALS", self._view.keys.tokens))
         records = [read_json(TokenRecord, value) or LOST for value in raw]
         return sorted(records, key=lambda record: record.created_at)
 
     async def _find(self, name: str) -> TokenRecord | None:
-        raw = await self._redis.hget(self._keys.tokens, name)
+        raw = await self._view.redis.hget(self._view.keys.tokens, name)
         return read_json(TokenRecord, raw)
 
 

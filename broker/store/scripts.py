@@ -2,7 +2,7 @@
 
 They validate first and mutate last, because Redis does not roll a script back; they are idempotent, because a client
 may send one again; and those that free memory run even when Redis is full (`allow-oom`). What several of them need is
-in store/includes/, in the place of a line `-- include <name>`.
+in store/includes/, in the place of a line `--- @include <name>`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, get_type_hints
 
 from redis.commands.core import AsyncScript
 from redis.exceptions import NoScriptError
@@ -27,15 +27,9 @@ FILES = {
     if path.name.endswith(".lua")
 }
 
-FREQUENT = (
-    "read_arrival",
-    "put",
-    "record_lineage",
-    "lease",
-    "open_step",
-    "claim_groups",
-    "vote",
-)  # what each posted group, generation and step needs
+INCLUDES = files("lachesis.broker") / "store" / "includes"
+INCLUDE = re.compile(r"(?m)^--- @include (\w+)\n")
+
 LOADS = 5
 
 
@@ -74,12 +68,21 @@ class MultiplexedScript:
         return (await self._multiplexed.call(*commands))[-1]
 
 
-def _included(line: re.Match[str]) -> str:
-    return (files("lachesis.broker") / "store" / "includes" / f"{line[1]}.lua").read_text()
+def _expanded(text: str, included: set[str]) -> str:
+    """The text with each include in its place, where it is named first."""
+
+    def include(line: re.Match[str]) -> str:
+        name = line[1]
+        if name in included:
+            return ""
+        included.add(name)
+        return _expanded((INCLUDES / f"{name}.lua").read_text(), included)
+
+    return INCLUDE.sub(include, text)
 
 
 class Scripts:
-    """The scripts: `await scripts.lease(keys=…, args=…)`."""
+    """The scripts: `await scripts.lease(keys=…, args=…)`; what each posted group, generation and step needs, multiplexed."""
 
     read_arrival: MultiplexedScript
     put: MultiplexedScript
@@ -127,6 +130,8 @@ class Scripts:
     close_step: Script
 
     def __init__(self, redis: Redis, multiplexed: MultiplexedConnection) -> None:
+        kinds = get_type_hints(type(self))
         for name, path in FILES.items():
-            text = re.sub(r"(?m)^-- include (\w+)$", _included, path.read_text())
-            setattr(self, name, MultiplexedScript(multiplexed, text) if name in FREQUENT else Script(redis, text))
+            text = _expanded(path.read_text(), set())
+            is_multiplexed = kinds[name] is MultiplexedScript
+            setattr(self, name, MultiplexedScript(multiplexed, text) if is_multiplexed else Script(redis, text))

@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from lachesis.broker.records.entries import read_entries, to_entry
-from lachesis.broker.records.keys import Keys
 from lachesis.broker.records.versions import PoolRule, WeightsEntry
-from lachesis.broker.store.connection import Redis, wait_for_any
-from lachesis.broker.store.scripts import Scripts
+from lachesis.broker.run_view import RunView
+from lachesis.broker.store.connection import wait_for_any
 
 KEEP_RULES = 1000  # entries, approximately
 LOOK_BACK = 3  # entries, should the newest be unreadable
@@ -35,24 +34,28 @@ class Orders(NamedTuple):
 class Pools:
     """The `rule:<pool>` streams and `updating:<pool>` sets of one run."""
 
-    def __init__(self, redis: Redis, blocking: Redis, scripts: Scripts, keys: Keys) -> None:
-        self._redis, self._blocking, self._scripts, self._keys = redis, blocking, scripts, keys
+    def __init__(self, view: RunView) -> None:
+        self._view = view
 
     async def rule(self, pool: str) -> tuple[str, PoolRule]:
         """The pool's rule and its id, for `steer`."""
-        found = await self._redis.xrevrange(self._keys.rule(pool), count=LOOK_BACK)
+        found = await self._view.redis.xrevrange(self._view.keys.rule(pool), count=LOOK_BACK)
         return _rule(found)
 
     async def set_rule(self, pool: str, rule: PoolRule, judged: str) -> bool:
         """Make `rule` the pool's, if the rule of the id `judged` still is; False if another was made meanwhile."""
         fields = [text for pair in to_entry(rule).items() for text in pair]
-        return bool(await self._scripts.set_pool_rule(keys=[self._keys.rule(pool)], args=[judged, KEEP_RULES, *fields]))
+        return bool(
+            await self._view.scripts.set_pool_rule(
+                keys=[self._view.keys.rule(pool)], args=[judged, KEEP_RULES, *fields]
+            )
+        )
 
     async def orders(self, pool: str, policy: str) -> Orders:
         """The pool's rule and the policy's newest version, as of one moment."""
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            pipeline.xrevrange(self._keys.rule(pool), count=LOOK_BACK)
-            pipeline.xrevrange(self._keys.weights(policy), count=LOOK_BACK)
+        async with self._view.redis.pipeline(transaction=False) as pipeline:
+            pipeline.xrevrange(self._view.keys.rule(pool), count=LOOK_BACK)
+            pipeline.xrevrange(self._view.keys.weights(policy), count=LOOK_BACK)
             rules, versions = await pipeline.execute()
         readable = read_entries(WeightsEntry, versions)
         return Orders(
@@ -61,16 +64,16 @@ class Pools:
 
     async def wait_for_orders(self, pool: str, policy: str, known: Orders, timeout_s: float) -> None:
         """Return as soon as there is a rule or a version newer than those known, or after `timeout_s`."""
-        cursors = {self._keys.rule(pool): known.rule_id, self._keys.weights(policy): known.newest_id}
-        await wait_for_any(self._blocking, cursors, timeout_s)
+        cursors = {self._view.keys.rule(pool): known.rule_id, self._view.keys.weights(policy): known.newest_id}
+        await wait_for_any(self._view.blocking, cursors, timeout_s)
 
     async def take_turn(self, pool: str, server: str, at_once: int, ttl_s: float) -> bool:
         """Whether the server may update now; to be taken again before `ttl_s` are over."""
         args = [server, at_once, int(ttl_s * 1000)]
-        return bool(await self._scripts.take_update_slot(keys=[self._keys.updating(pool)], args=args))
+        return bool(await self._view.scripts.take_update_slot(keys=[self._view.keys.updating(pool)], args=args))
 
     async def end_turn(self, pool: str, server: str) -> None:
-        await self._redis.zrem(self._keys.updating(pool), server)
+        await self._view.redis.zrem(self._view.keys.updating(pool), server)
 
 
 def canaries(rule: PoolRule, servers: Iterable[str]) -> set[str]:

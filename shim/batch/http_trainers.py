@@ -83,11 +83,11 @@ class HttpTrainers:
 
     async def saw(self, consumer: str) -> None:
         """The trainer is here. Raises LimitReached where it is new, and as many others as may be were here of late."""
-        keys, now = self._broker.keys, f"{time.time():.3f}"
-        args = [consumer, now, self._policy, MOST_TRAINERS, CROWDED_S]
-        if not await self._broker.scripts.note_trainer_call(keys=[keys.trainers, keys.batches], args=args):
+        if not await self._broker.registry.note_trainer_call(
+            consumer, self._policy, most=MOST_TRAINERS, crowded_s=CROWDED_S
+        ):
             raise LimitReached(
-                f"run {keys.run!r} has {MOST_TRAINERS} HTTP trainers, and all of them called within {CROWDED_S:.0f} s: "
+                f"run {self._broker.keys.run!r} has {MOST_TRAINERS} HTTP trainers, and all of them called within {CROWDED_S:.0f} s: "
                 "give each trainer one X-Trainer-Id, not one each time"
             )
 

@@ -12,11 +12,11 @@ from redis.exceptions import RedisError
 
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.queue.admission import REFUSED
-from lachesis.broker.queue.queue import REFUSED_BYTES
 from lachesis.broker.records.blobs import to_blob
 from lachesis.broker.records.entries import gid_of
 from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, Group
 from lachesis.broker.records.registrations import TokenRecord
+from lachesis.broker.retention.dead_letters import REFUSED_BYTES
 from lachesis.broker.store.connection import patience
 from lachesis.broker.store.redis_errors import describe, trouble
 from lachesis.shim.errors import Malformed, detail

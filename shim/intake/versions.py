@@ -12,7 +12,7 @@ import numpy as np
 from msgspec import structs
 
 from lachesis.broker import Broker
-from lachesis.broker.queue.queue import Believed
+from lachesis.broker.queue.put import Believed
 from lachesis.broker.records.entries import read_json
 from lachesis.broker.records.groups import Group
 from lachesis.broker.records.registrations import TrainerConfig
@@ -64,10 +64,9 @@ class Versions:
         """
         if group.versions is None and self._last and not ask and time.monotonic() - self._last[0] < FRESH_S:
             return self._last[1]
-        keys, found = self._broker.keys, places(group)
-        config, newest, servers, recorded, lineages, oldest = await self._broker.scripts.read_arrival(
-            keys=[keys.trainers, keys.weights(self._policy), keys.pools, keys.lineage, keys.old_lineage, keys.served],
-            args=digests(group, found) if group.versions is None else (),
+        found = places(group)
+        config, newest, servers, recorded, lineages, oldest = await self._broker.lineage.read_arrival(
+            self._policy, digests(group, found) if group.versions is None else ()
         )
         trainer = read_json(TrainerConfig, config)
         arrival = Arrival(

@@ -13,7 +13,8 @@ from scored import trained
 from trajectories import TRAINER, serving
 
 from lachesis.broker import Broker, EmbeddedRedis
-from lachesis.broker.queue import queue
+from lachesis.broker.queue import commit
+from lachesis.broker.retention import dead_letters
 from lachesis.broker.retention.dead_letters import BODY_BYTES, untrainable
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
@@ -41,7 +42,8 @@ async def kept(broker: Broker) -> list[int]:
 async def test_the_count_is_exact_whatever_happens_to_the_letters(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queue, "REFUSED_KEPT", MOST)
+    for module in (dead_letters, commit):
+        monkeypatch.setattr(module, "REFUSED_KEPT", MOST)
     chance = random.Random(random.random())
     await put(broker, *range(40))
     for number in range(150):

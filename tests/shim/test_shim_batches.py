@@ -18,7 +18,7 @@ from scored import trained
 from trajectories import TRAINER, group, number_of, serving
 
 from lachesis.broker import Broker
-from lachesis.broker.queue.queue import Queue
+from lachesis.broker.queue.blobs import Blobs
 from lachesis.broker.records.versions import WeightsEntry
 from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
@@ -215,18 +215,18 @@ async def test_a_batch_that_another_trained_meanwhile_is_nobodys(
     registered: httpx.AsyncClient, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await post(registered, 1, 2)
-    fetch = Queue.blobs
+    fetch = Blobs.__call__
 
-    async def sleepy(queue: Queue, gids: Sequence[str]) -> list[bytes]:
+    async def sleepy(blobs: Blobs, gids: Sequence[str]) -> list[bytes]:
         """As in a shim that was stopped between its lease and this for longer than a lease lasts."""
-        monkeypatch.setattr(Queue, "blobs", fetch)
+        monkeypatch.setattr(Blobs, "__call__", fetch)
         stolen = await broker.queue.lease("main", "other", lapse_s=0)
         assert stolen is not None
         await broker.queue.commit("main", stolen, trained(stolen.batch))
         await broker.queue.retire("main", stolen.batch.step)
-        return await fetch(queue, gids)
+        return await fetch(blobs, gids)
 
-    monkeypatch.setattr(Queue, "blobs", sleepy)
+    monkeypatch.setattr(Blobs, "__call__", sleepy)
     assert await take(registered, "slow") is None
     assert await committed(broker) == [1]
     assert await take(registered, "slow") == [2]

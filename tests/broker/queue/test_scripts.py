@@ -15,7 +15,7 @@ from scored import group, trained
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
 from lachesis.broker.errors import NotFound
-from lachesis.broker.queue.queue import BLOB_TTL_S
+from lachesis.broker.queue.put import BLOB_TTL_S
 from lachesis.broker.records.blobs import to_blob
 from lachesis.broker.records.entries import to_entry
 from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, Limits

@@ -11,8 +11,8 @@ from scored import group, trained
 
 from lachesis.broker import Broker
 from lachesis.broker.audit import audit
-from lachesis.broker.queue.queue import SLICE_BYTES, SLICE_GROUPS, queue_entry
-from lachesis.broker.records.blobs import to_blob
+from lachesis.broker.queue.blobs import SLICE_BYTES, SLICE_GROUPS
+from lachesis.broker.records.blobs import queue_entry, to_blob
 from lachesis.broker.records.entries import to_entry
 from lachesis.broker.records.groups import Limits, Lineage, ScoredGroup
 from lachesis.broker.records.packing import pack, to_arrays
