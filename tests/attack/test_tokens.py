@@ -248,7 +248,7 @@ async def test_a_batch_lent_before_there_were_tokens_is_acknowledged(broker: Bro
 async def test_an_emptied_or_restored_redis_opens_nothing(
     redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access, "REMEMBERED_S", 0.0)
+    monkeypatch.setattr(access, "TOKENS_FRESH_S", 0.0)
     broker = await Broker.connect(redis_server.url)
     good, _ = await broker.tokens.create("admin", "good")
     bad, record = await broker.tokens.create("admin", "bad")

@@ -251,7 +251,7 @@ async def test_tokens_known_count_on_while_redis_is_in_trouble(sick: Sick, monke
     token, _ = await sick.broker.tokens.create("admin")
     access = Access(sick.broker, required=False)
     await access.check(f"Bearer {token}", ("admin",))
-    monkeypatch.setattr("lachesis.service.http.access.REMEMBERED_S", 0.0)
+    monkeypatch.setattr("lachesis.service.http.access.TOKENS_FRESH_S", 0.0)
     monkeypatch.setattr("lachesis.service.http.access.TOKENS_PATIENCE_S", 0.0)
     async with sick.make("BUSY"):
         await access.check(f"Bearer {token}", ("admin",))
