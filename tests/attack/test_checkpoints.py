@@ -69,6 +69,11 @@ def rewrite(folder: Path) -> None:
     (folder / CHECKPOINT_MANIFEST).write_text(manifest.replace('"step": 2', '"step": 1'))
 
 
+def replace(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parent / "step-1", folder)
+
+
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit flipped": (flip, f"{SHARD}' has SHA-256"),
     "cut off": (lambda folder: os.truncate(folder / SHARD, 5), f"{SHARD}' has 5 bytes: it was saved with 20"),
@@ -86,7 +91,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         f"{CHECKPOINT_MANIFEST}' is not known to Redis",
     ),
     "of another step": (
-        lambda folder: [shutil.rmtree(folder), shutil.copytree(folder.parent / "step-1", folder)],
+        replace,
         f"{CHECKPOINT_MANIFEST}' is not known to Redis",
     ),
 }
