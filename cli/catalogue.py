@@ -63,7 +63,7 @@ MODULES = {
     "gateway": "aiohttp httptools starlette uvicorn uvloop",
     "trainer": "huggingface_hub hydra omegaconf ray safetensors tensordict tokenizers torch transformers verl",
     "inference": "aiohttp",
-    "envs": "atroposlib datasets httpx math_verify tokenizers torch transformers",
+    "envs": "atroposlib datasets math_verify tokenizers torch transformers",
 }
 MODULES["all"] = " ".join(MODULES.values())
 

@@ -37,8 +37,8 @@ STARTS = {  # each command that has an extra, as far as its imports
     "front-door": f"--redis-url {NOWHERE} --port 0",
     "trainer": f"--redis-url {NOWHERE} actor_rollout_ref.model.path=.",
     "inference": f"--redis-url {NOWHERE} --model .",
-    "env": f"arithmetic --shim-url http://127.0.0.1:1 --front-door-url http://127.0.0.1:1 --model {ROOT}",
-    "evaluate": "--front-door-url http://127.0.0.1:1",
+    "env": f"arithmetic --shim-url http://127.0.0.1:1 --front-door-url http://127.0.0.1:1 --model some/model",
+    "evaluate": "--env gsm8k --front-door-url http://127.0.0.1:1",
     "base-model": "--out model",
 }
 WITHOUT = """\
