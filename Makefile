@@ -47,8 +47,9 @@ test-servers: .venv/.ready ## the broker and the shim on Redis 7.0, Valkey 8, Va
 	@set -e; for server in redis-7.0 valkey-8.0 valkey-9.1 redis-8.2; do if [ -x .servers/$$server/redis-server ]; then \
 	  echo "== $$server"; .venv/bin/pytest tests/broker tests/shim tests/cli/test_audit.py --server $$server; fi; done
 
-lint: .venv/.ready ## ruff and mypy
-	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+lint: .venv/.ready ## ruff, import-linter and mypy
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/lint-imports --no-logo && .venv/bin/mypy && \
+	  .venv/bin/mypy --config-file tests/mypy.ini tests benchmarks
 
 bench: setup ## what hostile posts cost others, the shim beside Atropos's server, the front door, updates of a pool beside SGLang's own, what is known of the making of rollouts, the trainer around verl, replicas of it, three seeds and a control of the demo, and in lockstep (about 42 minutes); 1 where a goal is missed
 	@missed=0; for part in hostile shim front_door pools lineage trainer elastic learning lockstep; do .venv/bin/python benchmarks/$$part.py || missed=1; done; exit $$missed

@@ -171,7 +171,8 @@ def attack(name: str, bomb: Bomb, port: int, pid: int, others: Others) -> Row:
     answer = post(port, bomb.path, body, bomb.headers)
     took = time.perf_counter() - began
     time.sleep(0.2)  # others who were held by it are answered
-    return Row(name, len(body), size, answer, took, *others.longest, memory_mib=peak.mib())
+    status_waited, post_waited = others.longest
+    return Row(name, len(body), size, answer, took, status_waited, post_waited, peak.mib())
 
 
 def connections(name: str, count: int, first: bytes, later: bytes, port: int, others: Others) -> Row:

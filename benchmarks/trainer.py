@@ -86,7 +86,7 @@ class Clock:
 
 def plan(folder: Path, steps: int) -> Plan:
     return Plan(
-        run="default", policy="main", shadow=None, replica="bench", elastic=False, exact=False, model_dir=folder / "model", batch_size=BATCH, max_token_len=4096,
+        run="default", policy="main", shadow=None, replica="bench", elastic=False, elastic_over="gloo", exact=False, model_dir=folder / "model", batch_size=BATCH, max_token_len=4096,
         num_steps=steps, prefetch=0, lockstep=False, publish_every=1, checkpoint_every=1000, keep_versions=2,
         weights_dir=folder / "weights", weights_url="", full_every=1, weights_dtype="bf16", checkpoint_dir=folder / "checkpoints", lease_s=30.0,
         max_deliveries=10, temperature=1.0, examples_every=0, tracking=(), tracking_dir=folder / "tracking",
@@ -160,11 +160,11 @@ def measure(folder: Path, steps: int) -> list[Row]:
         for spent in clock.spent.values():
             del spent[0]  # the first pays for imports and pages
         rows = clock.rows()
-        found = [from_blob(blob) for blob in blobs]
+        groups = [from_blob(blob) for blob in blobs]
         ready = PreparedBatch(
             LedgerEntry(1, (), BATCH, 0, 0, 0, 0, 0, "", 0, 0, 0),
-            found,
-            to_batch(found, vocab_size=VOCABULARY, max_tokens=4096),
+            groups,
+            to_batch(groups, vocab_size=VOCABULARY, max_tokens=4096),
             (),
             0,
             0,

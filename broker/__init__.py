@@ -1,6 +1,6 @@
 """The fabric: what a run is in Redis, and all that may be done with it. No torch, no HTTP.
 
-Read client.py first: `Broker` is one run's view, by concern. Below it lie replicas, queue, retention, weights and run,
+Read client.py first: a `Broker` is all of one run. Below it lie replicas, queue, retention, weights and run,
 then records and store; above it archive and audit. The client is imported when it is first named, so that `--help` and
 settings need not wait for redis-py and numpy.
 """

@@ -8,10 +8,11 @@ from typing import NamedTuple
 class Command(NamedTuple):
     summary: str
     module: str  # has `main(arguments) -> exit code`; imported only when the command is used
+    extra: str = ""  # of this package, without which the command can't run
 
 
 COMMANDS = {
-    "up": Command("train here: start and supervise every part, show the progress", "lachesis.cli.up.command"),
+    "up": Command("train here: start and supervise every part, show the progress", "lachesis.cli.up.command", "all"),
     "status": Command(
         "what a run is doing now, who of it is alive, and whether it is healthy", "lachesis.cli.commands.status"
     ),
@@ -30,7 +31,7 @@ COMMANDS = {
     "redis-users": Command(
         "make Redis's users, one for each role, with passwords", "lachesis.cli.commands.redis_users"
     ),
-    "dead": Command("what could not be trained: list, show, requeue, purge", "lachesis.cli.commands.dead"),
+    "dead": Command("what could not be trained: list, show, requeue, purge", "lachesis.cli.commands.dead", "shim"),
     "pool": Command(
         "which version a pool serves: newest, pin, canary, promote, rollback", "lachesis.cli.commands.pool"
     ),
@@ -41,18 +42,30 @@ COMMANDS = {
         "write a run's trained batches to an archive before they are freed", "lachesis.cli.commands.archive"
     ),
     "replay": Command("put the groups of an archive, or of another run, into a run", "lachesis.cli.commands.replay"),
-    "evaluate": Command("held-out accuracy of what the servers serve now", "lachesis.cli.commands.evaluate"),
-    "shim": Command("the Atropos Trajectory API over Redis Streams", "lachesis.cli.roles:shim"),
+    "evaluate": Command("held-out accuracy of what the servers serve now", "lachesis.cli.commands.evaluate", "envs"),
+    "shim": Command("the Atropos Trajectory API over Redis Streams", "lachesis.cli.roles:shim", "shim"),
     "trainer": Command(
-        "a verl trainer that consumes batches and publishes weight versions", "lachesis.cli.roles:trainer"
+        "a verl trainer that consumes batches and publishes weight versions", "lachesis.cli.roles:trainer", "trainer"
     ),
-    "inference": Command("an SGLang server and the agent that keeps its weights new", "lachesis.cli.roles:inference"),
-    "front-door": Command("the one address of a pool of SGLang servers", "lachesis.cli.roles:front_door"),
-    "env": Command("an environment: makes rollouts and posts them to the shim", "lachesis.cli.roles:env"),
+    "inference": Command(
+        "an SGLang server and the agent that keeps its weights new", "lachesis.cli.roles:inference", "inference"
+    ),
+    "front-door": Command("the one address of a pool of SGLang servers", "lachesis.cli.roles:front_door", "gateway"),
+    "env": Command("an environment: makes rollouts and posts them to the shim", "lachesis.cli.roles:env", "envs"),
     "base-model": Command(
-        "make the tiny model that the built-in environment starts from", "lachesis.cli.commands.base_model"
+        "make the tiny model that the built-in environment starts from", "lachesis.cli.commands.base_model", "trainer"
     ),
 }
+
+# The modules that each extra brings and ours import; one that is missing and not named here is no matter of extras.
+MODULES = {
+    "shim": "httptools isal simdjson starlette uvicorn uvloop",
+    "gateway": "aiohttp httptools starlette uvicorn uvloop",
+    "trainer": "huggingface_hub hydra omegaconf ray safetensors tensordict tokenizers torch transformers verl",
+    "inference": "aiohttp",
+    "envs": "atroposlib datasets math_verify tokenizers torch transformers",
+}
+MODULES["all"] = " ".join(MODULES.values())
 
 SETTINGS = (
     "lachesis.shim.settings",

@@ -9,9 +9,11 @@ from lachesis.broker.records.registrations import EnvRecord, TrainerConfig
 from lachesis.broker.records.steps import LedgerEntry
 from lachesis.broker.records.versions import ServerStatus
 from lachesis.broker.run.environments import is_alive
+from lachesis.broker.run.servers import is_live
 
-SERVER_STALE_S = 10.0  # a heartbeat older than this is a dead server's
-REPLICA_STALE_S = 30.0  # likewise; the others of its policy take it out earlier, if there are any
+REPLICA_STALE_S = (
+    30.0  # a replica that beat earlier is dead; the others of its policy take it out before that, if there are any
+)
 HTTP_TRAINER_S = 60.0  # a trainer that calls over HTTP is alive for so long after it called
 
 
@@ -50,7 +52,7 @@ async def _trainers(broker: Broker, policy: str, newest: LedgerEntry | None, now
 
 def serves(server: ServerStatus, now: float) -> bool:
     """Whether it takes requests, now or in a moment."""
-    return now - server.heartbeat < SERVER_STALE_S and server.state in ("ready", "updating")
+    return is_live(server, now) and server.state in ("ready", "updating")
 
 
 def problems(registry: Participants) -> list[str]:

@@ -13,7 +13,7 @@ from types import TracebackType
 
 from lachesis import __version__
 from lachesis.broker.errors import ConfigurationError, LachesisError, did_you_mean
-from lachesis.cli.catalogue import COMMANDS
+from lachesis.cli.catalogue import COMMANDS, MODULES
 from lachesis.cli.terminal import say
 
 USAGE_ERROR, FAILED, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
@@ -76,9 +76,21 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
+        if (missing := _missing(error, COMMANDS[name].extra)) is not None:
+            return _refuse(f"lachesis {name}", missing, FAILED, arguments)
         if (why := _not_ours(error)) is None:
             raise  # a mistake of ours, whose traceback says where
         return _refuse(f"lachesis {name}", why, FAILED, arguments)
+
+
+def _missing(error: BaseException, extra: str) -> str | None:
+    """Which of the extra's modules is not installed, in a line; None for any other error."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    module = error.name.partition(".")[0]
+    if module not in MODULES.get(extra, "").split():
+        return None
+    return f"{module} is not installed: pip install 'lachesis-rl[{extra}]' brings what this command needs"
 
 
 def _not_ours(error: BaseException) -> str | None:

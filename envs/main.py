@@ -15,13 +15,13 @@ import httpx
 
 from lachesis.broker.errors import ConfigurationError
 from lachesis.broker.store.connection import hide_password
+from lachesis.broker.weights.model_files import SERVED_TOKENIZER_FILES
 from lachesis.envs.registry import entry
 from lachesis.envs.settings import EnvSettings, split_token
 from lachesis.envs.task import Task
 from lachesis.service.logs import configure_logging
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-RETRY_S = 0.3
+SHIM_RETRY_S = 0.3
 TO_SHIM_S = 5.0  # one attempt; a listening socket whose server is still starting lets it wait
 
 
@@ -55,8 +55,10 @@ def _check_folder(model: str) -> str:
     if not model:
         raise ConfigurationError("which tokenizer? Give --model FOLDER, or the name of a model on the Hugging Face hub")
     folder = Path(model)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ConfigurationError(f"--model = {model!r}: holds no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
+    if folder.is_dir() and not any((folder / name).is_file() for name in SERVED_TOKENIZER_FILES):
+        raise ConfigurationError(
+            f"--model = {model!r}: holds no tokenizer (none of {', '.join(SERVED_TOKENIZER_FILES)})"
+        )
     if not folder.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise ConfigurationError(f"--model = {model!r}: no such folder")
     return model
@@ -116,7 +118,7 @@ async def _wait_for_shim(url: str, log: Any) -> None:
             if not told and time.monotonic() - began > 2.0:
                 log.info("waiting for the shim", url=hide_password(url), reason=reason)
                 told = True
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(SHIM_RETRY_S)
 
 
 def make_env(settings: EnvSettings, env_class: Any) -> Any:

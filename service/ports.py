@@ -8,20 +8,31 @@ import socket
 from lachesis.broker.errors import ConfigurationError
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A TCP socket bound to host:port (0: any free one). Raises ConfigurationError where that can't be."""
+def bind(host: str, port: int, option: str = "") -> socket.socket:
+    """A TCP socket bound to host:port (0: any free one).
+
+    Raises ConfigurationError where that can't be; it names `option`, which the port was given by, or `--host` and `--port`.
+    """
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
     except OSError as error:
         bound.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigurationError(
-                f"port = {port}: another program listens on {host}:{port}; stop it, or give another --port (0 takes a free one)"
-            ) from None
-        raise ConfigurationError(f"host = {host!r}, port = {port}: can't listen there: {error.strerror}") from None
+        raise ConfigurationError(_why_not(error, host, port, option)) from None
     return bound
+
+
+def listen(host: str, port: int, option: str) -> socket.socket:
+    """A listening TCP socket on host:port (0: any free port), to be handed to a child process. Raises as `bind` does.
+
+    The supervisor keeps it open, so clients that connect while the child restarts wait in its backlog instead of
+    being refused.
+    """
+    listener = bind(host, port, option)
+    listener.listen(1024)
+    listener.set_inheritable(True)
+    return listener
 
 
 def find_free(host: str) -> int:
@@ -30,23 +41,13 @@ def find_free(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def listen(host: str, port: int, option: str) -> socket.socket:
-    """A listening TCP socket on host:port (0: any free port), to be handed to a child process.
-
-    The supervisor keeps it open, so clients that connect while the child restarts wait in its backlog instead of
-    being refused.
-    """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigurationError(
-                f"{option} = {port}: another program listens on {host}:{port}; stop it, or give another port (0 takes a free one)"
-            ) from None
-        raise ConfigurationError(f"{option} = {port}: can't listen on {host}:{port}: {error.strerror}") from None
-    listener.listen(1024)
-    listener.set_inheritable(True)
-    return listener
+def _why_not(error: OSError, host: str, port: int, option: str) -> str:
+    if error.errno == errno.EADDRINUSE:
+        other = "another port" if option else "another --port"
+        return (
+            f"{option or 'port'} = {port}: another program listens on {host}:{port}; "
+            f"stop it, or give {other} (0 takes a free one)"
+        )
+    if option:
+        return f"{option} = {port}: can't listen on {host}:{port}: {error.strerror}"
+    return f"host = {host!r}, port = {port}: can't listen there: {error.strerror}"

@@ -23,7 +23,7 @@ from lachesis.shim.app import build_app
 from lachesis.shim.http.delivery import Protocol
 from lachesis.shim.settings import ShimSettings
 
-DRAIN_S = 20
+HTTP_DRAIN_S = 20
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # options of mallopt(3)
 
@@ -70,7 +70,7 @@ async def serve(settings: ShimSettings, redis_url: str, listener: socket.socket)
             app,
             **uvicorn_options(settings, Protocol),
             log_config=None,
-            timeout_graceful_shutdown=DRAIN_S,
+            timeout_graceful_shutdown=HTTP_DRAIN_S,
             backlog=1024,
             ssl_certfile=settings.tls_cert,
             ssl_keyfile=settings.tls_key,

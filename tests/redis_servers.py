@@ -19,7 +19,7 @@ NOT_HERE = 3  # exit status of tools/get-servers for a server that this machine 
 @functools.cache
 def binary(name: str) -> str:
     """Path of that server, fetched if need be. Where it can't be had the test is skipped, saying why; a failure fails."""
-    command, environment = [ROOT / "tools" / "get-servers", name], {**os.environ, "SERVERS_PYTHON": sys.executable}
+    command, environment = [str(ROOT / "tools" / "get-servers"), name], {**os.environ, "SERVERS_PYTHON": sys.executable}
     got = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     said = (got.stdout + got.stderr).strip()
     if got.returncode == NOT_HERE:

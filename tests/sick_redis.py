@@ -85,7 +85,7 @@ class SickRedis:
     async def _busy(self) -> AsyncIterator[None]:
         """Somebody's script does not end."""
         other = self._waiting()
-        script = asyncio.create_task(other.eval("while true do end", 0))
+        script: asyncio.Future[Any] = asyncio.ensure_future(other.eval("while true do end", 0))
         await until(self._refuses_writes)
         yield
         await self._do("SCRIPT", "KILL")

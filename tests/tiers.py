@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Generator
 from typing import Any
 
@@ -97,14 +97,14 @@ class _FileTimes:
     """Seconds by file; a file that takes longer than the limit fails the run."""
 
     def __init__(self, limit_s: float | None) -> None:
-        self._limit_s, self._seconds = limit_s, Counter[str]()
+        self._limit_s, self._seconds = limit_s, defaultdict[str, float](float)
         if self._limit_s:
             self._slowness = slowness()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        shared = sum(value for name, value in report.user_properties if name == "session_fixture_s")
+        shared = sum(float(str(value)) for name, value in report.user_properties if name == "session_fixture_s")
         if report.when == "setup":
-            self._seconds[report.nodeid.partition("::")[0]] -= float(str(shared))
+            self._seconds[report.nodeid.partition("::")[0]] -= shared
         self._seconds[report.nodeid.partition("::")[0]] += report.duration
 
     def _too_long(self) -> list[str]:
@@ -120,7 +120,7 @@ class _FileTimes:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._limit_s:
             terminalreporter.section("slowest files")
-            for file, seconds in self._seconds.most_common(10):
+            for file, seconds in sorted(self._seconds.items(), key=lambda one: -one[1])[:10]:
                 terminalreporter.write_line(f"{seconds:6.0f} s  {file}")
             for line in self._too_long():
                 terminalreporter.write_line(

@@ -14,7 +14,7 @@ from lachesis.broker import BlockingBroker, LeaseLost
 from lachesis.broker.records.steps import Lease
 from lachesis.broker.store.redis_errors import describe, trouble
 
-WAIT_S = 0.2
+LOST_POLL_S = 0.2
 
 
 class WriteAccess(Protocol):
@@ -52,7 +52,7 @@ class WriterLease:
     def wait(self, *, unless: Callable[[], bool], on_standby: Callable[[], None]) -> bool:
         """Wait until the lock is held; False if `unless` came true first. `on_standby` is called once if it takes long."""
         told = False
-        while not self._held.wait(WAIT_S):
+        while not self._held.wait(LOST_POLL_S):
             self.check()
             if unless():
                 return False

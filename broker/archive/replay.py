@@ -19,7 +19,7 @@ from lachesis.broker.records.groups import LONGEST_WINDOW_S, Group, GroupEntry, 
 from lachesis.broker.records.steps import BatchEntry
 from lachesis.broker.store.redis_errors import describe, trouble
 
-WAIT_S = 0.25
+ROOM_POLL_S = 0.25
 DUPLICATE_WINDOW_S = (
     LONGEST_WINDOW_S  # one that was interrupted is started again by somebody, not by a client that waits
 )
@@ -204,4 +204,4 @@ async def _put(target: Broker, gid: str, group: Group, done: Replayed, quota: in
             continue
         done.waiting = FULL if reply == "full" else reply
         tell()
-        await asyncio.sleep(WAIT_S)
+        await asyncio.sleep(ROOM_POLL_S)

@@ -19,7 +19,7 @@ KEEP_METRICS = 100_000  # entries of `metrics`, approximately
 KEEP_EVENTS = 10_000  # of `control`, which whoever may call can write to; as includes/log_event.lua has it
 EVENT_CHARACTERS = 4096  # of what happened; who did it is a name
 SLICE = 500  # entries read at a time
-ONCE_S = 300  # a command is not sent again after so long
+COMMAND_ONCE_S = 300  # a command is not sent again after so long
 
 Entry: TypeAlias = tuple[str, dict[str, str]]  # its id and its fields
 
@@ -75,7 +75,7 @@ class Journal:
     async def _append(self, log: str, fields: Mapping[str, str], keep: int) -> None:
         flat = [text for pair in fields.items() for text in pair]
         await self._view.scripts.append_capped(
-            keys=[self._view.keys.once(uuid4().hex)], args=[log, ONCE_S, keep, *flat]
+            keys=[self._view.keys.once(uuid4().hex)], args=[log, COMMAND_ONCE_S, keep, *flat]
         )
 
 

@@ -22,8 +22,8 @@ from lachesis.broker.store.redis_errors import trouble
 TRAINER = "trainer:"  # before the policy's name, in the hash `settings`
 HEARD_EVERY_S = 5.0  # that an environment called is noted at most so often
 MOST_HEARD = 10_000  # environments that a process remembers to have noted
-REMEMBERED_S = 300.0  # a version that a server replaced so long ago may have begun a generation
-ONCE_S = 300  # a registration is not sent again after so long
+REPLACED_VERSION_S = 300.0  # a version that a server replaced so long ago may have begun a generation
+REGISTRATION_ONCE_S = 300  # a registration is not sent again after so long
 MOST_ENVS = 10_000  # that a run knows
 FORGOTTEN_S = 24 * 3600.0  # an environment that was silent for so long is forgotten
 CROWDED_S = 600.0  # and where there is no room, the longest silent one after this
@@ -115,7 +115,7 @@ class Registry:
         env_id = await self._view.scripts.register_env(
             keys=[self._view.keys.envs, self._view.keys.heard, self._view.keys.once(nonce)],
             args=[
-                *(ONCE_S, config.desired_name, msgspec.json.encode(record), MOST_ENVS),
+                *(REGISTRATION_ONCE_S, config.desired_name, msgspec.json.encode(record), MOST_ENVS),
                 *(int(FORGOTTEN_S * 1000), int(CROWDED_S * 1000)),
             ],
         )
@@ -182,7 +182,7 @@ class Registry:
         """Heartbeat of an inference server. Raises ConfigurationError for a name that nobody could be shown."""
         check_printable("server", status.server)
         status = structs.replace(status, last_error=status.last_error[:TEXT_BYTES])
-        args = [status.server, msgspec.json.encode(status), status.version, int(REMEMBERED_S * 1000)]
+        args = [status.server, msgspec.json.encode(status), status.version, int(REPLACED_VERSION_S * 1000)]
         await self._view.scripts.server_heartbeat(
             keys=[self._view.keys.pools, self._view.keys.served], args=args, client=self._view.heartbeats
         )

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import BinaryIO
 
-AOF_FOLDER, MANIFEST = "appendonlydir", "appendonly.aof.manifest"  # the server's own names
+AOF_FOLDER, AOF_MANIFEST = "appendonlydir", "appendonly.aof.manifest"  # the server's own names
 
 CHUNK = 1 << 20
 
@@ -33,7 +33,7 @@ def cut_zeros(folder: Path) -> None:
 
 def newest_file(folder: Path) -> Path | None:
     """The one that is appended to; None before the server's first start."""
-    manifest = folder / MANIFEST
+    manifest = folder / AOF_MANIFEST
     names = re.findall(r"^file (\S+) seq \d+ type i", manifest.read_text(), re.MULTILINE) if manifest.is_file() else []
     return folder / names[-1] if names else None
 

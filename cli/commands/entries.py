@@ -18,7 +18,7 @@ from lachesis.cli.actions import with_broker
 from lachesis.cli.commands.tail_settings import TailSettings
 from lachesis.cli.terminal import console, say, say_json, visible
 
-BLOCK_S = 2.0  # one wait for something new
+ENTRY_WAIT_S = 2.0  # one wait for something new
 ENV_SCORE = "env_score/"  # and the environment's name: the mean score of its sequences in a step
 TEXTS = {"kind", "policy", "server", "gid", "env", "env_name", "prompt", "response"}  # fields that are no numbers
 
@@ -53,7 +53,7 @@ async def _show(broker: Broker, settings: TailSettings) -> int:
         )
     while settings.follow:
         read = journal.events if settings.control else journal.metrics
-        for entry in await read(cursor, block_s=BLOCK_S):
+        for entry in await read(cursor, block_s=ENTRY_WAIT_S):
             cursor = entry[0]
             if settings.control or entry[1].get("kind") in shown:
                 show_one(entry)

@@ -15,6 +15,7 @@ from lachesis.broker.client import Broker
 from lachesis.broker.errors import ConfigurationError, did_you_mean
 from lachesis.broker.records.keys import check_name
 from lachesis.broker.records.versions import PoolRule, ServerStatus, WeightsEntry
+from lachesis.broker.run.servers import is_live
 from lachesis.broker.weights.pools import NEWEST, NONE
 from lachesis.cli.actions import MAIN, check_policy, dispatch, with_broker
 from lachesis.cli.options import parse
@@ -36,8 +37,6 @@ Which published version the servers of a pool serve:
   promote     the canary's version everywhere: pins the pool to it
   rollback    the others' version everywhere: pins the pool to it
 Every action takes --pool, --redis-url and --run; `lachesis pool pin --help` explains them. docs/inference.md says more."""
-
-STALE_S = 10.0  # a heartbeat older than this is a dead server's
 
 
 class PoolSettings(RedisSettings):
@@ -260,7 +259,7 @@ def _show(found: Sequence[tuple[str, PoolRule, Sequence[ServerStatus]]]) -> None
         screen.print(f"pool {pool}: {describe(rule)}")
         table = Table.grid(padding=(0, 2))
         for status in servers:
-            state = status.state if now - status.heartbeat < STALE_S else "silent"
+            state = status.state if is_live(status, now) else "silent"
             version = f"version {status.version}" if status.version >= 0 else "no version"
             table.add_row("", status.server, state, status.rule, version, status.checksum[:12], status.last_error)
         screen.print(table)

@@ -16,9 +16,10 @@ from lachesis.broker.records.registrations import ArchiverStatus, EnvRecord
 from lachesis.broker.records.versions import ServerStatus
 from lachesis.broker.retention.trained_batches import Kept
 from lachesis.broker.run.environments import is_alive
+from lachesis.broker.run.servers import is_live
 from lachesis.broker.store.server import check_server
 from lachesis.cli.actions import check_policy, with_broker
-from lachesis.cli.health import SERVER_STALE_S, problems, read_participants
+from lachesis.cli.health import problems, read_participants
 from lachesis.cli.options import parse
 from lachesis.cli.terminal import console, say_json
 from lachesis.service.settings import RedisSettings
@@ -126,9 +127,8 @@ def _health(snapshot: dict[str, Any]) -> str:
 
 
 def _server(server: ServerStatus, newest: int | None, now: float) -> str:
-    silent_s = now - server.heartbeat
-    if silent_s >= SERVER_STALE_S:
-        return f"{server.server}  gone: silent since {_ago(silent_s)}; it served version {server.version}"
+    if not is_live(server, now):
+        return f"{server.server}  gone: silent since {_ago(now - server.heartbeat)}; it served version {server.version}"
     behind = f" of {newest}" if newest is not None and newest != server.version else ""
     rule = "" if server.rule == "newest" else f"  ({server.rule})"
     return f"{server.server}  {server.state}  version {server.version}{behind}{rule}  {server.last_error}".rstrip()

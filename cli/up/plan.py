@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from lachesis.broker.errors import ConfigurationError, did_you_mean
 from lachesis.broker.records.keys import check_name
+from lachesis.broker.weights.model_files import TOKENIZER_FILES
 from lachesis.cli.up.settings import TINY, UpSettings
 from lachesis.cli.up.supervisor import Part
 from lachesis.envs.registry import entry
@@ -26,7 +27,6 @@ Listener: TypeAlias = socket.socket
 PYTHON = (sys.executable, "-P")  # what lies in the current folder is no module
 # what this process was told of a Redis itself, taken from its children
 NO_REDIS = {"LACHESIS_REDIS_URL": "", "LACHESIS_REDIS_URL_FILE": "", "LACHESIS_EMBEDDED": "false"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from pathlib import Path
 from lachesis.broker.errors import LachesisError
 from lachesis.broker.store.child_process import die_with_parent
 
-BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0)
-STEADY_S = 60.0  # a part that was of use, and ran this long, starts its backoff anew
+PART_BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0)
+PART_STEADY_S = 60.0  # a part that was of use, and ran this long, starts its backoff anew
 GIVE_UP = 6  # failures in a row
 WRONG_SETTINGS = 2
 
@@ -129,13 +129,13 @@ class Supervisor:
             if code == 0:
                 part.state = "done"
                 return
-            if part.useful and time.monotonic() - began > STEADY_S:
+            if part.useful and time.monotonic() - began > PART_STEADY_S:
                 failures = 0
             failures += 1
             if code == WRONG_SETTINGS or failures >= GIVE_UP:
                 part.state = "failed"
                 raise PartFailed(self._obituary(part, code, failures))
-            delay = BACKOFF_S[min(failures, len(BACKOFF_S)) - 1]
+            delay = PART_BACKOFF_S[min(failures, len(PART_BACKOFF_S)) - 1]
             part.state, part.restarts = "restarting", part.restarts + 1
             self._note(f"{part.name} ended ({_cause(code)}), starting again in {delay:g} s")
             await asyncio.sleep(delay)

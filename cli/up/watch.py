@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lachesis.broker.client import Broker
 from lachesis.broker.records.versions import ServerStatus
+from lachesis.broker.run.servers import is_live
 from lachesis.cli.commands.entries import env_scores
 from lachesis.cli.commands.pool import describe
 from lachesis.cli.up.progress import View
 from lachesis.cli.up.supervisor import Supervisor
 
-SILENT_S = 10.0
 POOL = "main"  # whose servers `lachesis up` starts
 STEP_TAKES = ("trainer", "shim", "front-door", "env")  # parts that each step is the work of
 
@@ -34,7 +34,7 @@ async def watch(broker: Broker, view: View, supervisor: Supervisor, look_around:
             supervisor.of_use(*STEP_TAKES)
         cursor = entries[-1][0] if entries else cursor
         servers = {server.server: server for server in await broker.registry.servers()}
-        fresh = [server for server in servers.values() if time.time() - server.heartbeat < SILENT_S]
+        fresh = [server for server in servers.values() if is_live(server, time.time())]
         view.served = min((server.version for server in fresh), default=-1)
         view.queue = (await broker.queue.status()).groups
         supervisor.of_use(*(server.server for server in fresh if server.state == "ready"))

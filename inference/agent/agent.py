@@ -30,11 +30,11 @@ from lachesis.inference.versions.watcher import VersionWatcher
 from lachesis.service.logs import configure_logging
 from lachesis.service.ports import bind, find_free
 
-FOLLOW_S = 5.0  # one wait for another version
-DRAIN_S = 10.0  # for running requests, at the end
+VERSION_WAIT_S = 5.0  # one wait for another version
+SERVER_DRAIN_S = 10.0  # for running requests, at the end
 PORT_S = 10.0  # for a predecessor to let go of the port
-BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
-STEADY_S = 60.0  # a server that was ready this long starts the backoff anew
+SERVER_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
+SERVER_STEADY_S = 60.0  # a server that was ready this long starts the backoff anew
 DEAD_S = 3600.0  # silence after which a server's entry is removed
 NEVER_READY = 3  # starts in a row, after which a server that was never ready is given up
 
@@ -123,12 +123,12 @@ class Agent:
         watcher = VersionWatcher(self._broker, policy, base, staging, verified, self.heartbeat, self._log)
         failures = 0
         while True:
-            await anyio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
+            await anyio.sleep(SERVER_BACKOFF_S[min(failures, len(SERVER_BACKOFF_S) - 1)])
             ended = await self._live(watcher)
             self._log.error("SGLang failed, starting it again", reason=ended.reason, log=str(self._log_file))
             for line in ended.last_lines:
                 self._log.error("SGLang's log", line=line)
-            failures = 0 if ended.served_s > STEADY_S else failures + 1
+            failures = 0 if ended.served_s > SERVER_STEADY_S else failures + 1
             if not self._was_ready and failures >= NEVER_READY:
                 last = ended.last_lines[-1] if ended.last_lines else ended.reason
                 raise ServerFailed(
@@ -206,7 +206,7 @@ class Agent:
         self._become("ready")
         self._log.info("ready", server=self.name, version=now.version, url=self.heartbeat.status.url)
         while True:
-            wanted = await watcher.next(now.version, now.model, FOLLOW_S)
+            wanted = await watcher.next(now.version, now.model, VERSION_WAIT_S)
             if wanted is not None and await self._updates.apply(server, wanted):
                 now = wanted
 
@@ -217,7 +217,7 @@ class Agent:
     async def _drain(self, server: SGLangServer) -> None:
         """Wait, for a while, until no request runs; a front door repeats elsewhere what is cut off then."""
         with (
-            anyio.move_on_after(DRAIN_S, shield=True),
+            anyio.move_on_after(SERVER_DRAIN_S, shield=True),
             contextlib.suppress(ServerFailed),
         ):  # not up yet, or dead already
             await idle(server)

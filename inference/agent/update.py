@@ -13,16 +13,17 @@ from structlog.stdlib import BoundLogger
 
 from lachesis.broker import Broker
 from lachesis.broker.failpoints import failpoint
+from lachesis.broker.run.servers import live_names
 from lachesis.inference.agent.sglang_args import watchdog_s
 from lachesis.inference.agent.sglang_process import ServerFailed, SGLangServer
 from lachesis.inference.heartbeat import Heartbeat
 from lachesis.inference.settings import AgentSettings
-from lachesis.inference.versions.watcher import LIVE_S, Loadable
+from lachesis.inference.versions.watcher import Loadable
 
-TURN_S = 10.0  # a turn lapses unless it is taken again within that time
+UPDATE_TURN_S = 10.0  # a turn lapses unless it is taken again within that time
 TURN_POLL_S = 0.05  # while it is another server's turn
-CENSUS_S = 1.0  # so often the pool's servers are counted
-DRAIN_S = 300.0  # in mode `drain`: for running requests to end; after that they are retracted
+POOL_COUNT_S = 1.0  # so often the pool's servers are counted
+REQUEST_DRAIN_S = 300.0  # in mode `drain`: for running requests to end; after that they are retracted
 IDLE_POLLS, IDLE_POLL_S = 4, 0.25  # a front door may send until it has read that this server takes no requests
 
 
@@ -70,7 +71,7 @@ class Updates:
     async def _update(self, server: SGLangServer, to: Loadable) -> None:
         if self._settings.update_mode == "drain":
             self._become("draining")
-            with anyio.move_on_after(DRAIN_S):
+            with anyio.move_on_after(REQUEST_DRAIN_S):
                 await idle(server)
         else:
             self._become("updating")
@@ -130,17 +131,17 @@ class Updates:
         """Whether this server may update now. Without Redis nobody may."""
         status = self._heartbeat.status
         try:
-            if self._settings.update_at_once == 0 and time.monotonic() - self._counted_at > CENSUS_S:
+            if self._settings.update_at_once == 0 and time.monotonic() - self._counted_at > POOL_COUNT_S:
                 servers = await self._broker.registry.servers(status.pool)
-                live = {server.server for server in servers if abs(time.time() - server.heartbeat) < LIVE_S}
+                live = live_names(servers, time.time())
                 self._at_once, self._counted_at = math.ceil(len(live | {status.server}) / 2), time.monotonic()
-            return await self._broker.pools.take_turn(status.pool, status.server, self._at_once, TURN_S)
+            return await self._broker.pools.take_turn(status.pool, status.server, self._at_once, UPDATE_TURN_S)
         except (RedisError, OSError):  # the heartbeat says so
             return False
 
     async def _keep_turn(self) -> None:
         while True:
-            await anyio.sleep(TURN_S / 3)
+            await anyio.sleep(UPDATE_TURN_S / 3)
             await self._take_turn()
 
 

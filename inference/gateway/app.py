@@ -37,7 +37,7 @@ from lachesis.service.logs import configure_logging
 from lachesis.service.ports import bind
 
 LINEAGE_S = 1.0  # an answer waits this long at most for its lineage to be kept
-DRAIN_S = 30  # running requests have this long at the end
+HTTP_DRAIN_S = 30  # running requests have this long at the end
 ATROPOS_PORTS = range(9004, 9008)
 GENERATION = {"/generate": ["POST", "PUT"], "/v1/completions": ["POST"], "/v1/chat/completions": ["POST"]}
 
@@ -138,7 +138,7 @@ async def serve(door: FrontDoor, listeners: Sequence[socket.socket], stop: anyio
             **uvicorn_options(door.settings),
             log_level="error",
             server_header=False,
-            timeout_graceful_shutdown=DRAIN_S,
+            timeout_graceful_shutdown=HTTP_DRAIN_S,
         )
     )
 

@@ -14,7 +14,7 @@ import anyio
 
 from lachesis.broker.records.versions import ServerStatus
 
-STALE_S = 5.0  # a server silent for this long gets no new requests
+NO_NEW_REQUESTS_S = 5.0  # a server silent for this long gets no new requests
 LOST_S = 30.0  # and after this, its machine is taken for gone, and what runs there is repeated elsewhere
 BUSIER_TIMES, BUSIER_BY = 1.25, 4  # a prompt's server may run this many times the least, and this many more
 TAKES_REQUESTS = ("ready", "updating")  # an update only holds requests for a moment; but in place, see prefix_cache.py
@@ -43,7 +43,7 @@ class Server:
     def takes_requests(self, now: float) -> bool:
         return (
             self.status.state in (("ready",) if self.status.prefix_key else TAKES_REQUESTS)
-            and now - self.changed_at < STALE_S
+            and now - self.changed_at < NO_NEW_REQUESTS_S
             and self.failed_at != self.status.heartbeat
         )
 
@@ -69,7 +69,7 @@ class Pool:
         for name, status in listed.items():
             known = self._servers.get(name)
             if known is None:
-                age = 0.0 if abs(wall - status.heartbeat) < STALE_S else LOST_S
+                age = 0.0 if abs(wall - status.heartbeat) < NO_NEW_REQUESTS_S else LOST_S
                 self._servers[name] = Server(status, changed_at=now - age, seed=crc32(name.encode()))
             else:
                 if status.heartbeat != known.status.heartbeat:

@@ -17,8 +17,8 @@ from lachesis.inference.settings import FrontDoorSettings
 
 REFRESH_S = 0.5
 REFRESH_WAITING_S = 0.02  # while a request waits for a server
-FOLLOW_S = 5.0  # one wait for a newer version
-RETRY_S = 1.0  # while Redis is away
+VERSION_WAIT_S = 5.0  # one wait for a newer version
+REDIS_RETRY_S = 1.0  # while Redis is away
 
 
 class PoolWatch:
@@ -70,9 +70,9 @@ class PoolWatch:
         seen = -1
         while True:
             try:
-                entry = await self._broker.weights.wait_newer(self._settings.policy, seen, FOLLOW_S)
+                entry = await self._broker.weights.wait_newer(self._settings.policy, seen, VERSION_WAIT_S)
             except (RedisError, OSError):
-                await anyio.sleep(RETRY_S)
+                await anyio.sleep(REDIS_RETRY_S)
                 continue
             if entry is not None:
                 seen = entry.version

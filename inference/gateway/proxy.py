@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from lachesis.inference.gateway.poison import REFUSED_S, Poison
-from lachesis.inference.gateway.pool import STALE_S, Pool, Server
+from lachesis.inference.gateway.pool import NO_NEW_REQUESTS_S, Pool, Server
 from lachesis.inference.gateway.prefix_cache import choose_key, is_stale, judges, with_key
 from lachesis.inference.gateway.protocols.sglang import Generated, fault_of, is_single, prompt_key, read_answer
 from lachesis.inference.gateway.request_check import check_vocabulary
@@ -99,7 +99,7 @@ class Proxy:
 
         async def attempt(server: Server) -> Answer:
             nonlocal nulls, stale
-            status, sure = server.status, time.monotonic() - server.changed_at < STALE_S and not stale
+            status, sure = server.status, time.monotonic() - server.changed_at < NO_NEW_REQUESTS_S and not stale
             key = choose_key(status, path, body, sure=sure)
             version: int | None = status.version
             if key not in ("", status.prefix_key):

@@ -12,9 +12,9 @@ import msgspec
 from msgspec import Struct
 
 from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.weights.model_files import SERVED_TOKENIZER_FILES
 from lachesis.inference.versions.safetensors_reader import read_header
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 MAX_CONFIG = 64 << 20  # bytes of config.json that are read
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -41,9 +41,9 @@ def read_model_folder(folder: Path) -> ModelFolder:
         raise ConfigurationError(f"model = {str(folder)!r}: it has no config.json, so it is no model folder") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigurationError(f"model = {str(folder)!r}: its config.json can't be read: {error}") from None
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    if not any((folder / name).is_file() for name in SERVED_TOKENIZER_FILES):
         raise ConfigurationError(
-            f"model = {str(folder)!r}: it has no tokenizer (none of {', '.join(TOKENIZERS)}); copy the tokenizer's files there"
+            f"model = {str(folder)!r}: it has no tokenizer (none of {', '.join(SERVED_TOKENIZER_FILES)}); copy the tokenizer's files there"
         )
     files = sorted(folder.glob("*.safetensors"))
     if not files:

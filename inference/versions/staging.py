@@ -22,7 +22,7 @@ from lachesis.broker.records.versions import WeightsEntry
 from lachesis.broker.weights.manifest import MANIFEST
 from lachesis.inference.versions.download import Abandoned, Download
 
-LOCK_POLL_S = 0.1
+STAGING_POLL_S = 0.1
 
 
 def is_remote(entry: WeightsEntry) -> bool:
@@ -124,5 +124,5 @@ def _lock(folder: Path, stop: threading.Event, complete: Callable[[], bool]) -> 
 
 
 def _pause(stop: threading.Event) -> None:
-    if stop.wait(LOCK_POLL_S):
+    if stop.wait(STAGING_POLL_S):
         raise Abandoned

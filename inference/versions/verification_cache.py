@@ -19,15 +19,15 @@ from typing import BinaryIO
 import msgspec
 
 KEEP_RECORDS = 8  # records
-PATIENCE_S = 60.0  # for who reads the files; one that is stopped holds nobody up for longer
-LOCK_POLL_S = 0.01
+READER_PATIENCE_S = 60.0  # for who reads the files; one that is stopped holds nobody up for longer
+READER_POLL_S = 0.01
 TICK_S = 0.05
 
 
 class VerificationCache:
     """Records in a folder that only the agents of this machine can write."""
 
-    def __init__(self, folder: Path, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, folder: Path, patience_s: float = READER_PATIENCE_S) -> None:
         self._folder, self._patience_s = folder, patience_s
 
     def check_once(self, manifest_sha256: str, files: Sequence[Path], check: Callable[[], None]) -> None:
@@ -57,7 +57,7 @@ class VerificationCache:
                 return True
             if time.monotonic() > until:
                 return False
-            time.sleep(LOCK_POLL_S)
+            time.sleep(READER_POLL_S)
 
     def _collect(self) -> None:
         with contextlib.suppress(FileNotFoundError):  # another agent was faster

@@ -19,6 +19,7 @@ from structlog.stdlib import BoundLogger
 from lachesis.broker.client import Broker
 from lachesis.broker.errors import ConfigurationError, WeightsRefused
 from lachesis.broker.records.versions import WeightsEntry
+from lachesis.broker.run.servers import live_names
 from lachesis.broker.weights.pools import Orders, canaries
 from lachesis.inference.heartbeat import Heartbeat
 from lachesis.inference.versions.model_folder import ModelFolder, read_model_folder
@@ -26,9 +27,8 @@ from lachesis.inference.versions.staging import Staging, is_remote
 from lachesis.inference.versions.verification_cache import VerificationCache
 from lachesis.inference.versions.verify import VersionGone, folder_of, verify
 
-LIVE_S = 10.0  # servers silent for longer have no part in a canary
-CENSUS_S = 1.0  # while there is a canary, who lives is looked at so often
-RETRY_S = 1.0  # until Redis, or a folder that is not visible yet, is looked at again
+CANARY_COUNT_S = 1.0  # while there is a canary, who lives is looked at so often
+READ_RETRY_S = 1.0  # until Redis, or a folder that is not visible yet, is looked at again
 BASE_MODEL_POLL_S = 0.5  # for a base model in the making
 MAX_REASON = 1000  # characters of why a version was refused
 PASSING = {  # errors of this machine, and not of a version: it is tried again
@@ -106,14 +106,14 @@ class VersionWatcher:
     async def _wait(self, orders: Orders, timeout_s: float) -> None:
         """Until there are new orders, or something else may have changed."""
         if self._absent:
-            timeout_s = min(timeout_s, RETRY_S)
+            timeout_s = min(timeout_s, READ_RETRY_S)
         elif orders.rule.mode == "canary":
-            timeout_s = min(timeout_s, CENSUS_S)
+            timeout_s = min(timeout_s, CANARY_COUNT_S)
         try:
             with anyio.fail_after(timeout_s + 30):  # a connection that died without a word would block for ever
                 await self._broker.pools.wait_for_orders(self._heartbeat.status.pool, self._policy, orders, timeout_s)
         except (RedisError, OSError):  # the heartbeat says so
-            await anyio.sleep(RETRY_S)
+            await anyio.sleep(READ_RETRY_S)
 
     async def _best(self, orders: Orders, serving: int, like: ModelFolder | None) -> Loadable | None:
         """The first good one of those asked for, unless `serving` is."""
@@ -136,7 +136,7 @@ class VersionWatcher:
         part, status = orders.rule.mode, self._heartbeat.status
         if part == "canary":
             servers = await self._ask(partial(self._broker.registry.servers, status.pool))
-            live = {server.server for server in servers if abs(time.time() - server.heartbeat) < LIVE_S}
+            live = live_names(servers, time.time())
             part = "canary" if status.server in canaries(orders.rule, live | {status.server}) else "rest"
         if part != status.rule:
             self._heartbeat.change(rule=part)
@@ -235,7 +235,7 @@ class VersionWatcher:
             try:
                 return await operation()
             except (RedisError, OSError):  # the heartbeat says so
-                await anyio.sleep(RETRY_S)
+                await anyio.sleep(READ_RETRY_S)
 
 
 def _is_there(entry: WeightsEntry) -> bool:

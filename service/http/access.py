@@ -25,7 +25,7 @@ from lachesis.broker.run.tokens import matching
 from lachesis.broker.store.connection import patience
 from lachesis.broker.store.redis_errors import trouble
 
-REMEMBERED_S = 5.0  # a revoked token is good for as long as this
+TOKENS_FRESH_S = 5.0  # a revoked token is good for as long as this
 REREAD_S = 0.1  # however many unknown tokens come, Redis is asked about them no more often
 TOKENS_PATIENCE_S = 1.0  # who knows the tokens of before waits this long for a Redis in trouble
 
@@ -67,7 +67,7 @@ class Access:
 
     async def check(self, authorization: str, roles: Collection[Role]) -> TokenRecord | None:
         """The token of the header's sender, who has one of `roles`; None on an open run. Else raises Denied."""
-        if time.monotonic() - self._read_at > REMEMBERED_S:
+        if time.monotonic() - self._read_at > TOKENS_FRESH_S:
             await self._read()
         if not self._required and self._broker.keys.run not in self._seen:
             return None

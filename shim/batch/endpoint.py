@@ -24,7 +24,7 @@ from lachesis.shim.batch.http_trainers import HttpTrainers, consumer_of
 from lachesis.shim.http.answers import KEYS, NO_EXAMPLE, Batch, NoExample, NoTrainer, answer
 from lachesis.shim.http.delivery import Peer, is_pipelined, on_cut
 
-TURN_S = 30.0  # a trainer's second call waits this long for its first one to be served
+FIRST_CALL_S = 30.0  # a trainer's second call waits this long for its first one to be served
 LOOK_BACK = 3  # entries, should the newest be unreadable
 CHUNK_BYTES = 512 << 10  # of JSON; a millisecond of compression
 COMPRESSED_FROM = 1000  # bytes, as everywhere else (app.py)
@@ -57,7 +57,7 @@ class BatchEndpoint:
             return
         turn = self._turn(consumer)
         try:
-            async with asyncio.timeout(TURN_S):
+            async with asyncio.timeout(FIRST_CALL_S):
                 await turn.acquire()
         except TimeoutError:
             await answer(Batch(None))(scope, receive, send)

@@ -1,4 +1,4 @@
-"""The shim's HTTP, without what a route means: bodies, responses that may be cut off, runs by their URL, whose environment is whose.
+"""The shim's HTTP, whatever a route is for: bodies, responses that may be cut off, which run a URL means, who may call.
 
 Read body.py first.
 """

@@ -4,4 +4,4 @@ The rooms of the house are folders at the top of the repository; the links besid
 sub-packages `lachesis.broker`, `lachesis.shim`, … .
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

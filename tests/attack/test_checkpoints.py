@@ -15,7 +15,7 @@ import pytest
 from lachesis.broker import BlockingBroker, EmbeddedRedis, connect_blocking
 from lachesis.broker.errors import CheckpointRefused
 from lachesis.trainer.weights.checkpoint import Checkpoints
-from lachesis.trainer.weights.checkpoint_files import MANIFEST
+from lachesis.trainer.weights.checkpoint_files import CHECKPOINT_MANIFEST
 
 sys.path.append(str(Path(__file__).parents[1] / "trainer"))
 from trainer_kit import PATIENCE_S, context, make_tiny_model, preload
@@ -65,8 +65,13 @@ def add(folder: Path) -> None:
 
 
 def rewrite(folder: Path) -> None:
-    manifest = (folder / MANIFEST).read_text()
-    (folder / MANIFEST).write_text(manifest.replace('"step": 2', '"step": 1'))
+    manifest = (folder / CHECKPOINT_MANIFEST).read_text()
+    (folder / CHECKPOINT_MANIFEST).write_text(manifest.replace('"step": 2', '"step": 1'))
+
+
+def replace(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parent / "step-1", folder)
 
 
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -76,18 +81,18 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link": (link, f"{SHARD}' is no regular file"),
     "a pipe": (pipe, f"{SHARD}' is no regular file"),
     "one more file": (add, "model_world_size_2_rank_0.pt' is not in the checkpoint's manifest"),
-    "another manifest": (rewrite, f"{MANIFEST}' is not known to Redis"),
+    "another manifest": (rewrite, f"{CHECKPOINT_MANIFEST}' is not known to Redis"),
     "no manifest of ours": (
-        lambda folder: (folder / MANIFEST).write_text('{"step": 2}\n'),
-        f"{MANIFEST}' is not known to Redis",
+        lambda folder: (folder / CHECKPOINT_MANIFEST).write_text('{"step": 2}\n'),
+        f"{CHECKPOINT_MANIFEST}' is not known to Redis",
     ),
     "an endless manifest": (
-        lambda folder: os.truncate(folder / MANIFEST, 1 << 40),
-        f"{MANIFEST}' is not known to Redis",
+        lambda folder: os.truncate(folder / CHECKPOINT_MANIFEST, 1 << 40),
+        f"{CHECKPOINT_MANIFEST}' is not known to Redis",
     ),
     "of another step": (
-        lambda folder: [shutil.rmtree(folder), shutil.copytree(folder.parent / "step-1", folder)],
-        f"{MANIFEST}' is not known to Redis",
+        replace,
+        f"{CHECKPOINT_MANIFEST}' is not known to Redis",
     ),
 }
 
@@ -137,7 +142,7 @@ def test_what_an_older_version_saved_is_loaded_where_that_is_said(tmp_path: Path
     worker = Worker()
     (tmp_path / "step-3").mkdir()
     worker.save_checkpoint(str(tmp_path / "step-3"), None, 3, None)
-    (tmp_path / "step-3" / MANIFEST).write_text('{"step": 3}\n')
+    (tmp_path / "step-3" / CHECKPOINT_MANIFEST).write_text('{"step": 3}\n')
     with pytest.raises(CheckpointRefused, match=r"load it once with lachesis.unverified_checkpoints=true"):
         Checkpoints(tmp_path, worker, blocking, "main").load(3)
     told = Checkpoints(tmp_path, worker, blocking, "main", unverified=True)

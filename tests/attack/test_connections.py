@@ -226,7 +226,7 @@ async def test_a_body_that_nobody_waits_for_and_an_answer_that_nobody_takes() ->
         answered, reader = await server.connect(), await server.connect()
         assert await answered.send(request("/early", body=b"x" * 10_000)[:-1])
         assert b" 413 " in await answered.rest()
-        reader._reader._limit = 1  # it reads nothing of its own accord
+        reader._reader._limit = 1  # type: ignore[attr-defined]  # it reads nothing of its own accord
         assert await reader.send(request("/much"))
         await until(lambda: not server.shared._open)
 

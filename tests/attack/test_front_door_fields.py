@@ -51,17 +51,22 @@ ODD: list[Any] = [
 ]  # fmt: skip
 
 
+def given_bounds(*bounds: Any) -> set[Any]:
+    """Those that there are."""
+    return {bound for bound in bounds if bound is not None}
+
+
 def edges(kind: inspect.Type) -> Iterator[Any]:
     """What lies at the edges of a type's range, and just beyond them."""
     if isinstance(kind, inspect.UnionType):
         for each in kind.types:
             yield from edges(each)
     elif isinstance(kind, inspect.IntType):
-        for edge in {kind.ge, kind.le} - {None}:
+        for edge in given_bounds(kind.ge, kind.le):
             yield from (edge, edge - 1, edge + 1)
     elif isinstance(kind, inspect.FloatType):
-        for edge in {kind.gt, kind.ge, kind.le} - {None}:
-            yield from (edge, edge - 1e-9, edge + 1e-9, edge * (1 - 1e-12))
+        for bound in given_bounds(kind.gt, kind.ge, kind.le):
+            yield from (bound, bound - 1e-9, bound + 1e-9, bound * (1 - 1e-12))
     elif isinstance(kind, inspect.StrType):
         yield from ("x" * length for length in (kind.max_length or 3000, (kind.max_length or 3000) + 1))
     elif isinstance(kind, inspect.ListType):
@@ -82,7 +87,7 @@ def accepts(kind: inspect.Type, value: Any) -> bool:
 def single_edges(*, all_odd: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """(path, request), each with one field at an edge; fields of a few types are tried with every odd value anyway."""
     for route, (path, kind, least) in ROUTES.items():
-        for field in inspect.type_info(kind).fields:  # type: ignore[union-attr, attr-defined]
+        for field in inspect.type_info(kind).fields:  # type: ignore[attr-defined]
             if field.name in ("rid", "request_id") and not all_odd:
                 continue  # it never reaches SGLang
             ranged = not isinstance(field.type, inspect.AnyType) and "dict" not in str(field.type).lower()

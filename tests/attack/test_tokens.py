@@ -125,7 +125,7 @@ async def test_every_route_by_every_token_on_every_environment(broker: Broker, t
                 if path in NAMES_ITS_ENVIRONMENT:
                     environments = (MINE, THEIRS, NOBODYS) if path.endswith("-env") else (MINE, THEIRS, NOBODYS, None)
                 for env_id in environments:
-                    call = {"json": body_of(path, env_id), "headers": bearer(token)}
+                    call: dict[str, Any] = {"json": body_of(path, env_id), "headers": bearer(token)}
                     answer = await client.request(method, path, **call)
                     assert answer.status_code == expected(path, who, env_id), (path, who, env_id, answer.text)
                     assert not token or token not in answer.text
@@ -170,7 +170,7 @@ async def test_another_tokens_environment_is_neither_heard_nor_changed(
     before = await broker.redis.zscore(broker.keys.heard, str(THEIRS))
     for path in ("/status-env", "/disconnect-env"):
         method = "GET" if path == "/status-env" else "POST"
-        call = {"json": {"env_id": THEIRS}, "headers": bearer(tokens["alice environment"])}
+        call: dict[str, Any] = {"json": {"env_id": THEIRS}, "headers": bearer(tokens["alice environment"])}
         assert (await client.request(method, path, **call)).status_code == 403
     assert await broker.redis.zscore(broker.keys.heard, str(THEIRS)) == before
     found = await broker.registry.env(THEIRS)
@@ -185,7 +185,7 @@ async def test_what_was_registered_without_a_token_is_anybodys(
     del record["owner"]  # as releases without it kept it
     await broker.redis.hset(broker.keys.envs, str(MINE), json.dumps(record))
     for who in ("alice", "bob"):
-        call = {"json": {"env_id": MINE}, "headers": bearer(tokens[f"{who} environment"])}
+        call: dict[str, Any] = {"json": {"env_id": MINE}, "headers": bearer(tokens[f"{who} environment"])}
         assert (await client.request("GET", "/status-env", **call)).status_code == 200
         assert (await client.post("/disconnect-env", **call)).status_code == 200
 
@@ -248,7 +248,7 @@ async def test_a_batch_lent_before_there_were_tokens_is_acknowledged(broker: Bro
 async def test_an_emptied_or_restored_redis_opens_nothing(
     redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access, "REMEMBERED_S", 0.0)
+    monkeypatch.setattr(access, "TOKENS_FRESH_S", 0.0)
     broker = await Broker.connect(redis_server.url)
     good, _ = await broker.tokens.create("admin", "good")
     bad, record = await broker.tokens.create("admin", "bad")
@@ -332,7 +332,7 @@ def test_beyond_this_machine_runs_are_closed_by_default(address: str, monkeypatc
     for given, closed in (({}, not ADDRESSES[address]), ({"open_runs": True}, False), ({"require_tokens": True}, True)):
         with bound(address) as listener, socket.socket(fileno=socket.dup(listener.fileno())) as again:
             assert is_loopback(again) is ADDRESSES[address]
-            shared = {"redis_url": "redis://127.0.0.1:1/0", **given}
+            shared: dict[str, Any] = {"redis_url": "redis://127.0.0.1:1/0", **given}
             assert main.run(ShimSettings(fd=listener.detach(), **shared)) == 0  # which closes it
             assert front_door.run(FrontDoorSettings(fd=again.fileno(), **shared)) == 0
         assert [settings.require_tokens for settings in served] == [closed, closed]

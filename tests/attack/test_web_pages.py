@@ -10,6 +10,7 @@ import http.client
 import json
 import socket
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -206,7 +207,7 @@ async def test_programs_are_not_taken_for_browsers(broker: Broker) -> None:
     async with serving(build_app(broker, ShimSettings())) as url:
         for base in (url, url.replace("127.0.0.1", "localhost"), f"{url}/runs/{broker.keys.run}"):
             call = anyio.to_thread.run_sync
-            assert (await call(lambda to=base: requests.post(f"{to}/register", json=TRAINER))).status_code == 200
+            assert (await call(partial(requests.post, f"{base}/register", json=TRAINER))).status_code == 200
             assert (await call(requests.get, f"{base}/batch")).status_code == 200
             async with aiohttp.ClientSession() as session:
                 async with session.post(f"{base}/register-env", json=ENV) as answer:

@@ -1,4 +1,4 @@
-"""What pyproject.toml calls the oldest versions of the libraries the base package needs: they do."""
+"""What pyproject.toml calls the oldest versions of the libraries that broker, shim, front door and commands need: they do."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ TESTS = (
 
 
 def lowest() -> list[str]:
-    """Each dependency of the base package, at the version behind its >=."""
+    """Each dependency of the base and of the two extras, at the version behind its >=."""
     with open(ROOT / "pyproject.toml", "rb") as file:
-        needed: list[str] = tomllib.load(file)["project"]["dependencies"]
+        project = tomllib.load(file)["project"]
+    extras = project["optional-dependencies"]
+    needed = list(dict.fromkeys([*project["dependencies"], *extras["shim"], *extras["gateway"]]))
     found = [re.fullmatch(r"([\w\[\]-]+)>=([\d.]+)(?:,<[\d.]+)?", text) for text in needed]
     assert all(found), "each dependency says from which version on: name>=version"
     return [f"{each[1]}=={each[2]}" for each in found if each]

@@ -76,10 +76,10 @@ def contradictions(found: Found) -> list[str]:
     if other := [version for version, digest in found.versions if digest != hashes.get(version)]:
         wrong.append(f"versions with other weights than without faults: {_some(other)}")
     left = {name: told for name, told in found.left.items() if told["step"] >= 0}  # others had got no weights yet
-    if other := [
+    if behind := [
         f"{name} at step {told['step']}" for name, told in left.items() if told["digest"] != hashes[told["step"]]
     ]:
-        wrong.append(f"replicas with other weights than without faults: {_some(other)}")
+        wrong.append(f"replicas with other weights than without faults: {_some(behind)}")
     if not any(told["step"] == found.steps for told in left.values()):
         wrong.append(f"no replica ended with the weights of step {found.steps}")
     if found.letters != found.steps:

@@ -67,7 +67,7 @@ async def test_wrong_settings_are_not_retried_and_their_line_is_the_error(tmp_pa
 
 
 async def test_giving_up_shows_the_end_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervising, "BACKOFF_S", (0.01,))
+    monkeypatch.setattr(supervising, "PART_BACKOFF_S", (0.01,))
     supervisor = Supervisor(lambda text: None)
     supervisor.start(part(tmp_path, "raise SystemExit('the reason')"))
     with pytest.raises(PartFailed, match="the reason") as caught:
@@ -78,8 +78,8 @@ async def test_giving_up_shows_the_end_of_the_log(tmp_path: Path, monkeypatch: p
 async def test_a_part_that_fails_slowly_again_and_again_is_given_up_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervising, "BACKOFF_S", (0.01,))
-    monkeypatch.setattr(supervising, "STEADY_S", 0.0)  # every life is a long one
+    monkeypatch.setattr(supervising, "PART_BACKOFF_S", (0.01,))
+    monkeypatch.setattr(supervising, "PART_STEADY_S", 0.0)  # every life is a long one
     supervisor = Supervisor(lambda text: None)
     supervisor.start(part(tmp_path, "raise SystemExit('no memory')"))
     with pytest.raises(PartFailed, match=f"{supervising.GIVE_UP} times in a row.*\n.*no memory"):
@@ -89,8 +89,8 @@ async def test_a_part_that_fails_slowly_again_and_again_is_given_up_too(
 async def test_a_part_that_was_of_use_in_between_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervising, "BACKOFF_S", (0.01,))
-    monkeypatch.setattr(supervising, "STEADY_S", 0.0)
+    monkeypatch.setattr(supervising, "PART_BACKOFF_S", (0.01,))
+    monkeypatch.setattr(supervising, "PART_STEADY_S", 0.0)
     supervisor = Supervisor(lambda text: supervisor.of_use("part"))
     lives = tmp_path / "lives"
     code = f"""

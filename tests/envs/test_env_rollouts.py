@@ -161,7 +161,7 @@ async def test_an_evaluation_is_greedy_and_reported_once(
 @pytest.fixture
 def run_api(tmp_path: Path) -> Iterator[str]:
     port = free_port()
-    command = [Path(sys.executable).parent / "run-api", "--host", "127.0.0.1", "--port", str(port)]
+    command = [str(Path(sys.executable).parent / "run-api"), "--host", "127.0.0.1", "--port", str(port)]
     with open(tmp_path / "run-api.log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"

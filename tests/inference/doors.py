@@ -52,7 +52,8 @@ class Upstream:
     """A server in SGLang's shape that behaves as told: `script` holds one behaviour a call, the last one for all others."""
 
     def __init__(self, broker: Broker, name: str, *script: Answer) -> None:
-        self.broker, self.name, self.script, self.bodies = broker, name, list(script), []
+        self.broker, self.name, self.script = broker, name, list(script)
+        self.bodies: list[Any] = []
         self.url, self.version, self.prefix_key, self.rule = "", 4, "", "newest"
         self.on_get = describes
 

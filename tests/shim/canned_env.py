@@ -124,4 +124,5 @@ async def run(kind: str, url: str, tokenizer: str, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(run(*sys.argv[1:4], int(sys.argv[4])))  # type: ignore[call-arg]
+    chosen, address, tokens, count = sys.argv[1:5]
+    asyncio.run(run(chosen, address, tokens, int(count)))

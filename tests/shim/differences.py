@@ -184,12 +184,12 @@ def _(both: Both) -> None:
     for body in (
         {**group(1), "masks": [[1], [1]]},
         {**group(2), "tokens": [], "masks": [], "scores": []},
-        group(3, length=TRAINER["max_token_len"] + 1),  # type: ignore[operator]
+        group(3, length=TRAINER["max_token_len"] + 1),
         group(4, BATCH + 1),
     ):
         assert codes(both.each("POST", "/scored_data", json=body)) == [200, 422]
-    body = [group(5), {**group(6), "masks": [[1], [1]]}]
-    theirs, ours = (answer.json() for answer in both.each("POST", "/scored_data_list", json=body))
+    bodies = [group(5), {**group(6), "masks": [[1], [1]]}]
+    theirs, ours = (answer.json() for answer in both.each("POST", "/scored_data_list", json=bodies))
     assert theirs == {"status": "received", "groups_processed": 2}
     assert {**theirs, "refused": 1, "detail": ours["detail"]} == ours
 

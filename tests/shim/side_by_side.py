@@ -55,7 +55,7 @@ class Both:
         assert (ours is None) == (theirs is None)
         if ours is not None:
             assert sorted(map(exactly, ours)) == sorted(map(exactly, theirs))
-        return ours  # type: ignore[no-any-return]
+        return ours
 
 
 def words(answer: httpx.Response, name: str) -> list[str] | None:
@@ -78,7 +78,7 @@ def side_by_side(redis_url: str, run: str, log: Path) -> Iterator[Both]:
     ports = free_port(), free_port()
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     run_api = Path(sys.executable).parent / "run-api"
-    command = [run_api, "--host", "127.0.0.1", "--port", str(ports[0])]
+    command = [str(run_api), "--host", "127.0.0.1", "--port", str(ports[0])]
     upstream = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         with shim_process(log, "--redis-url", redis_url, "--run", run, "--port", str(ports[1])) as shim:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from side_by_side import BATCH, Both, side_by_side
@@ -44,7 +45,11 @@ def test_a_whole_job_reads_the_same(both: Both) -> None:
             call == "post" and queued + size < 2 * BATCH
         ):  # with two batches ready, upstream hands out the newer one first
             queued += size
-            more = {"env_id": env_id, "overrides": [{}] * size, "inference_logprobs": [[1.0, -0.5, -0.25]] * size}
+            more: dict[str, Any] = {
+                "env_id": env_id,
+                "overrides": [{}] * size,
+                "inference_logprobs": [[1.0, -0.5, -0.25]] * size,
+            }
             assert both.post("/scored_data", group(next(numbers), size, **more)) == {"status": "received"}
             both.get("/latest_example")
         elif call == "list" and queued + 2 * size < 2 * BATCH:

@@ -163,7 +163,7 @@ class Job(RuleBasedStateMachine):
             found = grab_batch_with_minimum_allocations(queue, BATCH, self.envs)
         else:
             found = grab_exact_from_heterogeneous_queue(queue, BATCH)
-        return found  # type: ignore[no-any-return]
+        return found
 
     def oldest_batch(self) -> list[int] | None:
         """The groups that add up and whose newest is oldest, then whose second newest is, and so on."""
@@ -263,7 +263,7 @@ class Job(RuleBasedStateMachine):
     def group(self, data: st.DataObject) -> dict[str, Any]:
         env_id = data.draw(st.sampled_from((None, 99, *range(len(self.envs)))))
         known = env_id is not None and env_id < len(self.envs)
-        size = self.envs[env_id]["group_size"] if known else data.draw(st.sampled_from((1, 2, 4)))  # type: ignore[index]
+        size = self.envs[env_id]["group_size"] if known else data.draw(st.sampled_from((1, 2, 4)))
         Job.number += 1
         return {**group(Job.number, size, env_id=env_id), **data.draw(extras(size))}
 
@@ -296,7 +296,5 @@ class Job(RuleBasedStateMachine):
 
 def test_random_jobs_read_the_same(both: Both) -> None:
     Job.both, Job.batches = both, 0
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        Job, settings=settings(max_examples=JOBS, stateful_step_count=50, **PROFILE)
-    )
+    run_state_machine_as_test(Job, settings=settings(max_examples=JOBS, stateful_step_count=50, **PROFILE))
     assert Job.batches  # else nothing of value was compared

@@ -22,7 +22,7 @@ from lachesis.shim.http.delivery import Protocol
 from lachesis.shim.main import listen
 from lachesis.shim.settings import ShimSettings
 
-TRAINER = {
+TRAINER: dict[str, Any] = {
     "wandb_group": "group",
     "wandb_project": "project",
     "batch_size": 4,
@@ -32,7 +32,7 @@ TRAINER = {
     "starting_step": 0,
     "num_steps": 100,
 }
-ENV = {"max_token_length": 64, "desired_name": "sums", "weight": 1.0, "group_size": 2}
+ENV: dict[str, Any] = {"max_token_length": 64, "desired_name": "sums", "weight": 1.0, "group_size": 2}
 KEYS = (
     "tokens", "masks", "scores", "advantages", "ref_logprobs", "messages", "generation_params", "inference_logprobs",
     "group_overrides", "overrides", "images", "env_id", "distill_token_ids", "distill_logprobs",

@@ -9,7 +9,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from trajectories import ENV, TRAINER, group
 
-SCALE = 1 if settings.default.derandomize else 10  # random ones for longer
+SCALE = 1 if settings().derandomize else 10  # random ones for longer
 PROFILE: dict[str, Any] = {"phases": [Phase.generate]}
 
 VALID: dict[str, tuple[str, Any]] = {
@@ -25,7 +25,7 @@ WHOLE = group(
     generation_params={"t": 1}, inference_logprobs=[[1.0] * 3] * 2, group_overrides={"a": 1}, overrides=[{"b": 2}] * 2,
     images=[1], env_id=3, distill_token_ids=[[[1]]], distill_logprobs=[[[1.0]]],
 )  # fmt: skip
-WRONG = st.sampled_from(
+WRONG: st.SearchStrategy[Any] = st.sampled_from(
     (None, True, 0, -1, 1.0, 1.5, 2**63, -(2**64), 10**30, 1e300, "", "8", " 8 ", "8.0", "1_0", "0x8", "1e3", "x", "true",
      "ä", [], [None], [[]], [1], ["1"], [[1.5]], [[["2"]]], {}, {"role": 1}, [[{"role": 1}]], [{"0": 1}], {"env_id": 1})
 )  # fmt: skip

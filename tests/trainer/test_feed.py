@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from trainer_kit import fill, until
@@ -100,7 +101,7 @@ def test_it_is_made_while_a_step_trains_from_what_comes_then(
 
 @pytest.mark.parametrize("changes", [{"prefetch": 0}, {"num_steps": 1}], ids=["turned off", "after the last step"])
 def test_nothing_is_made_ready_where_nothing_should(
-    blocking: BlockingBroker, feed_of: Callable[[Plan], Prefetcher], plan: Plan, changes: dict[str, int]
+    blocking: BlockingBroker, feed_of: Callable[[Plan], Prefetcher], plan: Plan, changes: dict[str, Any]
 ) -> None:
     blocking.call(fill, blocking.broker, groups=2 * GROUPS)
     with feed_of(replace(plan, **changes)) as prefetcher:

@@ -38,6 +38,8 @@ def test_lock_and_lease_outlive_their_terms(blocking: BlockingBroker) -> None:
     def ends_at() -> int:
         return int(blocking.call(broker.redis.pexpiretime, key(blocking)))
 
+    idle = 0
+
     def lease_begins_anew() -> bool:
         nonlocal idle
         before, idle = idle, pending()["time_since_delivered"]
@@ -48,7 +50,7 @@ def test_lock_and_lease_outlive_their_terms(blocking: BlockingBroker) -> None:
     with WriterLease(blocking, "main", ttl_s=TTL_S) as writer_lease:
         assert held(writer_lease)
         writer_lease.lease = blocking.call(broker.queue.lease_or_form, "main", "a", 4, lapse_s=0)
-        idle, first_end = 0, ends_at()
+        first_end = ends_at()
         for _ in range(2):  # nothing in this thread calls the tenure meanwhile
             until(lease_begins_anew)
         assert ends_at() > first_end

@@ -103,7 +103,8 @@ class Driver:
         from verl.workers.utils.losses import ppo_loss
 
         algorithm, actor = self._config.algorithm, self._config.actor_rollout_ref.actor
-        correction, metrics = algorithm.rollout_correction, {}
+        correction = algorithm.rollout_correction
+        metrics: dict[str, Any] = {}
         tensors, uids = padded_batch(groups)
         batch = DataProto.from_dict(tensors, non_tensors={"uid": uids})
         if correction.bypass_mode and actor.policy_loss.loss_mode in ("vanilla", "bypass_mode"):

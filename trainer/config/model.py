@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 from lachesis.broker.errors import ConfigurationError
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+from lachesis.broker.weights.model_files import TOKENIZER_FILES
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 

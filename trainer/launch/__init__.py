@@ -1,1 +1,1 @@
-"""Ways to start a trainer's ranks other than torchrun."""
+"""Ways to start a trainer's ranks other than torchrun: Ray, in ray.py."""

@@ -1,4 +1,4 @@
-"""Weights on disk and at URLs: published versions and checkpoints, complete or absent.
+"""Weights on disk and at URLs: published versions and checkpoints. One that can be found is complete.
 
 Read versions.py and checkpoint.py; publisher.py writes beside training.
 """

@@ -19,7 +19,7 @@ from lachesis.broker import BlockingBroker
 from lachesis.broker.errors import CheckpointRefused
 from lachesis.broker.failpoints import failpoint
 from lachesis.trainer.config.plan import Plan
-from lachesis.trainer.weights.checkpoint_files import MANIFEST, check_files, read_manifest, write_manifest
+from lachesis.trainer.weights.checkpoint_files import CHECKPOINT_MANIFEST, check_files, read_manifest, write_manifest
 from lachesis.trainer.weights.fsync import fsync_tree, rename_durably
 
 KEEP_CHECKPOINTS = 2
@@ -46,7 +46,9 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.iterdir() if not path.is_symlink())
-        return sorted(int(name[1]) for name in names if name and (self._path(int(name[1])) / MANIFEST).is_file())
+        return sorted(
+            int(name[1]) for name in names if name and (self._path(int(name[1])) / CHECKPOINT_MANIFEST).is_file()
+        )
 
     def steps(self) -> list[int]:
         """Steps of complete checkpoints that trainers of this policy saved, oldest first."""
@@ -88,7 +90,7 @@ class Checkpoints:
                 raise
         elif not self._unverified:
             raise CheckpointRefused(
-                f"{str(folder / MANIFEST)!r} is not known to Redis: a trainer of policy {self._policy!r} notes what it "
+                f"{str(folder / CHECKPOINT_MANIFEST)!r} is not known to Redis: a trainer of policy {self._policy!r} notes what it "
                 "saves. If you trust all who can write there (an older version noted nothing), load it once with "
                 "lachesis.unverified_checkpoints=true"
             )
@@ -96,7 +98,7 @@ class Checkpoints:
 
     def remove(self, step: int) -> None:
         """Delete a checkpoint; a crash in between leaves one that no longer counts as complete."""
-        (self._path(step) / MANIFEST).unlink()
+        (self._path(step) / CHECKPOINT_MANIFEST).unlink()
         self._broker.call(self._digests.remove, self._policy, step=step)
         shutil.rmtree(self._path(step))
 

@@ -13,7 +13,7 @@ import msgspec
 from lachesis.broker.errors import CheckpointRefused
 from lachesis.broker.records.versions import CheckpointManifest, FileInfo
 
-MANIFEST = "lachesis.json"
+CHECKPOINT_MANIFEST = "lachesis.json"
 MAX_BYTES = 1 << 26  # of a manifest
 THREADS = min(8, os.cpu_count() or 1)  # that hash files, which leaves the interpreter alone
 
@@ -26,13 +26,13 @@ def write_manifest(folder: Path, step: int) -> str:
         infos = [FileInfo(path.stat().st_size, digest) for path, digest in zip(paths.values(), digests, strict=True)]
     manifest = CheckpointManifest(step, dict(zip(paths, infos, strict=True)))
     raw = msgspec.json.format(msgspec.json.encode(manifest)) + b"\n"
-    (folder / MANIFEST).write_bytes(raw)
+    (folder / CHECKPOINT_MANIFEST).write_bytes(raw)
     return hashlib.sha256(raw).hexdigest()
 
 
 def read_manifest(folder: Path) -> bytes:
     """Its bytes as they lie there; empty where there is none that can be read."""
-    path = folder / MANIFEST
+    path = folder / CHECKPOINT_MANIFEST
     try:
         found = path.lstat()
         return path.read_bytes() if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_BYTES else b""
@@ -44,7 +44,7 @@ def check_files(folder: Path, raw: bytes) -> None:
     """Raise CheckpointRefused unless the folder holds what the manifest `raw`, which is believed, says, and nothing else."""
     manifest = msgspec.json.decode(raw, type=CheckpointManifest)
     paths = _files(folder)
-    paths.pop(MANIFEST, None)
+    paths.pop(CHECKPOINT_MANIFEST, None)
     for name in sorted(paths.keys() | manifest.files.keys()):
         if name not in paths:
             raise CheckpointRefused(f"{str(folder / name)!r} is missing: the checkpoint was saved with it")

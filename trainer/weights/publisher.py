@@ -19,13 +19,13 @@ from torch import Tensor
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.failpoints import failpoint
+from lachesis.broker.run.servers import is_live
 from lachesis.trainer.config.plan import Plan
 from lachesis.trainer.weights.remote import RemoteVersions
 from lachesis.trainer.weights.versions import VersionStore
 from lachesis.trainer.writer_lock import WriteAccess
 
 SERVER_GONE_S = 600.0  # a server silent for this long no longer holds a version on disk
-SERVER_SILENT_S = 10.0  # and one silent for this long samples nothing
 SERVED_POLL_S = 0.02  # between two looks at what the servers serve
 
 
@@ -124,9 +124,9 @@ class Publisher:
 
     def _awaited(self) -> bool:
         """Whether a server at work that follows the newest version, and can, still samples from an older one."""
-        alive = time.time() - SERVER_SILENT_S
+        now = time.time()
         servers = self._broker.call(self._broker.broker.registry.servers)
-        at_work = [server for server in servers if server.heartbeat > alive and server.state in ("ready", "updating")]
+        at_work = [server for server in servers if is_live(server, now) and server.state in ("ready", "updating")]
         return any(
             server.version < self.newest for server in at_work if server.rule == "newest" and not server.last_error
         )

@@ -29,6 +29,7 @@ POINTS = ("segment", "segment-written", "segment-named", "segment-covered")
 async def ended(process: WarmProcess, timeout_s: float = 60) -> tuple[int, str]:
     """Exit code and everything it said."""
     out, err = await asyncio.to_thread(process.communicate, timeout=timeout_s)
+    assert process.returncode is not None
     return process.returncode, out + err
 
 

@@ -52,7 +52,7 @@ async def test_a_batch_that_kills_its_trainers_is_given_up_and_all_others_are_tr
         )
         assert reply == "stored"
     await broker.weights.publish("main", WeightsEntry(8, 8, "file:///v", "0", 1, "BF16", -1))
-    codes = []
+    codes: list[int] = []
     while not codes or codes[-1]:
         codes.append(run("-c", TRAINER, broker.url, broker.keys.run, f"t{len(codes)}"))
     assert codes == [-signal.SIGKILL] * MAX_DELIVERIES + [0]

@@ -312,4 +312,4 @@ def url(shared_redis: EmbeddedRedis) -> Iterator[str]:
 @pytest.mark.usefixtures("url")
 def test_the_queue_does_what_its_model_does() -> None:
     limits = settings(max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
-    run_state_machine_as_test(QueueModel, settings=limits)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(QueueModel, settings=limits)

@@ -179,7 +179,7 @@ def test_none_only_if_no_batch_meets_the_minimums(groups: Groups, least: dict[st
 
 
 def upstream_batch(groups: Groups, allocations: dict[int, float], batch_size: int) -> list[int] | None:
-    queue = [
+    queue: list[dict[str, Any]] = [
         {"tokens": [[]] * size, "env_id": None if env == "-" else int(env), "number": number}
         for number, (env, size) in enumerate(groups)
     ]

@@ -191,7 +191,7 @@ async def test_a_server_that_cannot_be_started_again_ends_its_owner_with_the_rea
         while b"listening" not in said:
             said += await shim.stdout.receive()
         folder = tmp_path / "redis"
-        (folder / aof.AOF_FOLDER / aof.MANIFEST).write_text("no manifest")
+        (folder / aof.AOF_FOLDER / aof.AOF_MANIFEST).write_text("no manifest")
         os.kill(await pid_of(folder), signal.SIGKILL)
         said = b"".join([part async for part in shim.stdout])
         assert await shim.wait() == 1

@@ -16,7 +16,7 @@ from sick_redis import pair, sick_redis, until
 from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis, RedisUnsuitable, connect_blocking
 from lachesis.broker.store.connection import hide_password, open_redis, patience
 from lachesis.broker.store.redis_errors import Trouble, describe, trouble
-from lachesis.service.http.access import Access, Denied
+from lachesis.service.http.access import ADMIN, Access, Denied
 from lachesis.trainer.elastic.heartbeat import is_stopped
 from lachesis.trainer.writer_lock import WriterLease
 
@@ -313,11 +313,11 @@ async def test_unknown_tokens_share_one_look_at_the_known_ones(broker: Broker) -
 
     async def ask(number: int) -> None:
         with pytest.raises(Denied):
-            await access.check(f"Bearer wrong{number}", ("admin",))
+            await access.check(f"Bearer wrong{number}", ADMIN)
 
     await ask(0)
     before = await looks()
     await asyncio.gather(*map(ask, range(50)))
     assert await looks() - before <= 1
     token, _ = await broker.tokens.create("admin", "later")
-    await access.check(f"Bearer {token}", ("admin",))
+    await access.check(f"Bearer {token}", ADMIN)

@@ -112,7 +112,7 @@ def test_an_sglang_that_never_starts_is_given_up(
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho 'ImportError: no torch here' >&2\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(agent, "BACKOFF_S", (0.0,))
+    monkeypatch.setattr(agent, "SERVER_BACKOFF_S", (0.0,))
 
     with pytest.raises(ServerFailed, match="failed 3 times and was never ready: ImportError: no torch here"):
         agent.run(settings(shared_redis, tmp_path, model=str(base), sglang_python=str(broken)))

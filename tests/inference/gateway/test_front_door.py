@@ -154,6 +154,7 @@ async def test_what_a_client_left_is_cancelled(broker: Broker) -> None:
         except asyncio.CancelledError:
             cancelled.set()
             raise
+        return web.Response()
 
     async with Upstream(broker, "s", takes_long).running(), door(broker) as client:
         request = asyncio.create_task(post(client))

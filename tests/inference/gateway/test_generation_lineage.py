@@ -119,7 +119,7 @@ def test_the_openai_routes_answer_as_if_nothing_had_been_added(path: str) -> Non
     }
     if "return_meta_info" not in asked:
         del added["meta_info"]
-    plain = {"choices": [{"text": "a", "logprobs": None}], "metadata": {"weight_version": "5"}}
+    plain: dict[str, Any] = {"choices": [{"text": "a", "logprobs": None}], "metadata": {"weight_version": "5"}}
     more = {**plain, "choices": [{**plain["choices"][0], **added}]}
     assert msgspec.json.decode(without(path, msgspec.json.encode(more), asked, {})) == plain
     assert to_ask(path, asked) == {}

@@ -65,7 +65,7 @@ async def recorded(broker: Broker, prompt: list[int], output: list[int]) -> Line
 
 
 def log_probs(lineage: Lineage) -> list[float]:
-    return memoryview(lineage.log_probs).cast("f").tolist()
+    return list(map(float, memoryview(lineage.log_probs).cast("f")))
 
 
 async def test_generate(broker: Broker, client: aiohttp.ClientSession) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from lachesis.broker.records.versions import ServerStatus
-from lachesis.inference.gateway.pool import LOST_S, STALE_S, Pool
+from lachesis.inference.gateway.pool import LOST_S, NO_NEW_REQUESTS_S, Pool
 
 pytestmark = pytest.mark.anyio
 
@@ -64,7 +64,7 @@ def test_a_silent_server_goes_stale_whatever_its_clock_says() -> None:
         pool.refresh([status("old"), status("ahead", heartbeat=ahead + second)], now=second, wall=1000 + second)
     assert names(pool) == {"ahead"}
 
-    pool.refresh([status("ahead", heartbeat=ahead + 19)], now=19 + STALE_S, wall=1100)
+    pool.refresh([status("ahead", heartbeat=ahead + 19)], now=19 + NO_NEW_REQUESTS_S, wall=1100)
     assert names(pool) == set()
 
 

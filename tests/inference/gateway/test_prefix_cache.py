@@ -130,7 +130,7 @@ async def test_no_answer_goes_on_from_a_prefix_of_other_weights(
     away, requests find only what SGLang read for all their outputs at once.
     """
     if keys == "own":
-        monkeypatch.setattr(proxy, "STALE_S", -1.0)
+        monkeypatch.setattr(proxy, "NO_NEW_REQUESTS_S", -1.0)
     store, stop = tmp_path / "store", False
     done: list[tuple[dict[str, Any], int, Any]] = []
     prompts = np.random.default_rng(0).integers(5, VOCAB, (6, 96)).tolist()

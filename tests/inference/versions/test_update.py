@@ -96,7 +96,8 @@ async def test_retract(broker: Broker, wanted: Loadable, tmp_path: Path) -> None
 
 async def test_in_place_keeps_the_cache_of_running_requests(broker: Broker, wanted: Loadable, tmp_path: Path) -> None:
     stub, heartbeat = Stub(), heartbeat_of(broker)
-    update = Updates(AgentSettings(update_mode="in_place"), broker, heartbeat, [].append, LOG)
+    states: list[str] = []
+    update = Updates(AgentSettings(update_mode="in_place"), broker, heartbeat, states.append, LOG)
     async with serving(stub, tmp_path) as server:
         keys = []
         for _ in range(2):

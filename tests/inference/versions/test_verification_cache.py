@@ -111,7 +111,7 @@ def check_slowly(folder: Path, files: list[Path], read: Path, for_s: float) -> N
 
 def started(tmp_path: Path, files: list[Path], count: int, for_s: float) -> list[multiprocessing.process.BaseProcess]:
     (tmp_path / "read").mkdir(exist_ok=True)
-    found = []
+    found: list[multiprocessing.process.BaseProcess] = []
     for _ in range(count):
         process = SPAWN.Process(target=check_slowly, args=(tmp_path / "verified", files, tmp_path / "read", for_s))
         process.start()

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,7 +27,7 @@ from lachesis.shim.settings import ShimSettings
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 ROLES: tuple[Role, ...] = ("environment", "trainer", "admin")
-ALL = set(ROLES)
+ALL: set[str] = set(ROLES)
 ROUTES: dict[tuple[str, str], tuple[Any, set[str]]] = {
     ("GET", "/"): (None, ALL),
     ("GET", "/info"): (None, ALL),
@@ -141,7 +142,7 @@ async def test_clients_that_know_only_a_url(url: str, tokens: dict[str, str], ru
     """aiohttp is what Atropos environments use, requests what its trainers use."""
     for base in (url, f"{url}/runs/{run_name}"):
         environment, trainer = (with_token(base, tokens[role]) for role in ("environment", "trainer"))
-        register = await anyio.to_thread.run_sync(lambda to=trainer: requests.post(f"{to}/register", json=TRAINER))
+        register = await anyio.to_thread.run_sync(partial(requests.post, f"{trainer}/register", json=TRAINER))
         assert register.status_code == 200
         assert (await anyio.to_thread.run_sync(requests.get, f"{trainer}/batch")).json() == {"batch": None}
         assert (await anyio.to_thread.run_sync(requests.get, f"{trainer}/reset_data")).status_code == 403

@@ -44,7 +44,7 @@ async def a_job(client: httpx.AsyncClient, prefix: str, number: int) -> None:
 
     async def post(path: str, body: object, content: bytes = b"") -> httpx.Response:
         body = {"content": content, "headers": {"Content-Encoding": "gzip"}} if content else {"json": body}
-        response = await client.post(prefix + path, **body)  # type: ignore[arg-type]
+        response = await client.post(prefix + path, **body)
         assert response.status_code == 200, response.text
         return response
 

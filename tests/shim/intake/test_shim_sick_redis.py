@@ -18,7 +18,7 @@ from lachesis.broker import Broker, client
 from lachesis.broker.audit import audit
 from lachesis.broker.records.keys import RUNS
 from lachesis.broker.store import connection
-from lachesis.service.http.access import Access
+from lachesis.service.http.access import ADMIN, Access
 from lachesis.shim.app import build_app
 from lachesis.shim.intake import backpressure
 from lachesis.shim.routes import status
@@ -165,7 +165,7 @@ async def test_a_failover_behind_an_address_is_a_pause(tmp_path: Path) -> None:
                 over.set()
             assert all(task.done() for task in environments)
             assert codes == {200}
-            assert int(await both.clients[1].hget(broker.keys.state, "accepted")) == posted
+            assert int(await both.clients[1].hget(broker.keys.state, "accepted") or 0) == posted
             print(f"longest post {max(waits):.2f} s")
         assert (await audit(broker)).findings == []
         await broker.aclose()
@@ -228,8 +228,8 @@ async def test_a_stored_group_is_answered_as_stored(sick: Sick) -> None:
 
 def _all_but_envs(broker: Broker) -> list[str]:
     prefix = broker.keys.groups.removesuffix("groups")
-    names = ("groups", "blob:*", "seen:*", "state", "trainers", "trained", "weights:*", "pools", "served", "lineage*")
-    names += ("batches", "tokens")
+    names = ["groups", "blob:*", "seen:*", "state", "trainers", "trained", "weights:*", "pools", "served", "lineage*"]
+    names += ["batches", "tokens"]
     return [RUNS, *(prefix + name for name in names)]
 
 
@@ -250,10 +250,10 @@ async def test_a_refused_post_is_told_so_while_nothing_can_be_kept(sick: Sick) -
 async def test_tokens_known_count_on_while_redis_is_in_trouble(sick: Sick, monkeypatch: pytest.MonkeyPatch) -> None:
     token, _ = await sick.broker.tokens.create("admin")
     access = Access(sick.broker, required=False)
-    await access.check(f"Bearer {token}", ("admin",))
-    monkeypatch.setattr("lachesis.service.http.access.REMEMBERED_S", 0.0)
+    await access.check(f"Bearer {token}", ADMIN)
+    monkeypatch.setattr("lachesis.service.http.access.TOKENS_FRESH_S", 0.0)
     monkeypatch.setattr("lachesis.service.http.access.TOKENS_PATIENCE_S", 0.0)
     async with sick.make("BUSY"):
-        await access.check(f"Bearer {token}", ("admin",))
+        await access.check(f"Bearer {token}", ADMIN)
         with pytest.raises(PermissionError, match="unknown or revoked"):
-            await access.check("Bearer wrong", ("admin",))
+            await access.check("Bearer wrong", ADMIN)

@@ -79,7 +79,7 @@ def test_every_valid_group_takes_the_fast_way(
     assert [content(item) for item in several] == [content(direct)] * 2
 
 
-ODD = st.sampled_from(
+ODD: st.SearchStrategy[Any] = st.sampled_from(
     [None, True, "1", "x", "[", "\ud800", 1.0, 1.5, -0.0, 1e308, float("nan"), float("inf"), 2**63, 2**64, -(2**63), 10**30,
      [], [[]], [1], [[1], []], [[1, 2]], {}, {"[": "["}, {"role": "user", "content": 1}]
 )  # fmt: skip

@@ -105,6 +105,6 @@ def assert_same_step(
     assert my_gradients.keys() == their_gradients.keys()
     assert len(my_gradients) > 20
     for name, expected in their_gradients.items():
-        assert (my_gradients[name] - expected).abs().max() <= CLOSE * max(1, expected.abs().max()), name
+        assert (my_gradients[name] - expected).abs().max() <= CLOSE * max(1.0, float(expected.abs().max())), name
     assert max(gradient.abs().max() for gradient in my_gradients.values()) > 1e-3
     return mine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from same_step import MODES, Planned, assert_same_step, half
@@ -41,7 +42,7 @@ def test_kl_in_the_reward_is_verls(planned: Planned, groups: list[Group], algo: 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_of_an_adapter_is_verls(planned: Planned, groups: list[Group], mode: str) -> None:
     """With the KL to the model without it, as in verl."""
-    adapter = {"actor_rollout_ref.model.lora_rank": 4, "actor_rollout_ref.actor.use_kl_loss": True}
+    adapter: dict[str, Any] = {"actor_rollout_ref.model.lora_rank": 4, "actor_rollout_ref.actor.use_kl_loss": True}
     assert_same_step(planned, groups, **MODES[mode], **adapter)
 
 
@@ -60,8 +61,9 @@ def test_distillation_is_verls(planned: Planned, groups: list[Group], rewards: b
             [[-rng.uniform(0.5, 4) for _ in ids] for ids in row] for row in scored.distill_token_ids
         ]
         taught.append(stored(scored))
-    loss = {"use_task_rewards": rewards, "distillation_loss_coef": 0.5}
+    loss: dict[str, Any] = {"use_task_rewards": rewards, "distillation_loss_coef": 0.5}
     values = {f"distillation.distillation_loss.{name}": value for name, value in loss.items()}
-    mine = assert_same_step(planned, taught, **MODES[mode], **values, **{"distillation.enabled": True})
+    values["distillation.enabled"] = True
+    mine = assert_same_step(planned, taught, **MODES[mode], **values)
     assert mine["actor/distillation/loss"] > 1e-2
     assert ("actor/pg_loss" in mine) == rewards

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.verl
 
 @pytest.mark.parametrize("size", [1, 6, 24])
 def test_gradients_accumulate_over_micro_batches(planned: Planned, groups: list[Group], size: int) -> None:
-    values = {
+    values: dict[str, Any] = {
         "actor_rollout_ref.model.use_remove_padding": False,
         "actor_rollout_ref.actor.use_dynamic_bsz": False,
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": size,

@@ -162,7 +162,7 @@ def test_sums_of_float32_gradients_are_right_to_the_last_bit_of_float32(values: 
     for value in values:
         found.add(torch.tensor([value], dtype=torch.float32))
     expected = torch.tensor(values, dtype=torch.float64).sum()
-    assert abs(total(found.parts)[0] - expected) <= max(2.0**-52 * len(values), abs(expected) * 2.0**-50)
+    assert abs(total(found.parts)[0] - expected) <= max(2.0**-52 * len(values), float(abs(expected)) * 2.0**-50)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

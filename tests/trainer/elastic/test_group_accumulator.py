@@ -134,8 +134,8 @@ def test_state_given_to_another_goes_on_as_the_giver(
         one.copy_(other)
     taker.load(header, received)
     for step in range(steps + 1, steps + 3):
-        for one in (giver, taker):
-            together([one], step, groups)
+        for learner in (giver, taker):
+            together([learner], step, groups)
         assert taker.metrics["lr"] == giver.metrics["lr"]
     mine, theirs = weights(giving), weights(taking)
     assert all(mine[name].equal(theirs[name]) for name in mine)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from trainer_kit import scored_group, stored
 
 from lachesis.broker import BlockingBroker
 from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.records.groups import Group
+from lachesis.broker.records.groups import Group, Spans
 from lachesis.broker.records.registrations import EnvConfig
 from lachesis.broker.records.steps import LedgerEntry
 from lachesis.cli.up.run import start_over
@@ -61,11 +61,10 @@ def estimate(batch: TrainingBatch, advantage: float) -> Estimated:
 
 
 @pytest.fixture
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    return
 
 
 @pytest.mark.verl
@@ -113,16 +112,17 @@ def test_staleness_is_told_in_versions() -> None:
 
 def test_staleness_is_that_of_the_tokens_where_their_versions_are_known() -> None:
     """Two groups of two sequences, twelve tokens each, the last eight trained: versions 3 and 5 in all, now at 6."""
+    known: dict[str, list[Spans]] = {
+        "known": [((3, 0, 6), (5, 6, 12)), ((5, 4, 12),)],  # a prompt's versions do not count: 2 x 3 + 6 x 5, 8 x 5
+        "half": [((4, 4, 12),), ((5, 4, 8),)],  # 8 x 4; 4 x 5, and 4 that nobody knows: from 3 to 5
+    }
     groups = [
         Group(
             gid=gid, env=None, v_min=3, v_max=5, tokens=[np.arange(12)] * 2,
             masks=[np.array([-100] * 4 + [1] * 8)] * 2, scores=np.array([0.0, 1.0]),
             advantages=None, ref_logprobs=None, inference_logprobs=None, rest={}, versions=versions,
         )
-        for gid, versions in (
-            ("known", [((3, 0, 6), (5, 6, 12)), ((5, 4, 12),)]),  # a prompt's versions do not count: 2 x 3 + 6 x 5, 8 x 5
-            ("half", [((4, 4, 12),), ((5, 4, 8),)]),  # 8 x 4; 4 x 5, and 4 that nobody knows: from 3 to 5
-        )
+        for gid, versions in known.items()
     ]  # fmt: skip
     values = batch_metrics(ENTRY, groups, mapped(groups), None)
     staleness = "training/off_policy/trajectory_staleness"
@@ -294,7 +294,10 @@ def test_examples_are_the_best_and_the_worst_of_the_most_divided_groups() -> Non
     ]
     best, tokens, mask = found[0], groups[1].tokens[1], groups[1].masks[1]
     start = int((mask != -100).argmax())
-    assert (best["prompt"], best["response"]) == (Letters.decode(tokens[:start]), Letters.decode(tokens[start:]))
+    assert (best["prompt"], best["response"]) == (
+        Letters.decode(tokens[:start].tolist()),
+        Letters.decode(tokens[start:].tolist()),
+    )
     assert (best["advantage"], best["v_min"], best["v_max"]) == (0.5, 3, 5)
     assert (best["tokens"], best["trained_tokens"]) == (len(tokens), int((mask != -100).sum()))
 
