@@ -49,11 +49,11 @@ class Role:
 
 
 def agent(log: Path, *arguments: str) -> Role:
-    return Role("agent", "AgentSettings", log, *arguments)
+    return Role("agent.agent", "AgentSettings", log, *arguments)
 
 
 def front_door(log: Path, *arguments: str, inherit: socket.socket | None = None) -> Role:
-    return Role("front_door", "FrontDoorSettings", log, *arguments, inherit=inherit)
+    return Role("gateway.app", "FrontDoorSettings", log, *arguments, inherit=inherit)
 
 
 def listener() -> socket.socket:

@@ -94,7 +94,9 @@ async def test_retract(broker: Broker, wanted: Loadable, tmp_path: Path) -> None
     assert not await broker.redis.exists(broker.keys.updating("main"))  # its turn has ended
 
 
-async def test_in_place_keeps_the_cache_of_running_requests(broker: Broker, wanted: Loadable, tmp_path: Path) -> None:
+async def test_in_place_keeps_the_cache_of_running_requests_unless_it_goes_back(
+    broker: Broker, wanted: Loadable, tmp_path: Path
+) -> None:
     stub, heartbeat = Stub(), heartbeat_of(broker)
     states: list[str] = []
     update = Updates(AgentSettings(update_mode="in_place"), broker, heartbeat, states.append, LOG)
@@ -105,8 +107,9 @@ async def test_in_place_keeps_the_cache_of_running_requests(broker: Broker, want
             keys.append(heartbeat.status.prefix_key)
 
     assert keys == ["7.1", "7.2"]  # the same version, loaded again, shares no prefixes with itself
-    assert dict(stub.calls)["/pause_generation"] == {"mode": "in_place"}
-    assert dict(stub.calls)["/update_weights_from_disk"]["flush_cache"] is False
+    pauses = [body["mode"] for path, body in stub.calls if path == "/pause_generation"]
+    flushes = [body["flush_cache"] for path, body in stub.calls if path == "/update_weights_from_disk"]
+    assert (pauses, flushes) == (["in_place", "retract"], [False, True])
 
 
 async def test_drain_waits_until_nothing_runs(broker: Broker, wanted: Loadable, tmp_path: Path) -> None:
