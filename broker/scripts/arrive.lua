@@ -20,7 +20,8 @@ for first = 1, #ARGV, 1000 do -- Lua can't hand over many thousand arguments at 
 end
 local oldest = -1
 for _, version in ipairs(redis.call('ZRANGE', KEYS[6], 0, -1)) do
-  if oldest < 0 or tonumber(version) < oldest then oldest = tonumber(version) end
+  version = tonumber(version) -- nil for what was written by hand
+  if version and (oldest < 0 or version < oldest) then oldest = version end
 end
 return {
   redis.call('HGET', KEYS[1], 'config'), redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', '1'),

@@ -5,8 +5,8 @@
 -- What is undelivered still is counted anew, so that nothing that was deleted by hand counts for ever.
 -- reply 1 | 0 (they did already, or the step was never formed: its run was reset)
 local step, groups, sequences = tonumber(ARGV[1]), 0, 0
-local delivered = tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0')
-if step <= delivered or step > tonumber(redis.call('HGET', KEYS[2], 'formed') or '0') then return 0 end
+local delivered = (tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0') or 0)
+if step <= delivered or step > (tonumber(redis.call('HGET', KEYS[2], 'formed') or '0') or 0) then return 0 end
 local formed = tonumber(redis.call('HGET', KEYS[2], 'formed'))
 for _, entry in ipairs(formed > step and redis.call('XRANGE', KEYS[1], (step + 1) .. '-0', '+') or {}) do
   for j = 1, #entry[2], 2 do

@@ -5,11 +5,54 @@
 -- reply "formed" (now, or by a call whose reply was lost) | "conflict" (another replica was faster: choose again)
 --       | "held" (a lossless shadow is behind by as many batches as it may be)
 -- `gids` and the totals among the fields were read from the same entries, which never change.
+-- Where `formed` is lost or no number of steps, the newest batch tells it. Entries beyond it, written by hand, would have later
+-- steps go on from their ids: then the stream is made anew without them.
 local k = tonumber(ARGV[3])
+local formed = tonumber(redis.call('HGET', KEYS[3], 'formed') or '')
+if not formed or formed > 2 ^ 53 then
+  local newest = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
+  formed = newest and tonumber(string.match(newest[1], '^%d+')) or 0
+  redis.call('HSET', KEYS[3], 'formed', formed)
+  if formed + 1 ~= tonumber(ARGV[1]) then return 'conflict' end
+end
 local kept = redis.call('XRANGE', KEYS[2], ARGV[1] .. '-0', ARGV[1] .. '-0')
 if #kept > 0 and table.concat(kept[1][2], '\0') == table.concat({unpack(ARGV, 4 + k)}, '\0') then return 'formed' end
-if tonumber(redis.call('HGET', KEYS[3], 'formed') or '0') + 1 ~= tonumber(ARGV[1]) then return 'conflict' end
-if redis.call('EXISTS', KEYS[2]) == 1 then
+
+local function step_of(id) return tonumber(string.match(id, '^%d+')) end
+
+local function map(flat)
+  local found = {}
+  for i = 1, #flat, 2 do found[flat[i]] = flat[i + 1] end
+  return found
+end
+
+local function remake(formed)
+  local entries, readers, pending = redis.call('XRANGE', KEYS[2], '-', formed .. '-0'), {}, {}
+  for i, flat in ipairs(redis.call('XINFO', 'GROUPS', KEYS[2])) do
+    readers[i] = map(flat)
+    local first, slice = '-', nil
+    repeat
+      slice = redis.call('XPENDING', KEYS[2], readers[i].name, first, formed .. '-0', 1000)
+      for _, lent in ipairs(slice) do pending[#pending + 1] = {readers[i].name, unpack(lent)} end
+      first = #slice > 0 and '(' .. slice[#slice][1]
+    until #slice < 1000
+  end
+  redis.call('DEL', KEYS[2])
+  for _, entry in ipairs(entries) do redis.call('XADD', KEYS[2], entry[1], unpack(entry[2])) end
+  for _, reader in ipairs(readers) do
+    local last = reader['last-delivered-id']
+    redis.call('XGROUP', 'CREATE', KEYS[2], reader.name, step_of(last) > formed and formed .. '-0' or last, 'MKSTREAM')
+  end
+  for _, lent in ipairs(pending) do
+    local name, id, consumer, idle, deliveries = unpack(lent)
+    redis.call('XCLAIM', KEYS[2], name, consumer, 0, id, 'IDLE', idle, 'RETRYCOUNT', deliveries, 'FORCE', 'JUSTID')
+  end
+end
+
+if formed + 1 ~= tonumber(ARGV[1]) then return 'conflict' end
+local there = redis.call('EXISTS', KEYS[2]) == 1
+if there and step_of(map(redis.call('XINFO', 'STREAM', KEYS[2]))['last-generated-id']) > formed then remake(formed) end
+if there then
   for _, reader in ipairs(redis.call('XINFO', 'GROUPS', KEYS[2])) do
     local policy, at = reader[2], {}
     for i = 1, #reader, 2 do at[reader[i]] = reader[i + 1] end

@@ -5,16 +5,20 @@
 --       4 how often a batch may be lent, 0 for any number  5 '1' if the batch counts as delivered from now on, '0' if DELIVER will say so
 -- reply {gone} | {gone, id, fields, deliveries} (gone: batches passed over by this call)
 -- A batch whose entry is gone, deleted by hand, is passed over: its step becomes a hole in the numbers, and is counted as `gone`.
+-- An entry beyond the newest step that FORM made was written by hand: it is deleted, and the reader stays where it was.
 -- Idempotent: a caller that lost the reply gets the same batch again. Reading it again renews the lease and counts as a
 -- delivery. A batch that was lent too often is given up, and the next one lent: the policy goes on without it; and if
 -- no other policy has trained it or still may, its groups become dead letters. A lossy shadow that is behind by more batches
 -- than it may be skips the oldest of those that it has not read.
 local stream, policy, consumer, limit, gone = KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[4]), 0
 
+local formed = tonumber(redis.call('HGET', KEYS[2], 'formed') or '0') or 0
+if formed > 2 ^ 53 then formed = 0 end -- by hand, too: FORM makes it anew
+
 local function deliver(step)  -- the same as DELIVER
-  local delivered, groups, sequences = tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0'), 0, 0
+  local delivered, groups, sequences = (tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0') or 0), 0, 0
   if step <= delivered then return end
-  local later = step < tonumber(redis.call('HGET', KEYS[2], 'formed') or '0')
+  local later = step < formed
   for _, entry in ipairs(later and redis.call('XRANGE', stream, (step + 1) .. '-0', '+') or {}) do
     for j = 1, #entry[2], 2 do
       if entry[2][j] == 'gids' then groups = groups + select(2, string.gsub(entry[2][j + 1], '%S+', '')) end
@@ -31,6 +35,14 @@ local function pass_over(id)
     redis.call('HINCRBY', KEYS[2], 'gone', 1)
     gone = gone + 1
   end
+end
+
+local function is_foreign(id)
+  if formed == 0 or tonumber(string.match(id, '^%d+')) <= formed then return false end
+  redis.call('XACK', stream, policy, id)
+  redis.call('XDEL', stream, id)
+  redis.call('XGROUP', 'SETID', stream, policy, formed .. '-0')
+  return true
 end
 
 local function lapsed()  -- one call looks at ten pending batches: however many living leases stand before it
@@ -79,7 +91,7 @@ local function give_up(id, fields, deliveries)
 end
 
 local function skip(most)
-  local oldest = tonumber(redis.call('HGET', KEYS[2], 'formed') or '0') - most + 1
+  local oldest = formed - most + 1
   for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
     local at = {}
     for j = 1, #group, 2 do at[group[j]] = group[j + 1] end
@@ -105,7 +117,9 @@ while true do
   else
     again = lapsed()
   end
-  if again and again[2] then
+  if again and is_foreign(again[1]) then
+    gone = gone + 1
+  elseif again and again[2] then
     local deliveries = redis.call('XPENDING', stream, policy, again[1], again[1], 1)[1][4]
     if limit == 0 or deliveries <= limit then return lend(again[1], again[2], deliveries) end
     give_up(again[1], again[2], deliveries - 1)
@@ -118,19 +132,22 @@ end
 
 local most = string.match(rule(policy), '^lossy (%d+)$')
 if most then skip(tonumber(most)) end
-local read, formed = 0, tonumber(redis.call('HGET', KEYS[2], 'formed') or '0')
+local read = 0
 for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
   local at = {}
   for j = 1, #group, 2 do at[group[j]] = group[j + 1] end
   if at.name == policy then read = tonumber(string.match(at['last-delivered-id'], '^%d+')) end
 end
-local new = redis.call('XREADGROUP', 'GROUP', policy, consumer, 'COUNT', 1, 'STREAMS', stream, '>')
-local first = math.max(read, tonumber(redis.call('HGET', KEYS[2], 'joined:' .. policy) or '0')) + 1
+local new
+repeat
+  new = redis.call('XREADGROUP', 'GROUP', policy, consumer, 'COUNT', 1, 'STREAMS', stream, '>')
+until not (new and is_foreign(new[1][2][1][1]))
+local first = math.max(read, tonumber(redis.call('HGET', KEYS[2], 'joined:' .. policy) or '0') or 0) + 1
 local behind = new and tonumber(string.match(new[1][2][1][1], '^%d+')) or formed + 1
 for step = first, behind - 1 do pass_over(step .. '-0') end  -- deleted before anybody read them
 if new then return lend(new[1][2][1][1], new[1][2][1][2], 1) end
 if read < formed then redis.call('XGROUP', 'SETID', stream, policy, formed .. '-0') end
-local delivered = tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0')
+local delivered = (tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0') or 0)
 if delivered < formed and #redis.call('XRANGE', stream, (delivered + 1) .. '-0', '+', 'COUNT', 1) == 0 then
   deliver(formed)  -- none of them will be
 end

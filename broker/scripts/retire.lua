@@ -9,8 +9,8 @@
 local step = tonumber(ARGV[1])
 local found = redis.call('XRANGE', KEYS[1], step .. '-0', step .. '-0')
 if #found == 0 then return 'gone' end
-if step > tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0') then return 'wanted' end
-local formed = tonumber(redis.call('HGET', KEYS[2], 'formed') or '0')
+if step > (tonumber(redis.call('HGET', KEYS[2], 'delivered') or '0') or 0) then return 'wanted' end
+local formed = (tonumber(redis.call('HGET', KEYS[2], 'formed') or '0') or 0)
 local readers, lossy = redis.call('XINFO', 'GROUPS', KEYS[1]), {}
 if #readers == 0 then return 'wanted' end
 for _, reader in ipairs(readers) do
@@ -29,7 +29,7 @@ for _, reader in ipairs(readers) do
   end
 end
 local keep = tonumber(redis.call('HGET', KEYS[3], 'keep_bytes') or '') or 0
-local kept = tonumber(redis.call('HGET', KEYS[2], 'kept_bytes') or '0')
+local kept = (tonumber(redis.call('HGET', KEYS[2], 'kept_bytes') or '0') or 0)
 if keep > 0 and kept <= keep then return 'kept' end
 
 for i = 6, #KEYS do redis.call('UNLINK', KEYS[i]) end -- one by one: Lua hands over 8,000 values at most

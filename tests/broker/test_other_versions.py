@@ -177,6 +177,55 @@ async def test_an_unreadable_batch_is_taken_apart_and_its_groups_are_trained(bro
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("lent_before", [False, True])
+async def test_batches_that_were_written_by_hand_are_left_out(broker: Broker, lent_before: bool) -> None:
+    """Under the id of a time, as XADD makes it: no step is so late, and none is to go on from there."""
+    queue, keys = broker.queue, broker.keys
+    await queue.subscribe("main")
+    await queue.subscribe("other")
+    await put(broker, *range(1, 7))
+    assert await queue.form(4) == 1
+    first = await queue.lease("main", "a", lapse_s=600)
+    [(_, batch)] = await broker.redis.xrange(keys.batches)
+    for fields in ({"written": "by hand"}, batch):
+        await broker.redis.xadd(keys.batches, fields)
+    if lent_before:  # by hand, too
+        await broker.redis.xreadgroup("main", "b", {keys.batches: ">"}, count=2)
+    second = await queue.lease_or_form("main", "b", 4, lapse_s=600)
+    assert first is not None
+    assert second is not None
+    assert (second.batch.step, second.batch.gids) == (2, ("g3", "g4"))
+    await queue.commit("main", first, trained(first.batch))
+    await queue.commit("main", second, trained(second.batch))
+    assert await queue.settled("main") == 2
+    others = [await queue.lease_or_form("other", "c", 4, lapse_s=0) for _ in range(2)]
+    assert [lent and lent.batch.step for lent in others] == [1, 1]
+    third = await queue.lease_or_form("main", "a", 4, lapse_s=600)
+    assert third is not None
+    assert third.batch.step == 3
+    assert [entry.step for entry in await queue.batches()] == [1, 2, 3]
+    assert (await audit(broker)).findings == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("formed", [None, "some", "9" * 30, "1e300"])
+async def test_steps_go_on_where_their_number_was_spoilt(broker: Broker, formed: str | None) -> None:
+    await broker.queue.subscribe("main")
+    await put(broker, *range(1, 5))
+    assert await broker.queue.form(4) == 1
+    if formed is None:
+        await broker.redis.hdel(broker.keys.state, "formed")
+    else:
+        await broker.redis.hset(broker.keys.state, "formed", formed)
+    for step in (1, 2):
+        lease = await broker.queue.lease_or_form("main", "a", 4, lapse_s=600)
+        assert lease is not None
+        assert lease.batch.step == step
+        await broker.queue.commit("main", lease, trained(lease.batch))
+    assert await broker.redis.hget(broker.keys.state, "formed") == b"2"
+
+
+@pytest.mark.anyio
 async def test_unreadable_records_fail_no_reader(broker: Broker) -> None:
     keys, redis = broker.keys, broker.redis
     await broker.queue.subscribe("main")
