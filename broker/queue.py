@@ -233,6 +233,8 @@ class Queue:
             step = int(id_.partition(b"-")[0])
             try:
                 batch = from_entry(BatchEntry, dict(zip(flat[::2], flat[1::2], strict=True)), step=step)
+                if not batch.gids:
+                    raise Unreadable(f"step {step} has no groups")
             except Unreadable as error:
                 tell_once(str(error))
                 await self.refit(policy, apart=[step])  # which leaves one batch less

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from types import UnionType
@@ -33,6 +34,7 @@ SMALL_BYTES = 64 << 10  # of a body that holds no groups
 ALL_ERRORS_BYTES = 16 << 10  # of what is larger, only the first error of each list is looked for
 INLINE_BYTES, INLINE_INFLATED = 1 << 20, 4 << 20  # bodies of more, compressed or not, are inflated in a thread
 CHUNK_BYTES = 1 << 20
+_UNKNOWN = re.compile(r"\b(deflate|br|zstd|gzip\b.*gzip)\b", re.IGNORECASE)  # some say so of a body that is not compressed
 _NOT_STRICT = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 T = TypeVar("T", bound=Struct)
@@ -46,7 +48,16 @@ class Posted(NamedTuple):
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The decompressed body. Raises InvalidGzip, and HTTPException 413 where it has more than `limit` bytes."""
+    """The decompressed body. Raises InvalidGzip, Malformed, and HTTPException 413 where it has more than `limit` bytes."""
+    body = await _read_plain(request, limit)
+    encoding = request.headers.get("content-encoding", "")
+    if _UNKNOWN.search(encoding) and body.lstrip()[:1] not in b"{[":
+        rule = "a body may be compressed with gzip, once, or not at all"
+        raise Malformed([detail("value_error", ["Content-Encoding"], encoding, rule, of="header")])
+    return body
+
+
+async def _read_plain(request: Request, limit: int) -> bytes:
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large(limit)
     in_whole(request.scope)

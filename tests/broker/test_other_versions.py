@@ -159,6 +159,21 @@ async def test_an_unreadable_group_leaves_the_queue_and_the_others_are_trained(
 
 
 @pytest.mark.anyio
+async def test_a_batch_that_lost_its_groups_is_passed_over(broker: Broker) -> None:
+    await broker.queue.subscribe("main")
+    await put(broker, 1, 2, 3, 4)
+    assert await broker.queue.form(4) == 1
+    [(_, fields)] = await broker.redis.xrange(broker.keys.batches)
+    await broker.redis.xadd(broker.keys.batches, {**fields, b"gids": b""}, id="2-0")
+    await broker.redis.hset(broker.keys.state, "formed", 2)
+    for step in (1, 3):
+        lease = await broker.queue.lease_or_form("main", "a", 4, lapse_s=600)
+        assert lease is not None
+        assert lease.batch.step == step
+        await broker.queue.commit("main", lease, trained(lease.batch))
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("field", ["n", "tok", "formed_at", "v_min"])
 async def test_an_unreadable_batch_is_taken_apart_and_its_groups_are_trained(broker: Broker, field: str) -> None:
     await broker.queue.subscribe("main")
