@@ -19,7 +19,7 @@ from lachesis.broker.logs import configure_logging
 from lachesis.envs.registry import entry
 from lachesis.envs.settings import EnvSettings
 from lachesis.envs.task import Task
-from lachesis.envs.urls import split_token
+from lachesis.envs.urls import check_url, split_token
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 RETRY_S = 0.3
@@ -29,9 +29,11 @@ TO_SHIM_S = 5.0  # one attempt; a listening socket whose server is still startin
 def run(settings: EnvSettings) -> int:
     """Make rollouts until the run has enough, or until SIGTERM or SIGINT; returns 0.
 
-    Raises ConfigurationError at once for a model or problems that can't be had.
+    Raises ConfigurationError at once for an address that is none, and a model or problems that can't be had.
     """
     found = entry(settings.name)
+    check_url("--shim-url", settings.shim_url)
+    check_url("--front-door-url", settings.front_door_url)
     folder = _check_folder(settings.model)
     task = found.task(settings.data or None)
     log = configure_logging("env")
