@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
+from lachesis.broker.http.urls import check_url
 from lachesis.broker.settings import Settings
 from lachesis.cli.options import parse
 from lachesis.cli.terminal import say, say_json
-from lachesis.envs.urls import check_url
 
 
 class EvaluateSettings(Settings):

@@ -15,11 +15,12 @@ import httpx
 
 from lachesis.broker.connection import hide_password
 from lachesis.broker.errors import ConfigurationError
+from lachesis.broker.http.urls import check_url
 from lachesis.broker.logs import configure_logging
 from lachesis.envs.registry import entry
 from lachesis.envs.settings import EnvSettings
 from lachesis.envs.task import Task
-from lachesis.envs.urls import check_url, split_token
+from lachesis.envs.urls import split_token
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 RETRY_S = 0.3

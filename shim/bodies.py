@@ -34,7 +34,9 @@ SMALL_BYTES = 64 << 10  # of a body that holds no groups
 ALL_ERRORS_BYTES = 16 << 10  # of what is larger, only the first error of each list is looked for
 INLINE_BYTES, INLINE_INFLATED = 1 << 20, 4 << 20  # bodies of more, compressed or not, are inflated in a thread
 CHUNK_BYTES = 1 << 20
-_UNKNOWN = re.compile(r"\b(deflate|br|zstd|gzip\b.*gzip)\b", re.IGNORECASE)  # some say so of a body that is not compressed
+_UNKNOWN = re.compile(
+    r"\b(deflate|br|zstd|gzip\b.*gzip)\b", re.IGNORECASE
+)  # some say so of a body that is not compressed
 _NOT_STRICT = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 T = TypeVar("T", bound=Struct)

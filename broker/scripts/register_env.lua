@@ -31,9 +31,20 @@ forget(ARGV[5], '100')
 if redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[4]) then forget(ARGV[6], '1') end
 if redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[4]) then return -1 end
 
-local id = redis.call('HINCRBY', KEYS[1], 'count', 1) - 1
-local k = redis.call('HINCRBY', KEYS[1], 'name:' .. ARGV[2], 1) - 1
-redis.call('HINCRBY', KEYS[1], 'named:' .. ARGV[2], 1)
+local function next_of(field, otherwise) -- where what is counted there was spoilt by hand
+  local reply = redis.pcall('HINCRBY', KEYS[1], field, 1)
+  if type(reply) == 'number' then return reply - 1 end
+  redis.call('HSET', KEYS[1], field, otherwise + 1)
+  return otherwise
+end
+
+local free = 0
+for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
+  if string.find(field, '^%d+$') then free = math.max(free, field + 1) end
+end
+local id = next_of('count', free)
+local k = next_of('name:' .. ARGV[2], id)
+next_of('named:' .. ARGV[2], 0)
 local front = '{"env_id":' .. id .. ',"name":' .. cjson.encode(ARGV[2] .. '_' .. k) .. ','
 local record = string.gsub(ARGV[3], blank, function() return front end)
 redis.call('HSET', KEYS[1], id, record)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from queued import put
+from queued import ENV, put
 from scored import group, trained
 from stored_records import ENTRIES, FIELDS, FILE, GROUP, LINEAGE, VERSIONS
 
@@ -305,6 +305,16 @@ async def test_a_trained_step_without_its_groups_is_told_by_its_batch(broker: Br
         await broker.redis.delete(broker.keys.ledger("main"))
         await broker.redis.xadd(broker.keys.ledger("main"), fields, id=id_)
         assert [(entry.step, entry.gids) async for entry in broker.queue.ledger("main")] == [(1, ("g1", "g2"))]
+
+
+@pytest.mark.anyio
+async def test_environments_register_where_their_numbers_were_spoilt(broker: Broker) -> None:
+    for number in range(2):
+        assert (await broker.parties.register_env(ENV, f"{number}")).env_id == number
+    for field in ("count", "name:sums", "named:sums"):
+        await broker.redis.hset(broker.keys.envs, field, "some")
+    found = [await broker.parties.register_env(ENV, f"{number}") for number in (2, 3)]
+    assert [(env.env_id, env.name) for env in found] == [(2, "sums_2"), (3, "sums_3")]
 
 
 @pytest.mark.anyio
