@@ -18,6 +18,7 @@
 --       | "late" (it would be trained too late) | "full" | "env_full" (over a quota of the queue, of its environment)
 -- The blob arrives with a TTL, so that a crash before this script leaves nothing behind; here it loses it. So a blob
 -- without one is that of a group which was accepted and is not freed.
+-- Where so many environments have groups queued that each /status-env would take long, those of one more count as nobody's (-).
 -- What waits alone always fits. The newest max_lag is kept for FORM's sake: every former knows it, whoever it is.
 local max_lag, env, n, bytes = ARGV[9], ARGV[14], tonumber(ARGV[15]), tonumber(ARGV[16])
 local memory = ARGV[2] .. ' ' .. ARGV[3]
@@ -53,6 +54,12 @@ if ARGV[11] == '1' then
   if redis.call('EXISTS', KEYS[6], KEYS[7], KEYS[8]) > 0 or (redis.call('HGET', KEYS[5], 'config') or '') ~= ARGV[12]
       or (newest and newest[1] or '') ~= ARGV[13] then
     return 'changed'
+  end
+end
+if redis.call('HEXISTS', KEYS[4], 'env_sequences:' .. env) == 0 and redis.call('HLEN', KEYS[4]) > 5000 then -- invented ids
+  env = '-'
+  for i = 17, #ARGV, 2 do
+    if ARGV[i] == 'env' then ARGV[i + 1] = env end
   end
 end
 local function counter(name) return tonumber(redis.call('HGET', KEYS[4], name) or '0') end
