@@ -80,6 +80,7 @@ class GroupsIn:
         await hold.room()
         body = await read_body(request, self._max_body_bytes)
         post = _post(request, body)
+        await self._check_key(post, _in_list(post, 0))
         try:
             accepted = await self.accept(post.gid, body, hold, packed=_is_packed(request), key=post)
         except InvalidGroup as error:
@@ -97,6 +98,7 @@ class GroupsIn:
         await hold.room()
         body = await read_body(request, self._max_body_bytes)
         post = _post(request, body)
+        await self._check_key(post, post.gid)
         groups: Sequence[Group | ScoredGroup | Read]
         if is_large(body):
             groups, lax = await read_apart(body, "groups", self._max_lists), False
@@ -106,7 +108,7 @@ class GroupsIn:
             await self._account(post, env_id)  # a list with a group of another token's environment is refused whole
         refused, odd, duplicates = [], [], 0
         for index, group in enumerate(groups):
-            gid = gid_of(f"{post.gid}[{index}]".encode())  # equal groups of one list are different groups
+            gid = _in_list(post, index)
             try:
                 if isinstance(group, Read):
                     accepted = await self._accept(gid, await group.group(), hold, packed=group.packed, key=post)
@@ -125,6 +127,11 @@ class GroupsIn:
         more |= {"duplicates": duplicates} if duplicates else {}
         status = "duplicate" if groups and duplicates == len(groups) else "received"
         return JSONResponse({"status": status, "groups_processed": len(groups), **more})
+
+    async def _check_key(self, post: Post, other: str) -> None:
+        """Raise Malformed where the key was used on the other route, for a group that is known as `other`."""
+        if post.key is not None and await self._broker.redis.exists(self._broker.keys.seen(other)):
+            raise _key_was_used(post)
 
     async def accept(self, gid: str, body: bytes, hold: Hold, *, packed: bool, key: Post | None = None) -> Accepted:
         """Store the group that a body holds, as JSON or packed.
@@ -166,8 +173,7 @@ class GroupsIn:
             arrival = await self._versions.arrival(arrays, ask=True)
             reply = await self._store(gid, arrays, arrival, hold, packed, key, account, reader)
         if reply == "conflict":
-            rule = "was used for another body; use a new key for each post, and the same one to repeat it"
-            raise Malformed([detail("value_error", ["Idempotency-Key"], key and key.key, rule, of="header")])
+            raise _key_was_used(key)
         self.counts[reply] += 1
         return Accepted(reply == "duplicate", await buffered(self._broker, arrays.env, len(arrays.tokens)))
 
@@ -252,6 +258,16 @@ def _post(request: Request, body: bytes) -> Post:
         return Post(digest, caller=caller)
     whose = f"{caller.name} " if caller else ""  # nobody can use another token's keys up
     return Post(gid_of(f"{whose}Idempotency-Key: {key}".encode()), key, digest, caller)
+
+
+def _in_list(post: Post, index: int) -> str:
+    """The id of one group of a list: equal ones are different groups."""
+    return gid_of(f"{post.gid}[{index}]".encode())
+
+
+def _key_was_used(post: Post | None) -> Malformed:
+    rule = "was used for another body; use a new key for each post, and the same one to repeat it"
+    return Malformed([detail("value_error", ["Idempotency-Key"], post and post.key, rule, of="header")])
 
 
 class _Large(Exception):
