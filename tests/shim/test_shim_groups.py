@@ -95,7 +95,6 @@ async def test_a_key_of_one_route_is_not_taken_on_the_other(registered: httpx.As
     assert (await registered.get("/status")).json()["queue_size"] == 1
 
 
-
 async def test_a_repeat_is_told_and_counted_by_environment(registered: httpx.AsyncClient, broker: Broker) -> None:
     for _ in range(2):
         await registered.post("/register-env", json=ENV)
