@@ -19,6 +19,7 @@ from lachesis.broker.weights.model_files import SERVED_TOKENIZER_FILES
 from lachesis.envs.registry import entry
 from lachesis.envs.settings import EnvSettings, split_token
 from lachesis.envs.task import Task
+from lachesis.service.http.urls import check_url
 from lachesis.service.logs import configure_logging
 
 SHIM_RETRY_S = 0.3
@@ -28,9 +29,11 @@ TO_SHIM_S = 5.0  # one attempt; a listening socket whose server is still startin
 def run(settings: EnvSettings) -> int:
     """Make rollouts until the run has enough, or until SIGTERM or SIGINT; returns 0.
 
-    Raises ConfigurationError at once for a model or problems that can't be had.
+    Raises ConfigurationError at once for an address that is none, and a model or problems that can't be had.
     """
     found = entry(settings.name)
+    check_url("--shim-url", settings.shim_url)
+    check_url("--front-door-url", settings.front_door_url)
     folder = _check_folder(settings.model)
     task = found.task(settings.data or None)
     log = configure_logging("env")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import gc
 import signal
 import socket
 import ssl
@@ -65,6 +66,8 @@ async def serve(settings: ShimSettings, redis_url: str, listener: socket.socket)
     log = configure_logging("shim")
     broker = await Broker.connect(redis_url, settings.run)
     app = build_app(broker, settings, draining=lambda: server.should_exit)
+    gc.collect()
+    gc.freeze()  # what is there stays: a collection, while which all others wait, need not look at it
     server = uvicorn.Server(
         uvicorn.Config(
             app,

@@ -43,7 +43,7 @@ def admit(group: Group, *, max_token_len: int = -1, batch_size: int = -1, reader
     if group.gid:
         check_id(group.gid)
     if group.env is not None and group.env not in ENV_IDS:
-        raise InvalidGroup("env_id", "an integer", "must fit a signed 64-bit integer")
+        raise InvalidGroup("env_id", group.env, "must fit a signed 64-bit integer")
     check_group(group, max_token_len=max_token_len, batch_size=batch_size)
     _check_nested(group.rest, reader)
     if (group.v_min, group.v_max) != (-1, -1):

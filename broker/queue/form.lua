@@ -7,6 +7,9 @@
 --       | "conflict" (another replica was faster: choose again)
 --       | "held" (a lossless shadow is behind by as many batches as it may be)
 -- `gids` and the totals among the fields were read from the same entries, which never change.
+-- Where `formed` is lost or no number of steps, the newest batch tells it. Entries beyond it,
+-- written by hand, would have later steps go on from their ids: then the stream is made anew
+-- without them.
 --- @include counters
 --- @include readers
 local groups, batches, state, settings = unpack(KEYS)
@@ -35,12 +38,56 @@ local function is_held()
   return false
 end
 
+-- The newest step that there is, which is kept as the newest formed.
+local function restore_formed()
+  local newest = redis.call('XREVRANGE', batches, '+', '-', 'COUNT', 1)[1]
+  local formed = newest and step_of(newest[1]) or 0
+  redis.call('HSET', state, 'formed', formed)
+  return formed
+end
+
+-- Make the stream anew without the entries beyond `formed`; its readers keep what they were lent.
+local function remake(formed)
+  local last = formed .. '-0'
+  local entries, readers, pending = redis.call('XRANGE', batches, '-', last), {}, {}
+  for i, flat in ipairs(redis.call('XINFO', 'GROUPS', batches)) do
+    readers[i] = map(flat)
+    local first, slice = '-', nil
+    repeat
+      slice = redis.call('XPENDING', batches, readers[i].name, first, last, 1000)
+      for _, lent in ipairs(slice) do pending[#pending + 1] = {readers[i].name, unpack(lent)} end
+      first = #slice > 0 and '(' .. slice[#slice][1]
+    until #slice < 1000
+  end
+  redis.call('DEL', batches)
+  for _, entry in ipairs(entries) do redis.call('XADD', batches, entry[1], unpack(entry[2])) end
+  for _, reader in ipairs(readers) do
+    local read = reader['last-delivered-id']
+    if step_of(read) > formed then read = last end
+    redis.call('XGROUP', 'CREATE', batches, reader.name, read, 'MKSTREAM')
+  end
+  for _, lent in ipairs(pending) do
+    local name, id, consumer, idle, deliveries = unpack(lent)
+    redis.call('XCLAIM', batches, name, consumer, 0, id, 'IDLE', idle, 'RETRYCOUNT', deliveries,
+      'FORCE', 'JUSTID')
+  end
+end
+
+local function has_foreign(formed)
+  if redis.call('EXISTS', batches) == 0 then return false end
+  return step_of(map(redis.call('XINFO', 'STREAM', batches))['last-generated-id']) > formed
+end
+
 local function count_in(sums, counter, amount) sums[counter] = (sums[counter] or 0) + amount end
 
-if is_formed() then return 'formed' end
-if tonumber(redis.call('HGET', state, 'formed') or '0') + 1 ~= tonumber(step) then
-  return 'conflict'
+local formed = tonumber(redis.call('HGET', state, 'formed') or '')
+if not formed or formed > 2 ^ 53 then
+  formed = restore_formed()
+  if formed + 1 ~= tonumber(step) then return 'conflict' end
 end
+if is_formed() then return 'formed' end
+if formed + 1 ~= tonumber(step) then return 'conflict' end
+if has_foreign(formed) then remake(formed) end
 if is_held() then return 'held' end
 local sequences, bytes, of_envs, present = 0, 0, {}, {}
 for i = FIRST, BATCH - 1 do

@@ -9,6 +9,8 @@
 -- reply {gone} | {gone, id, fields, deliveries} (gone: batches passed over by this call)
 -- A batch whose entry is gone, deleted by hand, is passed over: its step becomes a hole in the
 -- numbers, and is counted as `gone`.
+-- An entry beyond the newest step that FORM made was written by hand: it is deleted, and the reader
+-- stays where it was.
 -- Idempotent: a caller that lost the reply gets the same batch again. Reading it again renews the
 -- lease and counts as a delivery. A batch that was lent too often is given up, and the next one
 -- lent: the policy goes on without it; and if no other policy has trained it or still may, its
@@ -20,7 +22,10 @@ local batches, state, dead, skipped, settings = unpack(KEYS)
 local policy, consumer, lapse_ms, max_deliveries, counts_now = unpack(ARGV)
 local gone = 0
 
-local function number(field) return tonumber(redis.call('HGET', state, field) or '0') end
+local function number(field) return tonumber(redis.call('HGET', state, field) or '') or 0 end
+
+local formed = number('formed')
+if formed > 2 ^ 53 then formed = 0 end -- by hand, too: FORM makes it anew
 
 local function skip_step(reader, step, gids)
   redis.call('HSET', skipped, reader .. ':' .. step, gids)
@@ -39,6 +44,14 @@ local function read(from)
   local reply = redis.call('XREADGROUP', 'GROUP', policy, consumer, 'COUNT', 1,
     'STREAMS', batches, from)
   return reply and reply[1][2][1]
+end
+
+local function is_foreign(id)
+  if formed == 0 or step_of(id) <= formed then return false end
+  redis.call('XACK', batches, policy, id)
+  redis.call('XDEL', batches, id)
+  redis.call('XGROUP', 'SETID', batches, policy, formed .. '-0')
+  return true
 end
 
 -- One call looks at ten pending batches: however many living leases stand before it.
@@ -103,7 +116,7 @@ end
 local function skip_old()
   local kind, behind = shadow_rule(settings, policy)
   if kind ~= 'lossy' then return end
-  local first, last = last_read() + 1, number('formed') - behind
+  local first, last = last_read() + 1, formed - behind
   if first > last then return end
   for _, entry in ipairs(redis.call('XRANGE', batches, first .. '-0', last .. '-0')) do
     local gids = value_of(entry[2], 'gids')
@@ -117,7 +130,9 @@ local function lend_again()
     local batch = read('0') or lapsed()
     if not batch then return nil end
     local id, fields = batch[1], batch[2]
-    if fields then
+    if is_foreign(id) then
+      gone = gone + 1
+    elseif fields then
       local deliveries = redis.call('XPENDING', batches, policy, id, id, 1)[1][4]
       local most = tonumber(max_deliveries)
       if most == 0 or deliveries <= most then return lend(id, fields, deliveries) end
@@ -129,8 +144,8 @@ local function lend_again()
 end
 
 local function lend_new()
-  local last, formed = last_read(), number('formed')
-  local new = read('>')
+  local last, new = last_read(), nil
+  repeat new = read('>') until not (new and is_foreign(new[1]))
   local first = math.max(last, number('joined:' .. policy)) + 1
   local behind = new and step_of(new[1]) or formed + 1
   for step = first, behind - 1 do pass_over(step) end -- deleted before anybody read them

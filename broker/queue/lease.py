@@ -55,6 +55,8 @@ class Lender:
             step = int(id_.partition(b"-")[0])
             try:
                 batch = from_entry(BatchEntry, dict(zip(flat[::2], flat[1::2], strict=True)), step=step)
+                if not batch.gids:
+                    raise Unreadable(f"step {step} has no groups")
             except Unreadable as error:
                 warn_once(str(error))
                 await self._refit(policy, apart=[step])  # which leaves one batch less

@@ -7,5 +7,5 @@
 --- @include delivered
 local batches, state = unpack(KEYS)
 local step = tonumber(ARGV[1])
-if step > tonumber(redis.call('HGET', state, 'formed') or '0') then return 0 end
+if step > (tonumber(redis.call('HGET', state, 'formed') or '') or 0) then return 0 end
 return deliver(batches, state, step)

@@ -27,6 +27,8 @@
 --       | "full" | "env_full" (over a quota of the queue, of its environment)
 -- The blob arrives with a TTL, so that a crash before this script leaves nothing behind; here it
 -- loses it. So a blob without one is that of a group which was accepted and is not freed.
+-- Where so many environments have groups queued that each /status-env would take long, those of
+-- one more count as nobody's (-).
 -- What waits alone always fits. The newest max_lag is kept for FORM's sake: every former knows it,
 -- whoever it is.
 --- @include counters
@@ -101,6 +103,13 @@ local known = judge()
 if known == 'duplicate' or known == 'unfinished' then count_duplicate() end
 if known then return known end
 if believes == '1' and not is_as_believed() then return 'changed' end
+local is_new = redis.call('HEXISTS', state, 'env_sequences:' .. env) == 0
+if is_new and redis.call('HLEN', state) > 5000 then -- its id may be invented
+  env = '-'
+  for i = ENTRY, #ARGV, 2 do
+    if ARGV[i] == 'env' then ARGV[i + 1] = env end
+  end
+end
 if is_late() then return 'late' end
 if is_over('bytes', bytes, most_bytes) or is_over('sequences', n, most_sequences) then
   return 'full'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
@@ -134,9 +135,10 @@ def read_number(value: bytes | None) -> int:
 def read_seconds(value: bytes) -> float:
     """A time that is kept, in seconds since 1970; long ago if it can't be read."""
     try:
-        return float(value)
+        seconds = float(value)
     except ValueError:
         return 0.0
+    return seconds if math.isfinite(seconds) else 0.0
 
 
 def read_entries(kind: type[T], found: Iterable[tuple[bytes, Mapping[bytes, bytes]]]) -> list[tuple[bytes, T]]:

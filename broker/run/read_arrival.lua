@@ -28,7 +28,8 @@ end
 local function oldest_served()
   local oldest = -1
   for _, version in ipairs(redis.call('ZRANGE', served, 0, -1)) do
-    if oldest < 0 or tonumber(version) < oldest then oldest = tonumber(version) end
+    version = tonumber(version) -- nil for what was written by hand
+    if version and (oldest < 0 or version < oldest) then oldest = version end
   end
   return oldest
 end

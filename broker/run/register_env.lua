@@ -49,9 +49,21 @@ forget(silent_ms, '100')
 if is_crowded() then forget(crowded_ms, '1') end
 if is_crowded() then return -1 end
 
-local id = redis.call('HINCRBY', envs, 'count', 1) - 1
-local k = redis.call('HINCRBY', envs, 'name:' .. desired_name, 1) - 1
-redis.call('HINCRBY', envs, 'named:' .. desired_name, 1)
+-- The counter's value before it grew; `otherwise` where it was spoilt by hand.
+local function next_of(field, otherwise)
+  local reply = redis.pcall('HINCRBY', envs, field, 1)
+  if type(reply) == 'number' then return reply - 1 end
+  redis.call('HSET', envs, field, otherwise + 1)
+  return otherwise
+end
+
+local free = 0
+for _, field in ipairs(redis.call('HKEYS', envs)) do
+  if string.find(field, '^%d+$') then free = math.max(free, field + 1) end
+end
+local id = next_of('count', free)
+local k = next_of('name:' .. desired_name, id)
+next_of('named:' .. desired_name, 0)
 local name = cjson.encode(desired_name .. '_' .. k)
 local front = '{"env_id":' .. id .. ',"name":' .. name .. ','
 redis.call('HSET', envs, id, (string.gsub(record, BLANK, function() return front end)))

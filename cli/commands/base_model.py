@@ -16,7 +16,7 @@ class BaseModelSettings(Settings):
     """Make the tiny base model for the arithmetic environment: no download, same seed, same weights."""
 
     out: Path = Field(Path(".lachesis/models/tiny-0"), description="folder to make; one that exists is left as it is")
-    seed: int = Field(0, ge=0, description="seed of its weights and its warm-up")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of its weights and its warm-up")
 
 
 def main(arguments: Sequence[str]) -> int:

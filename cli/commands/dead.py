@@ -161,6 +161,9 @@ async def _chosen(broker: Broker, settings: Selection) -> list[Letter]:
         raise ConfigurationError("which ones? Give their ids, or --all (not both)")
     if settings.ids and (settings.reason or settings.older_than):
         raise ConfigurationError("--reason and --older-than choose among --all; ids are chosen already")
+    for name in ("reason", "older_than"):  # an empty one, of a variable that is not set, would choose all
+        if name in settings.model_fields_set and not getattr(settings, name):
+            raise ConfigurationError(f"--{name.replace('_', '-')} = '': give a value, or leave it out for all")
     if settings.ids:
         return await broker.dead.find(settings.ids)
     before = time.time() - _seconds(settings.older_than)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from lachesis.broker.errors import ConfigurationError
-from lachesis.broker.store.connection import hide_password
 from lachesis.cli.options import parse
 from lachesis.cli.terminal import say, say_json
+from lachesis.service.http.urls import check_url
 from lachesis.service.settings import Settings
 
 
@@ -26,9 +25,7 @@ class EvaluateSettings(Settings):
 
 def main(arguments: Sequence[str]) -> int:
     settings = parse(EvaluateSettings, "evaluate", arguments)
-    if not settings.front_door_url.startswith(("http://", "https://")):
-        shown = hide_password(settings.front_door_url)
-        raise ConfigurationError(f"--front-door-url = {shown!r}: must be http://HOST:PORT")
+    check_url("--front-door-url", settings.front_door_url)
     from lachesis.envs.evaluate import evaluate
 
     result = evaluate(

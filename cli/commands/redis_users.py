@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Sequence
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field
 
@@ -40,7 +41,7 @@ class RedisUsersSettings(Settings):
 def main(arguments: Sequence[str]) -> int:
     settings = parse(RedisUsersSettings, "redis-users", arguments)
     parts = urlsplit(settings.address)
-    if parts.scheme not in ("redis", "rediss") or not parts.hostname or "@" in settings.address:
+    if not _is_address(parts) or "@" in settings.address:
         raise ConfigurationError(
             "--address: must be redis://HOST:PORT/0 or rediss://HOST:PORT/0, without user and password"
         )
@@ -65,6 +66,14 @@ def main(arguments: Sequence[str]) -> int:
     _write(place / ACL_FILE, "\n".join((*lines, "")))  # last: it says that all are there
     say(f"users {', '.join(rules)}: {place / ACL_FILE}")
     return 0
+
+
+def _is_address(parts: SplitResult) -> bool:
+    try:
+        numbers = parts.port != 0 and re.fullmatch(r"/?\d*", parts.path, re.ASCII)
+    except ValueError:
+        return False
+    return parts.scheme in ("redis", "rediss") and bool(parts.hostname and numbers)
 
 
 def read_rules(run: str) -> dict[str, str]:

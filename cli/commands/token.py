@@ -11,6 +11,7 @@ from pydantic_settings import CliPositionalArg
 from rich.table import Table
 
 from lachesis.broker.client import Broker
+from lachesis.broker.records.keys import check_name
 from lachesis.broker.records.registrations import Role, TokenRecord
 from lachesis.cli.actions import dispatch, with_broker
 from lachesis.cli.options import parse
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def create(arguments: Sequence[str]) -> int:
     settings = parse(CreateSettings, "token create", arguments)
+    if "name" in settings.model_fields_set:
+        check_name("--name", settings.name)
     token, record = with_broker(
         settings, lambda broker: broker.tokens.create(settings.role, settings.name), existing=False
     )

@@ -32,6 +32,7 @@ from lachesis.inference.gateway.routes import GenerationRoute, Guard, refuse
 from lachesis.inference.settings import FrontDoorSettings
 from lachesis.service.http.access import ENVIRONMENT, Access
 from lachesis.service.http.connections import uvicorn_options
+from lachesis.service.http.urls import check_url
 from lachesis.service.http.web_pages import guarded
 from lachesis.service.logs import configure_logging
 from lachesis.service.ports import bind
@@ -185,8 +186,8 @@ def run(settings: FrontDoorSettings) -> int:
     log = configure_logging("front-door")
     check_name("pool", settings.pool)
     check_name("policy", settings.policy)
-    if settings.upstream and not settings.upstream.startswith(("http://", "https://")):
-        raise ConfigurationError(f"--upstream = {settings.upstream!r}: must be a router's http://HOST:PORT")
+    if settings.upstream:
+        check_url("--upstream", settings.upstream)
     gc.freeze()  # what is imported stays: a collection, of which every few answers need one, need not look at it
     with settings.redis() as url, ExitStack() as open_sockets:
         more = [port for port in ATROPOS_PORTS if settings.atropos_ports and port != settings.port]

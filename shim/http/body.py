@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import anyio.to_thread
@@ -10,7 +11,7 @@ from isal import igzip, isal_zlib
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from lachesis.shim.errors import InvalidGzip
+from lachesis.shim.errors import InvalidGzip, Malformed, detail
 from lachesis.shim.http.delivery import in_whole
 
 _BadStream: Any = isal_zlib.error  # its stubs make an instance of it
@@ -20,10 +21,21 @@ SMALL_BYTES = 64 << 10  # of a body that holds no groups
 INLINE_BYTES, INLINE_INFLATED = 1 << 20, 4 << 20  # bodies of more, compressed or not, are inflated in a thread
 
 CHUNK_BYTES = 1 << 20
+# compressions that are not undone; some say so of a body that is not compressed
+_UNKNOWN = re.compile(r"\b(deflate|br|zstd|gzip\b.*gzip)\b", re.IGNORECASE)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The decompressed body. Raises InvalidGzip, and HTTPException 413 where it has more than `limit` bytes."""
+    """The decompressed body. Raises InvalidGzip, Malformed, and HTTPException 413 where it has more than `limit` bytes."""
+    body = await _read_plain(request, limit)
+    encoding = request.headers.get("content-encoding", "")
+    if _UNKNOWN.search(encoding) and body.lstrip()[:1] not in b"{[":
+        rule = "a body may be compressed with gzip, once, or not at all"
+        raise Malformed([detail("value_error", ["Content-Encoding"], encoding, rule, of="header")])
+    return body
+
+
+async def _read_plain(request: Request, limit: int) -> bytes:
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large(limit)
     in_whole(request.scope)

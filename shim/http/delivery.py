@@ -2,7 +2,8 @@
 
 Has a response really reached its reader? A peer that goes away with unread data in its socket resets the connection;
 one that read everything closes it in order. So a reset after the last byte was written still tells that the response
-was not read.
+was not read. That is only heard by who has not closed the connection first: one that ends with the response is closed
+when the peer has.
 
 And a body comes in pieces as large as the socket had them. To wake the app for each costs more than to copy them.
 """
@@ -10,8 +11,9 @@ And a body comes in pieces as large as the socket had them. To wake the app for 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from starlette.types import Receive, Scope, Send
 
@@ -24,14 +26,19 @@ PIECE_BYTES = 1 << 20
 class Protocol(BoundedProtocol):
     """uvicorn's under our policy, plus three ASGI extensions.
 
-    `lachesis.on_cut`: a list of functions to call if the response is cut off. `lachesis.in_whole`: a function after
+    `lachesis.on_cut`: a list of functions to call if the response is cut off, and what keeps its connection open. `lachesis.in_whole`: a function after
     whose call the body comes whole, or in pieces of about PIECE_BYTES. `lachesis.pipelined`: there if the request came
     before the one before it was answered.
     """
 
     _on_cut: tuple[list[Callable[[], None]], ...] = ()  # of the requests whose responses may not have been read yet
     _parts: list[bytes]
-    _in_whole = _cut = False
+    _in_whole = _cut = _ends = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if self.client is None and transport.get_extra_info("socket").family != socket.AF_UNIX:
+            transport.abort()  # the peer is gone already, and what it asked for is for nobody
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -46,6 +53,22 @@ class Protocol(BoundedProtocol):
             **({PIPELINED: {}} if pipelined else {}),
         }
         self.scope["extensions"] = cast(dict[str, dict[object, object]], extensions)
+
+    def on_headers_complete(self) -> None:
+        extensions = cast(dict[str, dict[str, object]], self.scope["extensions"])
+        super().on_headers_complete()
+        extensions[ON_CUT]["cycle"], extensions[ON_CUT]["end"] = self.cycle, self._end
+
+    def data_received(self, data: bytes) -> None:
+        if not self._ends:
+            super().data_received(data)
+
+    def _end(self) -> None:
+        """Say that no more comes, and wait for the peer to close: as long as for its next request at most."""
+        self._ends = True
+        self.pipeline.clear()
+        if self.transport.can_write_eof() and not self.transport.is_closing():
+            self.transport.write_eof()
 
     def _gather(self) -> None:
         self._in_whole = True
@@ -80,10 +103,22 @@ class Protocol(BoundedProtocol):
                     call()
 
 
+class _Unclosed:
+    """A request's transport, that is not closed after the response but by `end`."""
+
+    def __init__(self, transport: asyncio.Transport, end: Callable[[], None]) -> None:
+        self._transport, self.close = transport, end
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 def on_cut(scope: Scope, call: Callable[[], None]) -> None:
     """Have `call` called if the peer is found to have gone away without reading the whole response."""
     if (extension := scope.get("extensions", {}).get(ON_CUT)) is not None:
         extension["calls"].append(call)
+        if (cycle := extension.get("cycle")) and not isinstance(cycle.transport, _Unclosed):
+            cycle.transport = _Unclosed(cycle.transport, extension["end"])
 
 
 def is_pipelined(scope: Scope) -> bool:

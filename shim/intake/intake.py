@@ -13,7 +13,6 @@ from redis.exceptions import RedisError
 from lachesis.broker import Broker, InvalidGroup
 from lachesis.broker.queue.admission import REFUSED
 from lachesis.broker.records.blobs import to_blob
-from lachesis.broker.records.entries import gid_of
 from lachesis.broker.records.groups import DUPLICATE_WINDOW_S, Group
 from lachesis.broker.records.registrations import TokenRecord
 from lachesis.broker.retention.dead_letters import REFUSED_BYTES
@@ -72,17 +71,19 @@ class Intake:
         Raises Malformed, also where the post's key was used for another body; InvalidGroup if the group can't be trained;
         Denied where it is another token's environment's; and HTTPException as `decode_post` and `until_stored` do.
         """
+        await self._check_key(post, post.gid_in_list(0))
         return await self._store(post.gid, await decode_post(post, self._bounds), post, deadline)
 
     async def accept_list(self, post: Post, deadline: Deadline) -> AsyncIterator[Accepted | Refused]:
         """The same for each group of a list, in order. What is raised, nothing after it is stored."""
+        await self._check_key(post, post.gid)
         groups = await decode_list(post, self._bounds)
         for env_id in {
             decoded.env for decoded in groups
         }:  # a list with a group that is another token's is refused whole
             await self._account(post.caller, env_id)
         for index, decoded in enumerate(groups):
-            gid = gid_of(f"{post.gid}[{index}]".encode())  # equal groups of one list are different groups
+            gid = post.gid_in_list(index)
             try:
                 outcome: Accepted | Refused = await self._store(gid, decoded, post, deadline)
             except InvalidGroup as error:
@@ -118,12 +119,16 @@ class Intake:
             if reply != "changed":
                 break
         if reply == "conflict":
-            rule = "was used for another body; use a new key for each post, and the same one to repeat it"
-            raise Malformed([detail("value_error", ["Idempotency-Key"], post.key, rule, of="header")])
+            raise _key_was_used(post)
         if reply == "stored":
             self._versions.counts.update(counts)
         self.counts[reply] += 1
         return Accepted(reply == "duplicate", await self._waiting(group.env, len(group.tokens)))
+
+    async def _check_key(self, post: Post, other: str) -> None:
+        """Raise Malformed where the key was used on the other route, for a group that is known as `other`."""
+        if post.key is not None and await self._broker.redis.exists(self._broker.keys.seen(other)):
+            raise _key_was_used(post)
 
     async def _account(self, caller: TokenRecord | None, env_id: int | None) -> str:
         """What a group with that `env_id` is counted under. Raises Denied where that is another token's environment."""
@@ -159,6 +164,11 @@ class Intake:
             if trouble(lost) is None:
                 raise
             log.warning("a refused post is not kept for triage", reason=describe(lost), refused=str(error)[:200])
+
+
+def _key_was_used(post: Post) -> Malformed:
+    rule = "was used for another body; use a new key for each post, and the same one to repeat it"
+    return Malformed([detail("value_error", ["Idempotency-Key"], post.key, rule, of="header")])
 
 
 def _size(gid: str, group: Group, packed: bytes, account: str) -> Size:

@@ -23,9 +23,13 @@ class Post(NamedTuple):
     digest: str = ""  # of the body, where the id is made of a key
     caller: TokenRecord | None = None  # the token that it came with
 
+    def gid_in_list(self, index: int) -> str:
+        """The id of one group of a list: equal ones are different groups."""
+        return gid_of(f"{self.gid}[{index}]".encode())
+
 
 async def read_post(request: Request, max_body_bytes: int) -> Post:
-    """Raises InvalidGzip, and HTTPException 413 where the body has more than `max_body_bytes`."""
+    """Raises InvalidGzip, Malformed for another compression, and HTTPException 413 where the body has more than `max_body_bytes`."""
     body = await read_body(request, max_body_bytes)
     packed = request.headers.get("content-type", "").startswith(PACKED_TYPE)
     key, digest, caller = request.headers.get("idempotency-key"), gid_of(body), caller_of(request)

@@ -90,7 +90,7 @@ SPOILT: dict[str, tuple[Callable[[str], bytes], str]] = {
     ),
     "bytes-inside": (lambda gid: blob(with_rest(b"\xc4\x01x"), gid), "must be what JSON can express"),
     "keys-inside": (lambda gid: blob(with_rest(b"\x81\x01\x01"), gid), "must be what JSON can express"),
-    "env": (lambda gid: blob(scored(env_id=2**64 - 1), gid), "env_id = 'an integer': must fit"),
+    "env": (lambda gid: blob(scored(env_id=2**64 - 1), gid), f"env_id = {2**64 - 1}: must fit"),
 }
 
 

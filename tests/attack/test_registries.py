@@ -12,6 +12,8 @@ import pytest
 from trajectories import ENV, TRAINER, group, serving
 
 from lachesis.broker import Broker, ConfigurationError, EmbeddedRedis
+from lachesis.broker.records.groups import ScoredGroup
+from lachesis.broker.records.packing import pack, to_arrays
 from lachesis.broker.records.registrations import EnvConfig
 from lachesis.broker.records.versions import ServerStatus
 from lachesis.broker.run import journal, registry
@@ -193,3 +195,23 @@ async def test_what_environments_ask_all_the_time_costs_the_same_however_many_re
         assert await broker.redis.zcard(broker.keys.heard) <= 13
         assert await cost() < 4 * alone  # a thousand records are 600 kB
     await broker.aclose()
+
+
+async def test_groups_of_invented_environments_slow_nobody_down(broker: Broker) -> None:
+    """Ids that nobody registered, another one in each post, for as long as the groups are queued."""
+    await broker.queue.subscribe("main")
+    packed = pack(to_arrays(ScoredGroup(tokens=[[1]], masks=[[1]], scores=[1.0])))
+
+    async def put(number: int) -> None:
+        posted = to_arrays(ScoredGroup(tokens=[[1]], masks=[[1]], scores=[1.0], env_id=number))
+        assert await broker.queue.put(f"g{number}", posted, v_min=0, v_max=0, packed=packed) == "stored"
+
+    for start in range(0, 2500, 100):
+        await asyncio.gather(*(put(number) for number in range(start, start + 100)))
+    assert await broker.redis.hlen(broker.keys.state) < 5100
+    status = await broker.queue.status()
+    assert sum(sum(sizes.values()) for sizes in status.waiting.values()) == 2500
+    assert status.waiting["-"][1] > 500
+    assert await broker.queue.form(2500) == 1
+    assert (await broker.queue.status()).waiting == {}
+    assert not [name for name in await broker.redis.hkeys(broker.keys.state) if name.startswith(b"env_")]

@@ -24,6 +24,12 @@ from lachesis.shim.app import build_app
 from lachesis.shim.settings import ShimSettings
 
 pytestmark = pytest.mark.anyio
+REQUEST = b"GET /batch HTTP/1.1\r\nHost: localhost\r\n\r\n"
+LAST_REQUESTS = (  # of a connection
+    REQUEST.replace(b"Host", b"Connection: close\r\nHost"),
+    b"GET /batch HTTP/1.0\r\n\r\n",
+    REQUEST.replace(b"Host", b"Connection: close\r\nHost") + REQUEST,
+)
 
 
 async def post(client: httpx.AsyncClient, *numbers: int, length: int = 3, size: int = 4) -> None:
@@ -39,7 +45,9 @@ async def take(client: httpx.AsyncClient, trainer: str | None = None) -> list[in
 
 
 @asynccontextmanager
-async def request_batch(client: httpx.AsyncClient, receive_buffer: int = 0) -> AsyncIterator[socket.socket]:
+async def request_batch(
+    client: httpx.AsyncClient, receive_buffer: int = 0, request: bytes = REQUEST
+) -> AsyncIterator[socket.socket]:
     """A raw `GET /batch` of which nothing has been read yet."""
     parts = urlsplit(str(client.base_url))
     with socket.socket() as raw:
@@ -48,7 +56,7 @@ async def request_batch(client: httpx.AsyncClient, receive_buffer: int = 0) -> A
         raw.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.sock_connect(raw, (parts.hostname, parts.port))
-        await loop.sock_sendall(raw, b"GET /batch HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await loop.sock_sendall(raw, request)
         yield raw
 
 
@@ -107,6 +115,24 @@ async def test_a_small_batch_that_nobody_read_is_delivered_again(registered: htt
         await until_sent(broker, 1)  # its last byte is in the trainer's socket, which is closed with it unread
     await until_sent(broker, 0)
     assert await take(registered) == [1]
+    assert await take(registered) == [2]
+    assert await committed(broker) == [1]
+
+
+@pytest.mark.parametrize("request_", LAST_REQUESTS)
+async def test_a_batch_that_ends_its_connection_and_that_nobody_read_is_delivered_again(
+    registered: httpx.AsyncClient, broker: Broker, request_: bytes
+) -> None:
+    await post(registered, 1, 2)
+    async with request_batch(registered, request=request_):
+        await until_sent(broker, 1)
+    await until_sent(broker, 0)
+    async with request_batch(registered, request=request_) as raw:
+        answer = b""
+        while piece := await asyncio.get_running_loop().sock_recv(raw, 65536):  # to its end, which the server tells
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+    assert b"connection: close" in answer
     assert await take(registered) == [2]
     assert await committed(broker) == [1]
 

@@ -168,6 +168,13 @@ async def test_the_bounds_of_what_nobody_watched_are_those_of_who_did(
         assert await bounds(broker, fresh, 4) == (4, 6)
 
 
+async def test_what_is_no_version_was_not_served(registered: httpx.AsyncClient, broker: Broker) -> None:
+    await broker.weights.publish("main", WeightsEntry(6, 6, "file:///v", "0", 1, "BF16", 5))
+    await broker.registry.report(server(4))
+    await broker.redis.zadd(broker.keys.served, {"by hand": 1})
+    assert await bounds(broker, registered, 1) == (4, 6)
+
+
 async def test_a_version_is_forgotten_when_no_generation_can_have_begun_on_it(
     registered: httpx.AsyncClient, broker: Broker
 ) -> None:

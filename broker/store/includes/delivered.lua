@@ -3,8 +3,9 @@
 -- What is undelivered still is counted anew, so that nothing that was deleted by hand counts for
 -- ever.
 local function deliver(batches, state, step)
-  if step <= tonumber(redis.call('HGET', state, 'delivered') or '0') then return 0 end
-  local formed = tonumber(redis.call('HGET', state, 'formed') or '0')
+  local function number(field) return tonumber(redis.call('HGET', state, field) or '') or 0 end
+  if step <= number('delivered') then return 0 end
+  local formed = number('formed')
   local groups, sequences = 0, 0
   if formed > step then
     for _, entry in ipairs(redis.call('XRANGE', batches, (step + 1) .. '-0', '+')) do

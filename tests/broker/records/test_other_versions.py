@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from queued import put
+from queued import ENV, put
 from scored import group, trained
 from stored_records import ENTRIES, FIELDS, FILE, GROUP, LINEAGE, VERSIONS
 
@@ -162,6 +162,21 @@ async def test_an_unreadable_group_leaves_the_queue_and_the_others_are_trained(
 
 
 @pytest.mark.anyio
+async def test_a_batch_that_lost_its_groups_is_passed_over(broker: Broker) -> None:
+    await broker.queue.subscribe("main")
+    await put(broker, 1, 2, 3, 4)
+    assert await broker.queue.form(4) == 1
+    [(_, fields)] = await broker.redis.xrange(broker.keys.batches)
+    await broker.redis.xadd(broker.keys.batches, {**fields, b"gids": b""}, id="2-0")
+    await broker.redis.hset(broker.keys.state, "formed", 2)
+    for step in (1, 3):
+        lease = await broker.queue.lease_or_form("main", "a", 4, lapse_s=600)
+        assert lease is not None
+        assert lease.batch.step == step
+        await broker.queue.commit("main", lease, trained(lease.batch))
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("field", ["n", "tok", "formed_at", "v_min"])
 async def test_an_unreadable_batch_is_taken_apart_and_its_groups_are_trained(broker: Broker, field: str) -> None:
     await broker.queue.subscribe("main")
@@ -177,6 +192,55 @@ async def test_an_unreadable_batch_is_taken_apart_and_its_groups_are_trained(bro
     assert (lease.batch.step, lease.batch.gids) == (3, ("g1", "g2"))
     assert (await broker.queue.status()).groups == 1
     assert (await audit(broker)).findings == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("lent_before", [False, True])
+async def test_batches_that_were_written_by_hand_are_left_out(broker: Broker, lent_before: bool) -> None:
+    """Under the id of a time, as XADD makes it: no step is so late, and none is to go on from there."""
+    queue, keys = broker.queue, broker.keys
+    await queue.subscribe("main")
+    await queue.subscribe("other")
+    await put(broker, *range(1, 7))
+    assert await queue.form(4) == 1
+    first = await queue.lease("main", "a", lapse_s=600)
+    [(_, batch)] = await broker.redis.xrange(keys.batches)
+    for fields in ({"written": "by hand"}, batch):
+        await broker.redis.xadd(keys.batches, fields)
+    if lent_before:  # by hand, too
+        await broker.redis.xreadgroup("main", "b", {keys.batches: ">"}, count=2)
+    second = await queue.lease_or_form("main", "b", 4, lapse_s=600)
+    assert first is not None
+    assert second is not None
+    assert (second.batch.step, second.batch.gids) == (2, ("g3", "g4"))
+    await queue.commit("main", first, trained(first.batch))
+    await queue.commit("main", second, trained(second.batch))
+    assert await queue.settled("main") == 2
+    others = [await queue.lease_or_form("other", "c", 4, lapse_s=0) for _ in range(2)]
+    assert [lent and lent.batch.step for lent in others] == [1, 1]
+    third = await queue.lease_or_form("main", "a", 4, lapse_s=600)
+    assert third is not None
+    assert third.batch.step == 3
+    assert [entry.step for entry in await queue.batches()] == [1, 2, 3]
+    assert (await audit(broker)).findings == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("formed", [None, "some", "9" * 30, "1e300"])
+async def test_steps_go_on_where_their_number_was_spoilt(broker: Broker, formed: str | None) -> None:
+    await broker.queue.subscribe("main")
+    await put(broker, *range(1, 5))
+    assert await broker.queue.form(4) == 1
+    if formed is None:
+        await broker.redis.hdel(broker.keys.state, "formed")
+    else:
+        await broker.redis.hset(broker.keys.state, "formed", formed)
+    for step in (1, 2):
+        lease = await broker.queue.lease_or_form("main", "a", 4, lapse_s=600)
+        assert lease is not None
+        assert lease.batch.step == step
+        await broker.queue.commit("main", lease, trained(lease.batch))
+    assert await broker.redis.hget(broker.keys.state, "formed") == b"2"
 
 
 @pytest.mark.anyio
@@ -244,6 +308,16 @@ async def test_a_trained_step_without_its_groups_is_told_by_its_batch(broker: Br
         await broker.redis.delete(broker.keys.ledger("main"))
         await broker.redis.xadd(broker.keys.ledger("main"), fields, id=id_)
         assert [(entry.step, entry.gids) async for entry in broker.queue.ledger("main")] == [(1, ("g1", "g2"))]
+
+
+@pytest.mark.anyio
+async def test_environments_register_where_their_numbers_were_spoilt(broker: Broker) -> None:
+    for number in range(2):
+        assert (await broker.registry.register_env(ENV, f"{number}")).env_id == number
+    for field in ("count", "name:sums", "named:sums"):
+        await broker.redis.hset(broker.keys.envs, field, "some")
+    found = [await broker.registry.register_env(ENV, f"{number}") for number in (2, 3)]
+    assert [(env.env_id, env.name) for env in found] == [(2, "sums_2"), (3, "sums_3")]
 
 
 @pytest.mark.anyio

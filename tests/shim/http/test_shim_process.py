@@ -9,6 +9,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from commands import python
+from ports import free_port
 from trajectories import TRAINER, group, number_of, shim_process, wait_until_up
 
 from lachesis.broker import EmbeddedRedis
@@ -115,3 +117,17 @@ def test_wrong_settings_say_why_in_one_line(tmp_path: Path, arguments: tuple[str
     assert code in (1, 2)
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_a_collection_need_not_look_at_what_was_there_at_the_start(
+    shared_redis: EmbeddedRedis, run_name: str, tmp_path: Path
+) -> None:
+    """It stops everybody who is served: for a tenth of a second where it looks at all that was imported."""
+    arguments = ["shim", "--redis-url", shared_redis.url, "--run", run_name, "--port", str(port := free_port())]
+    code = f"import gc; from lachesis.cli.main import main; main({arguments}); print(gc.get_freeze_count())"
+    log = tmp_path / "log"
+    with open(log, "ab") as output, python.start("-c", code, stdout=output, stderr=output, cwd=tmp_path) as shim:
+        wait_until_up(f"http://127.0.0.1:{port}", shim, log)
+        shim.send_signal(signal.SIGTERM)
+        assert shim.wait(15) == 0
+    assert int(log.read_text().split()[-1]) > 50_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import socket
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,6 +61,17 @@ def test_a_get_reads_its_body_and_no_query(both: Both) -> None:
         assert (answer.status_code, answer.json()["detail"][0]["type"]) == (422, "missing")
     for path in ("/status", "/info", "/batch", "/"):  # elsewhere a body does no harm
         both.get(path, json={"env_id": 0})
+
+
+@pytest.mark.parametrize("encoding", ["deflate", "br", "zstd", "Deflate, gzip", "gzip, gzip"])
+@pytest.mark.parametrize("path", ["/scored_data", "/scored_data_list", "/register-env"])
+def test_another_compression_is_refused_by_its_name(both: Both, path: str, encoding: str) -> None:
+    body = gzip.compress(zlib.compress(b"{}")) if "gzip" in encoding else zlib.compress(b"{}")
+    answer = both.shim.post(path, content=body, headers={"Content-Encoding": encoding})
+    [told] = answer.json()["detail"]
+    assert (answer.status_code, told["loc"]) == (422, ["header", "Content-Encoding"])
+    rule = "a body may be compressed with gzip, once, or not at all"
+    assert told["msg"] == f"Content-Encoding = {encoding!r}: {rule}"
 
 
 def test_uuids_have_128_bits_in_json(both: Both) -> None:

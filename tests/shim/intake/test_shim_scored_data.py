@@ -85,6 +85,18 @@ async def test_a_known_idempotency_key_with_another_body_is_refused(
     assert (await registered.get("/status")).json()["queue_size"] == 1
 
 
+@pytest.mark.parametrize("first", ["/scored_data", "/scored_data_list"])
+async def test_a_key_of_one_route_is_not_taken_on_the_other(registered: httpx.AsyncClient, first: str) -> None:
+    second = "/scored_data_list" if first == "/scored_data" else "/scored_data"
+    bodies = {"/scored_data": group(1), "/scored_data_list": [group(1)]}
+    key = {"Idempotency-Key": "static"}
+    for status in ("received", "duplicate"):
+        assert (await registered.post(first, json=bodies[first], headers=key)).json()["status"] == status
+        refused = await registered.post(second, json=bodies[second], headers=key)
+        assert (refused.status_code, refused.json()["detail"][0]["loc"]) == (422, ["header", "Idempotency-Key"])
+    assert (await registered.get("/status")).json()["queue_size"] == 1
+
+
 async def test_a_repeat_is_told_and_counted_by_environment(registered: httpx.AsyncClient, broker: Broker) -> None:
     for _ in range(2):
         await registered.post("/register-env", json=ENV)
