@@ -10,6 +10,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Mount, Router
 from starlette.routing import Route as HttpRoute
+from starlette.types import Receive, Scope, Send
 
 from lachesis.broker import Broker
 from lachesis.service.http.access import Access, Seen
@@ -34,6 +35,16 @@ from lachesis.shim.settings import ShimSettings
 CHANGING_GETS = tuple(route.path for route in TABLE if route.changing)
 
 
+class _GZipOfGets(GZipMiddleware):
+    """What a POST is answered is small."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            await self.app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
 def build_app(
     broker: Broker, settings: ShimSettings, *, draining: Callable[[], bool] = lambda: False, hold_s: float = HOLD_S
 ) -> Starlette:
@@ -52,7 +63,7 @@ def build_app(
 
     middleware = [
         *guarded(settings, refuse, changing=CHANGING_GETS),
-        Middleware(GZipMiddleware, minimum_size=1000, compresslevel=1),
+        Middleware(_GZipOfGets, minimum_size=1000, compresslevel=1, exclude_content_types=()),  # a list costs each call
     ]
     runs = Mount("", Runs(serve, broker.keys.run))
     return Starlette(routes=[runs], middleware=middleware, exception_handlers=HANDLERS)

@@ -7,6 +7,7 @@ stream only where the request has the prompt's ids, and on the OpenAI routes as 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from lachesis.broker.records.groups import Lineage
 from lachesis.inference.gateway.protocols.sglang import Generated, Span, read_answer
 
 Lineages = list[tuple[str, Lineage]]
+_ID = itemgetter(1)  # of (log-prob, token id, text)
 _OPEN = (b'"finish_reason":null', b'"finish_reason": null')  # in a piece of a stream that goes on
 
 
@@ -119,7 +121,7 @@ def _prompts(body: Mapping[str, Any]) -> list[list[int]]:
 def _lineages(prompt: list[int], generated: Generated) -> Iterator[tuple[str, Lineage]]:
     meta = generated.meta_info
     tokens = meta.output_token_logprobs or []
-    outputs = [[token[1] for token in tokens]] if tokens and tokens[0][1] >= 0 else []
+    outputs = [list(map(_ID, tokens))] if tokens and tokens[0][1] >= 0 else []
     if generated.output_ids and generated.output_ids not in outputs:
         outputs.append(generated.output_ids)  # a stop token may be in one and not in the other
     log_probs = np.array(generated.log_probs, dtype="<f4") if tokens else None

@@ -33,6 +33,8 @@ _ROUTES: Mapping[str, type[Struct]] = {
     "/v1/chat/completions": Chat,
 }
 _BY_PROMPT = ("sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "extra_key", "cache_salt")
+_IDS = ("input_ids", "prompt", "token_ids_logprob")
+_COUNTS = ("top_logprobs_num", "top_logprobs", "logprobs")  # of alternatives
 _MESSAGE = re.compile(r"(.*?)(?: - at (?:`key` in )?`\$([\w.\[\]]*)`)?", re.DOTALL)
 _NAMED = re.compile(r"Object (contains unknown|missing required) field `(.*)`", re.DOTALL)
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
@@ -81,11 +83,13 @@ class RequestCheck:
             each = getattr(asked, field)
             if isinstance(each, list) and not (many and len(each) == len(prompts)):
                 raise BadRequest(field, each, "a list has one value for each prompt of a list of prompts")
-        ids = asked.token_ids_logprob
-        nested = isinstance(ids, list) and any(isinstance(each, list) for each in ids)
-        if nested and not (many and len(ids) == len(prompts)):
-            raise BadRequest("token_ids_logprob", ids, "a list of lists has one for each prompt of a list of prompts")
-        _converted(ids, list[TokenIds] if nested else TokenIds | None, "token_ids_logprob")
+        if (ids := asked.token_ids_logprob) is not None:
+            nested = isinstance(ids, list) and any(isinstance(each, list) for each in ids)
+            if nested and not (many and len(ids) == len(prompts)):
+                raise BadRequest(
+                    "token_ids_logprob", ids, "a list of lists has one for each prompt of a list of prompts"
+                )
+            _converted(ids, list[TokenIds] if nested else TokenIds | None, "token_ids_logprob")
         samplings = asked.sampling_params if isinstance(asked.sampling_params, list) else [asked.sampling_params]
         _bound_outputs(len(prompts), max(each.n if each else 1 for each in samplings), "sampling_params.n")
         if asked.logprob_start_len is not None:
@@ -157,8 +161,9 @@ def _bound_log_probs(field: str, value: Any, entries: int) -> None:
 
 def check_vocabulary(body: Mapping[str, Any], vocab_size: int) -> None:
     """Raise BadRequest for what only a larger vocabulary than that of `vocab_size` tokens has."""
-    for name in ("input_ids", "prompt", "token_ids_logprob"):
-        _check_ids(name, body.get(name), vocab_size)
+    for name in _IDS:
+        if name in body:
+            _check_ids(name, body[name], vocab_size)
     sampling = body.get("sampling_params")
     samplings: Sequence[Any] = sampling if isinstance(sampling, list) else [sampling]
     for fields, prefix in ((body, ""), *((each, "sampling_params.") for each in samplings)):
@@ -168,7 +173,7 @@ def check_vocabulary(body: Mapping[str, Any], vocab_size: int) -> None:
             for token in bias if isinstance(bias, dict) else ():
                 if token.isdecimal() and int(token) >= vocab_size:
                     raise BadRequest(f"{prefix}logit_bias", token, _rule(vocab_size))
-    for name in ("top_logprobs_num", "top_logprobs", "logprobs"):
+    for name in _COUNTS:
         value = body.get(name)
         for count in value if isinstance(value, list) else [value]:
             if isinstance(count, int) and count > vocab_size:

@@ -23,6 +23,7 @@ from lachesis.service.http.settings import CallerSettings
 _WATCHED = frozenset((b"host", b"origin", b"sec-fetch-site", b"referer", b"accept", b"user-agent"))
 _READS = ("GET", "HEAD", "OPTIONS")
 _HOST = re.compile(r"(?:\[(?P<address>[^\]]*)\]|(?P<name>[^:@\[\]\s]*))(?::\d*)?", re.ASCII)
+_KEPT = 512  # bytes of watched headers whose verdict is remembered
 _SHOWN = 100  # characters of a header that are repeated to its sender
 
 Refuse = Callable[[int, str], ASGIApp]  # makes the answer
@@ -53,6 +54,7 @@ class WebPages:
         self._origins = frozenset(settings.allow_origin)
         self._names = [*settings.allowed_host, "localhost", "*.localhost", settings.host.lower(), _own_name()]
         self._is_ours = lru_cache(1024)(self._names_us)
+        self._judged = lru_cache(1024)(self._judge)  # clients send the same headers with each call
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None
@@ -60,10 +62,20 @@ class WebPages:
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         """Status and reason."""
+        method, changes = scope["method"], scope["path"].endswith(self._changing)
+        watched = tuple([header for header in scope["headers"] if header[0] in _WATCHED])
+        judge = self._judged if sum([len(value) for _, value in watched]) <= _KEPT else self._judge
+        refusal = judge(watched, method, changes)
+        if refusal and not refusal[1]:
+            rule = "a browser may not make this request, whoever asked it to: use curl or another program"
+            return 403, f"{method} {_shown(scope['path'])}: {rule}"
+        return refusal
+
+    def _judge(self, watched: Sequence[tuple[bytes, bytes]], method: str, changes: bool) -> tuple[int, str] | None:
+        """The same; without a reason where a browser sent it that names no page."""
         said: dict[bytes, list[str]] = {}
-        for name, value in scope["headers"]:
-            if name in _WATCHED:
-                said.setdefault(name, []).append(value.decode("latin-1"))
+        for name, value in watched:
+            said.setdefault(name, []).append(value.decode("latin-1"))
         hosts, origins, sites = said.get(b"host", []), said.get(b"origin", []), said.get(b"sec-fetch-site", [])
         for host in hosts:
             if not self._is_ours(host):
@@ -76,12 +88,11 @@ class WebPages:
         for site in sites:
             if site not in ("same-origin", "none"):
                 return 403, f"Sec-Fetch-Site = {_shown(site)}: pages of other origins may not call (--allow-origin)"
-        reads, changes = scope["method"] in _READS, scope["path"].endswith(self._changing)
+        reads = method in _READS
         if (reads and changes and "none" in sites) or (
             not sites and (changes or not reads) and _is_browsers(said, reads)
         ):
-            rule = "a browser may not make this request, whoever asked it to: use curl or another program"
-            return 403, f"{scope['method']} {_shown(scope['path'])}: {rule}"
+            return 403, ""
         return None
 
     def _may_call(self, origin: str, hosts: Sequence[str]) -> bool:

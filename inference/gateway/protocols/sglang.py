@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 from zlib import crc32
 
@@ -18,6 +19,8 @@ from lachesis.broker.errors import LachesisError
 KEY_TOKENS = 128  # of a prompt decide which server has its beginning in its cache
 KEY_CHARACTERS = 512
 SHOWN = 120  # characters of a value in an error
+
+_FIRST = itemgetter(0)
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = SHOWN
@@ -80,7 +83,7 @@ class Generated(Struct):
     @property
     def log_probs(self) -> list[float | None]:
         """Of the output tokens, in nats; empty if they were not asked for."""
-        return [token[0] for token in self.meta_info.output_token_logprobs or ()]
+        return list(map(_FIRST, self.meta_info.output_token_logprobs or ()))
 
 
 class _ChatToken(Struct):
