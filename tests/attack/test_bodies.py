@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from trajectories import TRAINER, group, shim_process, wait_until_up
 from lachesis.broker import EmbeddedRedis
 from lachesis.broker.records.groups import ScoredGroup
 from lachesis.broker.records.packing import pack
+from lachesis.shim.intake import large_bodies
 from lachesis.shim.intake.large_bodies import INLINE_LISTS
 from lachesis.shim.intake.simdjson_decoder import LONGEST, read_group, read_groups
 
@@ -143,6 +145,14 @@ def test_a_worker_that_dies_is_replaced(shim: Shim) -> None:
                 subprocess.run(["kill", "-9", child], check=True)
         body = json.dumps(group(number)).encode() + b" " * MIB
         assert shim.post("/scored_data", body, {}).json() == {"status": "received"}
+
+
+def test_readers_that_crash_had_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    command, pipe = [sys.executable, "-c", crash], subprocess.PIPE
+    monkeypatch.setattr(large_bodies, "_take", lambda: subprocess.Popen(command, stdin=pipe, stdout=pipe))
+    reply = large_bodies._ask(large_bodies.Order("group", 1, 4), b"[{}]")
+    assert (reply.kind, b"times as much memory" in reply.told) == ("too much", True)
 
 
 FIELDS = (b'"images":[', b'"messages":[[', b'"distill_token_ids":[[[', b'"overrides":[', b'"tokens":[[', b'"scores":[')
