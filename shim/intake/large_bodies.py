@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import anyio.to_thread
 import msgspec
+import structlog
 from anyio import CapacityLimiter
 from anyio.lowlevel import RunVar
 from starlette.exceptions import HTTPException
@@ -35,11 +36,10 @@ MEMORY_BYTES = 64 << 20
 READ_S = 240.0  # a worker that takes longer, its start included, is ended
 LENGTH_BYTES = 8  # before each message to and from a worker
 
-CRASHES = (
-    -signal.SIGSEGV,
-    -signal.SIGABRT,
-    -signal.SIGBUS,
-)  # how C code ends that gets no memory and does not expect it
+log = structlog.get_logger(role="shim")
+
+# how C code ends that gets no memory and does not expect it
+CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
 
 Refusal = tuple[str, Any, str]  # as InvalidGroup's field, value and rule
 
@@ -170,6 +170,7 @@ def _ask(order: Order, body: bytes) -> Reply:
             if reply is not None:
                 _idle.append(worker)
                 return reply
+    log.warning("the processes that read a body have died", bytes=len(body), exit_codes=ends)
     if len(ends) == 2 and set(ends) <= {*CRASHES}:
         return too_much(len(body))
     return Reply("died")
